@@ -18,6 +18,7 @@ and the training do not depend on the number of processes or workers, and a kill
 import argparse
 import datetime
 import gzip
+import importlib
 import json
 import math
 import os
@@ -98,10 +99,8 @@ def load_data(name, root, device):
 def to_split(device, images, *numbers):
     """uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W) and arrays (N,) -> Split. Grey becomes three equal channels."""
     images = torch.as_tensor(np.asarray(images))
-    if images.ndim == 3:
-        images = images[:, None].expand(-1, 3, -1, -1)
-    elif images.shape[3] == 3:
-        images = images.permute(0, 3, 1, 2)
+    if images.ndim == 3 or images.shape[3] == 3:
+        images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     numbers = (torch.as_tensor(np.asarray(a), dtype=torch.int64).to(device) for a in numbers)
     return Split(images.contiguous().to(device), *numbers)
 
@@ -461,14 +460,14 @@ def features(network, split, size, device, workers=0):
     count = len(split.images)
     share = -(-count // world())
     mine = torch.arange(rank() * share, (rank() + 1) * share).clamp(max=count - 1)  # equal shares; the surplus is cut
+    folder = Folder(split.images, size=size)
     if torch.is_tensor(split.images):
         batches = (([split.images[i.to(device)]], []) for i in mine.split(256))
     else:
-        folder = Subset(Folder(split.images, size=size), mine.tolist())
-        batches = DataLoader(folder, 256, num_workers=workers, collate_fn=Folder.collate)
+        batches = DataLoader(Subset(folder, mine.tolist()), 256, num_workers=workers, collate_fn=Folder.collate)
     found, readable = [], torch.ones(count, device=device)
     for (images,), broken in batches:
-        x = images.to(device).float().div_(255)
+        x = folder.check(images, broken).to(device).float().div_(255)
         if x.shape[3] != size:
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
         found.append(embed(network, normalize(x)))
@@ -500,8 +499,8 @@ def knn(bank, bank_labels, test, test_labels, k, temperature=0.07):
 
 def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     """Linear-probe accuracy in percent: multinomial logistic regression on frozen standardised features, solved to convergence.
-    The weight decay, 10, 3, 1, ... 1e-4, is chosen on a fifth of the BANK (whole groups if given, so that near copies stay on one
-    side) until it no longer helps; then all of the bank is fitted. The test images choose nothing."""
+    The weight decay, 10, 3, 1, ... 1e-4, is chosen on a fifth of the BANK (whole groups if given, so that near copies stay
+    together) until it no longer helps; then all of the bank is fitted. The test images choose nothing."""
     mean, std = bank.mean(0), bank.std(0) + 1e-6
     bank, test = (bank - mean) / std, (test - mean) / std
     variance, rotation = torch.linalg.eigh(bank.T @ bank / len(bank))  # decorrelates; a rotation changes no solution
@@ -605,10 +604,8 @@ class AllReduceSum(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        dist.all_reduce(grad)  # every process used the sum, so its gradient is the sum of theirs
-        return grad
+    def backward(ctx, grad):  # every process used the sum, so its gradient is the sum of theirs
+        return AllReduceSum.forward(None, grad)
 
 def all_reduce_sum(x):
     """Sum over processes, with the gradient that torch.distributed.all_reduce lacks."""
@@ -694,13 +691,13 @@ class Run:
             return print0(f"{self.folder}: continuing after step {self.step} of {self.args.epochs * self.loader.steps}")
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
             self.metrics.write_text(json.dumps({
-                "command": " ".join([f"methods/{self.name}.py", *sys.argv[1:]]), "commit": commit(),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                                   "torchvision": torchvision.__version__}, "world_size": world(),
-                "device": device_name(self.device), "settings": self.settings}) + "\n")
-        print0(f"{self.folder}: {self.loader.count} images, {self.args.epochs} epochs of {self.loader.steps} steps, {world()} x "
-               f"{self.args.batch // world()} images a step on {device_name(self.device)}\nmeasuring the baselines")
+                "method": self.name, "command": " ".join([f"methods/{self.name}.py", *sys.argv[1:]]), "commit": commit(),
+                "versions": versions, "device": device_name(self.device), "world_size": world(),
+                "settings": self.settings}) + "\n")
+        print0(f"{self.folder}: {self.loader.count} images, {self.args.epochs} epochs of {self.loader.steps} steps, {world()} "
+               f"x {self.args.batch // world()} images a step on {device_name(self.device)}\nmeasuring the baselines")
         self.baselines = {"pixels": self.evaluate(pixels(self.args.size)), "random_init": self.evaluate()}
         self.save()
         print0(table(self.baselines))
@@ -724,8 +721,8 @@ class Run:
             if time.perf_counter() - self.saved_at > SAVE_EVERY:
                 self.save()
 
-    def flush(self, extra=()):
-        """Writes the pending steps, losses averaged over processes. Ends the run if one is not finite."""
+    def flush(self, **extra):
+        """Writes the pending steps, losses averaged over processes; extra goes to the last. Ends if one is not finite."""
         steps, losses, lrs = zip(*self.pending)
         losses = (all_reduce_sum(torch.stack(losses).float()) / world()).tolist()
         elapsed = time.perf_counter() - self.clock
@@ -733,7 +730,7 @@ class Run:
         rate = round(len(losses) * self.args.batch / elapsed, 1)
         rows = [{"step": step, "epoch": step // self.loader.steps, "loss": loss, "lr": lr, "images_per_s": rate}
                 for step, loss, lr in zip(steps, losses, lrs)]
-        rows[-1] |= dict(extra)
+        rows[-1] |= {"seconds": round(self.seconds, 1), **extra}
         for row in rows:
             if not math.isfinite(row["loss"]):
                 fail(f"the loss is {row['loss']} at step {row['step']}, learning rate {row['lr']:.3g}: {ADVICE}, {self.last}")
@@ -761,7 +758,7 @@ class Run:
         if self.data.test and done % self.args.eval_every == 0 and done < self.args.epochs:
             found = self.evaluate(only_knn=True)
             self.knn = {"knn20": f"{found['knn20']:.1f}"}
-        self.flush(found)
+        self.flush(**found)
         self.save()
         if self.bar.disable:
             print0(f"epoch {done}/{self.args.epochs}  loss {self.row['loss']:.3f}  {self.row['images_per_s']:.0f} images/s  "
@@ -883,10 +880,11 @@ def main():
     args = p.parse_args()
     if not args.backbone.is_file() or not args.backbone.with_name("metrics.jsonl").is_file():
         fail(f"{args.backbone}: give the backbone.pt of a run folder, with its metrics.jsonl beside it")
-    trained = read_lines(args.backbone.with_name("metrics.jsonl"))[0]["settings"]
+    first = read_lines(args.backbone.with_name("metrics.jsonl"))[0]
+    trained, method = first["settings"], importlib.import_module(f"methods.{first['method']}")  # some have their own backbone
     device, size = start(trained["seed"]), args.size or trained["size"]
     options = load_data(args.data, args.root, device), size, device, args.workers
-    network = backbone(trained["arch"], trained["size"]).to(device)
+    network = method.backbone(trained["arch"], trained["size"]).to(device)
     results = {"pixels": evaluate(pixels(size), *options), "random_init": evaluate(network, *options)}
     try:
         network.load_state_dict(torch.load(args.backbone, map_location=device, weights_only=True))

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
-from common import Crop, Loader, Run, backbone, distribute, load_data, normalize, random_flip, start  # noqa: E402
+from common import Crop, Loader, Run, backbone, distribute, load_data, normalize, random_flip, start
 
 
 def get_args():
@@ -45,12 +45,12 @@ def get_args():
     p.add_argument("--root", default="data", help="folder for downloaded data sets")
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 32 on CIFAR-10, 224 on ImageNet)")
     p.add_argument("--arch", default="resnet10", help="resnet10, resnet18, resnet34 or resnet50 (paper: NIN, AlexNet)")
-    p.add_argument("--batch", type=int, default=128, help="images a step, over all processes, each turned 4 times (paper: 128)")
+    p.add_argument("--batch", type=int, default=128, help="images a step, over all processes; each turned 4 times (paper: 128)")
     p.add_argument("--epochs", type=int, default=20, help="passes over the training images (paper: 200; ImageNet: 30)")
     p.add_argument("--warmup", type=float, default=1, help="epochs of linear learning-rate warm-up (paper: 0)")
     p.add_argument("--lr", type=float, default=0.2, help="learning rate per 256 images (paper: 0.1 at 128)")
     p.add_argument("--weight-decay", type=float, default=5e-4, help="on all parameters (paper: 5e-4)")
-    p.add_argument("--min-crop", type=float, default=0.5, help="smallest crop, share of the image's area (paper: 0.08 on ImageNet)")
+    p.add_argument("--min-crop", type=float, default=0.5, help="smallest crop, share of the area (paper: 0.08 on ImageNet)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/rotnet-DATA-SEED); a run found there is continued")

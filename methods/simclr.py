@@ -44,7 +44,7 @@ from common import (Crop, Loader, Run, backbone, color_jitter, distribute, gathe
 
 def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", default="emoji", help="emoji, fashion, fashion-mnist, cifar10, cifar100, stl10 or a folder (paper: ImageNet)")
+    p.add_argument("--data", default="emoji", help="emoji, fashion, fashion-mnist, cifar10, cifar100, stl10 or a folder")
     p.add_argument("--root", default="data", help="folder for downloaded data sets")
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 224)")
     p.add_argument("--arch", default="resnet10", help="resnet10, resnet18, resnet34 or resnet50 (paper: resnet50)")
@@ -55,7 +55,7 @@ def get_args():
     p.add_argument("--weight-decay", type=float, default=1e-4, help="on weights, not biases or batch-norm (paper: 1e-6)")
     p.add_argument("--tau", type=float, default=0.1, help="temperature of the loss (paper: 0.1; CIFAR-10: 0.5)")
     p.add_argument("--dim", type=int, default=128, help="dimensions of the projection z (paper: 128)")
-    p.add_argument("--strength", type=float, default=0.5, help="of the colour jitter, s in appendix A (paper: 1; CIFAR-10: 0.5)")
+    p.add_argument("--strength", type=float, default=0.5, help="of the colour jitter, s in appendix A (paper: 1; CIFAR: 0.5)")
     p.add_argument("--blur", type=float, default=0.0, help="probability of Gaussian blur (paper: 0.5; CIFAR-10: 0)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
