@@ -42,7 +42,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -407,21 +407,21 @@ class Loader:
 
 def backbone(arch, size):
     """ResNet without its classifier: images (n, 3, size, size) -> features (n, net.out_dim). resnet18, resnet34, resnet50:
-    torchvision's; up to 64 pixels with the stem of the CIFAR literature (3x3, stride 1, no max-pool). resnet10: sized for two
-    CPU cores; 3x3 stem, one block a stage, half the channels. Saved weights load with backbone(arch,
+    torchvision's; up to 64 pixels with the stem of the CIFAR literature (3x3, stride 1, no max-pool). resnet14: sized for two
+    CPU cores; 3x3 stem of stride 2, one bottleneck block a stage, 3/8 of the channels. Saved weights load with backbone(arch,
     size).load_state_dict(torch.load("backbone.pt")); those of resnet18 trained at more than 64 pixels also with
     torchvision.models.resnet18().load_state_dict(torch.load("backbone.pt"), strict=False)."""
-    if arch == "resnet10":
-        net = ResNet(BasicBlock, [1, 1, 1, 1])
+    if arch == "resnet14":
+        net = ResNet(Bottleneck, [1, 1, 1, 1])
         net.inplanes, net.conv1, net.bn1 = 32, nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
-        for stage, (width, stride) in enumerate([(32, 1), (64, 2), (128, 2), (256, 2)], 1):
-            setattr(net, f"layer{stage}", net._make_layer(BasicBlock, width, 1, stride))
+        for stage, (width, stride) in enumerate([(24, 1), (48, 2), (96, 2), (192, 2)], 1):
+            setattr(net, f"layer{stage}", net._make_layer(Bottleneck, width, 1, stride))
     elif arch in ("resnet18", "resnet34", "resnet50"):
         net = getattr(torchvision.models, arch)()
         if size <= 64:
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     else:
-        fail(f"--arch {arch}: choose resnet10, resnet18, resnet34 or resnet50")
+        fail(f"--arch {arch}: choose resnet14, resnet18, resnet34 or resnet50")
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):  # as torchvision does, for those made anew
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     net.out_dim, net.fc = net.inplanes, nn.Identity()  # inplanes: the channels of the last stage

@@ -19,8 +19,9 @@ Run.
 --batch counts the images of all processes together; the network sees four times as many. Results: the table in README.md.
 
 Differs from the paper.
-    1. The network is a ResNet evaluated after its last stage; the paper uses a Network-in-Network (CIFAR-10) and AlexNet
-       (ImageNet), and finds the features of the middle layers best.
+    1. The network is a ResNet and, before the classifier, two hidden layers that are thrown away. The paper uses
+       Network-in-Network (CIFAR-10; it keeps the features of block 2 of 4) and AlexNet (ImageNet; middle layers are best):
+       the last layers know about turns rather than things. Without the hidden layers, features are no better than untrained.
     2. Crops are random resized crops on every data set; on CIFAR-10 the official code shifts by up to four pixels.
     3. Learning rate: cosine to zero with a warm-up; the official code divides it by five at epochs 60, 120 and 160 of 200.
     4. Inputs are normalised by ImageNet's mean and standard deviation on every data set.
@@ -44,7 +45,7 @@ def get_args():
     p.add_argument("--data", default="emoji", help="emoji, fashion, fashion-mnist, cifar10, cifar100, stl10 or a folder")
     p.add_argument("--root", default="data", help="folder for downloaded data sets")
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 32 on CIFAR-10, 224 on ImageNet)")
-    p.add_argument("--arch", default="resnet10", help="resnet10, resnet18, resnet34 or resnet50 (paper: NIN, AlexNet)")
+    p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: NIN, AlexNet)")
     p.add_argument("--batch", type=int, default=128, help="images a step, over all processes; each turned 4 times (paper: 128)")
     p.add_argument("--epochs", type=int, default=20, help="passes over the training images (paper: 200; ImageNet: 30)")
     p.add_argument("--warmup", type=float, default=1, help="epochs of linear learning-rate warm-up (paper: 0)")
@@ -73,7 +74,11 @@ class RotNet(nn.Module):
     def __init__(self, arch, size):
         super().__init__()
         self.backbone = backbone(arch, size)
-        self.classifier = nn.Linear(self.backbone.out_dim, 4)
+        width = self.backbone.out_dim
+        self.classifier = nn.Sequential(  # two hidden layers, in place of the paper's two last convolutional blocks
+            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+            nn.Linear(width, 4))
 
     def forward(self, x):
         h = self.backbone(x)  # (4n, D)

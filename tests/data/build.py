@@ -71,8 +71,8 @@ def emoji(folder):
                 "noto": by_codepoints("noto", "img/google/64/", ".png"),
                 "fluent-3d": by_codepoints("fluent-3d", "assets/", ".webp"),
                 "fluent-flat": {c: name for c, name in flat_names.items() if name in flat}}
-    kept = [e for e in sorted(entries, key=lambda e: (CATEGORIES + ["Component"]).index(e["category"]) * 10**6 + e["sort_order"])
-            if e["category"] in CATEGORIES and all(codepoints(e["unified"]) in d for d in drawings.values())]
+    kept = [e for e in entries if e["category"] in CATEGORIES and all(codepoints(e["unified"]) in d for d in drawings.values())]
+    kept.sort(key=lambda e: (CATEGORIES.index(e["category"]), e["sort_order"]))
 
     categories = np.array([CATEGORIES.index(e["category"]) for e in kept])
     rng = np.random.default_rng(0)

@@ -1,0 +1,160 @@
+"""Keeps the recorded results and writes what README.md shows of them, so that no number there is typed by hand.
+
+    python tests/results/report.py add runs/simclr-emoji-0 ...      appends finished runs to rows.jsonl, one row a run
+    python tests/results/report.py                                  rewrites README's tables and draws knn.png from the rows
+    python tests/results/report.py --check                          fails if README's tables are not those of the rows
+
+A row holds what metrics.jsonl of the run folder says: command, commit, versions, device, settings, training seconds, the
+evaluation beside its two baselines, and kNN accuracy over time. Rows of equal settings but for the seed form one entry.
+"""
+
+import argparse
+import ast
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+from common import table
+
+ROWS, README = HERE / "rows.jsonl", ROOT / "README.md"
+FACTS = {  # file -> the idea in at most ten words, and the paper's own figure with its setting
+    "rotnet": ("which of four ways was the image turned?", "91.2 % CIFAR-10, NIN, conv classifier on block 2"),
+    "simclr": ("two views of an image attract, other images repel", "69.3 % ImageNet linear, ResNet-50, 1000 epochs"),
+}
+
+
+def read_rows():
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def add(folders):
+    """Appends the finished runs in these folders; a run recorded before with the same settings is replaced."""
+    rows = read_rows()
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if "evaluation" not in lines[-1]:
+            sys.exit(f"error: {folder} holds no finished run: run its command again to complete it")
+        first, last = lines[0], lines[-1]
+        curve = [[0, last["random_init"]["knn20"]]] + [[row["seconds"], row["knn20"]] for row in lines if "knn20" in row]
+        row = {**first, **last, "curve": [*curve, [last["train_seconds"], last["evaluation"]["knn20"]]]}
+        rows = [r for r in rows if any(r[k] != row[k] for k in ("method", "settings", "world_size", "device"))] + [row]
+    rows.sort(key=lambda r: (r["method"], r["settings"]["data"], r["settings"]["epochs"], r["settings"]["seed"]))
+    ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def entries(rows):
+    """[[row of each seed], ...]: runs that differ by nothing but the seed."""
+    groups = {}
+    for row in rows:
+        settings = {k: v for k, v in row["settings"].items() if k != "seed"}
+        groups.setdefault((row["method"], json.dumps(settings, sort_keys=True), row["device"]), []).append(row)
+    return list(groups.values())
+
+
+def spread(runs, part, key):
+    """'59.2 ± 0.4' over the seeds, without the spread for one seed or none to report."""
+    values = [run[part][key] for run in runs if key in run[part]]
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def method_table():
+    """One line per file in methods/: paper, idea, length, the paper's own figure."""
+    lines = ["| file | paper | idea | lines | the paper's figure |", "|---|---|---|---|---|"]
+    for path in sorted((ROOT / "methods").glob("*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text())).splitlines()
+        year, link = re.search(r"\b(?:19|20)\d\d\b", doc[1])[0], re.search(r"https://arxiv\.org/\S+", "\n".join(doc))[0]
+        idea, figure = FACTS.get(path.stem, ("", ""))
+        lines.append(f"| [{path.name}](methods/{path.name}) | [{doc[0].split(':')[0]}]({link}), {year} | {idea} | "
+                     f"{len(path.read_text().splitlines())} | {figure} |")
+    return lines
+
+
+def result_table(rows, data):
+    """The measured figures on one data set, accuracies in percent, each above its two baselines."""
+    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == data]
+    retrieval = any("retrieval1" in e[0]["evaluation"] for e in runs)
+    keys = ["knn20", "knn200", "linear"] + ["retrieval1", "retrieval5"] * retrieval
+    heads = ["kNN, k = 20", "kNN, k = 200", "linear"] + ["retrieval R@1", "R@5"] * retrieval
+    lines = ["| features | " + " | ".join(heads) + " | epochs × batch, seeds | training time | hardware | commit |",
+             "|---" * (len(heads) + 5) + "|"]
+    if runs:
+        lines.append("| raw pixels | " + " | ".join(spread(runs[0][:1], "pixels", k) for k in keys) + " | | | | |")
+    for arch in sorted({e[0]["settings"]["arch"] for e in runs}):
+        same = list({run["settings"]["seed"]: run for e in runs for run in e if run["settings"]["arch"] == arch}.values())
+        lines.append(f"| {arch}, random initialisation | " + " | ".join(spread(same, "random_init", k) for k in keys)
+                     + f" | {len(same)} seeds | | | |")
+    for e in sorted(runs, key=lambda e: -statistics.mean(run["evaluation"]["linear"] for run in e)):
+        s, seconds = e[0]["settings"], statistics.mean(run["train_seconds"] for run in e)
+        commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
+        lines.append(f"| **{e[0]['method']}**, {s['arch']} | " + " | ".join(spread(e, "evaluation", k) for k in keys)
+                     + f" | {s['epochs']} × {s['batch']}, {len(e)} | {seconds:.0f} s | {e[0]['device']} | {commits} |")
+    done = {e[0]["method"] for e in runs}
+    for path in sorted((ROOT / "methods").glob("*.py")):
+        if path.stem not in done:
+            lines.append(f"| {path.stem} | " + "not run | " * len(heads) + " | | | |")
+    return lines
+
+
+def quick_start(rows):
+    """What the default command prints at its end, from the recorded run with seed 0."""
+    runs = [r for r in rows if r["method"] == "simclr" and r["settings"]["data"] == "emoji" and r["settings"]["seed"] == 0]
+    return ["```", *table(runs[0], "simclr").splitlines(), "```"] if runs else ["not run"]
+
+
+def readme(rows):
+    """README's text with every block between <!-- NAME --> and <!-- /NAME --> made anew."""
+    blocks = {"quickstart": quick_start(rows), "methods": method_table(), "emoji": result_table(rows, "emoji"),
+              "fashion": result_table(rows, "fashion")}
+    text = README.read_text()
+    for name, lines in blocks.items():
+        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+                              lambda m: m[1] + "\n".join(["", *lines, "", ""]) + m[2], text, flags=re.S)
+        if count != 1:
+            sys.exit(f"error: README.md must hold one block <!-- {name} --> ... <!-- /{name} -->")
+    return text
+
+
+def draw(rows, path):
+    """kNN accuracy against training time on emoji: a line a method (mean of its seeds, thin lines the seeds themselves)."""
+    from matplotlib.figure import Figure
+    figure = Figure((8, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="training time, s (2 CPU cores)", ylabel="kNN accuracy, % (k = 20)", title="emoji, 32 pixels, from scratch")
+    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji"]
+    for color, e in enumerate(runs):
+        curves = [run["curve"] for run in e]
+        for curve in curves:
+            axes.plot(*zip(*curve), color=f"C{color}", alpha=0.3, linewidth=0.8)
+        mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
+        axes.plot(*zip(*mean), color=f"C{color}", marker="o", markersize=3, label=e[0]["method"])
+    if runs:
+        axes.axhline(runs[0][0]["pixels"]["knn20"], color="gray", linestyle="--", label="raw pixels")
+    axes.legend()
+    figure.savefig(path)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("add", nargs="*", help="the word add, then the folders of finished runs to record")
+    p.add_argument("--check", action="store_true", help="change nothing; fail if README's tables are not those of the rows")
+    args = p.parse_args()
+    if args.add and (args.add[0] != "add" or len(args.add) < 2):
+        sys.exit("error: give nothing, or the word add and the folders of finished runs")
+    if args.add:
+        add([Path(folder) for folder in args.add[1:]])
+    text = readme(read_rows())
+    if args.check:
+        sys.exit(None if text == README.read_text() else "error: README.md differs from the rows: run tests/results/report.py")
+    README.write_text(text)
+    draw(read_rows(), HERE / "knn.png")
+
+
+if __name__ == "__main__":
+    main()
