@@ -93,7 +93,7 @@ def load_data(name, root, device):
     if name in DOWNLOADED:
         return download_data(name, Path(root), device)
     if Path(name).is_dir():
-        return folder_data(Path(name))
+        return folder_data(Path(name).resolve())
     fail(f"--data {name}: neither a data set ({', '.join([*EMBEDDED, *DOWNLOADED])}) nor an existing folder")
 
 def to_split(device, images, *numbers):
@@ -106,7 +106,7 @@ def to_split(device, images, *numbers):
 
 def download_data(name, root, device):
     def idx(file, header):  # Debian's copy, in the IDX format: a fixed header, then the bytes
-        return np.frombuffer(gzip.decompress((DEBIAN_FASHION / file).read_bytes()), np.uint8, offset=header)
+        return np.frombuffer(bytearray(gzip.decompress((DEBIAN_FASHION / file).read_bytes())), np.uint8, offset=header)
 
     def get(split):
         if name == "fashion-mnist" and DEBIAN_FASHION.is_dir():
@@ -408,13 +408,13 @@ class Loader:
 def backbone(arch, size):
     """ResNet without its classifier: images (n, 3, size, size) -> features (n, net.out_dim). resnet18, resnet34, resnet50:
     torchvision's; up to 64 pixels with the stem of the CIFAR literature (3x3, stride 1, no max-pool). resnet14: sized for two
-    CPU cores; 3x3 stem of stride 2, one bottleneck block a stage, 3/8 of the channels. Saved weights load with backbone(arch,
-    size).load_state_dict(torch.load("backbone.pt")); those of resnet18 trained at more than 64 pixels also with
-    torchvision.models.resnet18().load_state_dict(torch.load("backbone.pt"), strict=False)."""
+    CPU cores; 3x3 stem of stride 2, a bottleneck block a stage, 3/8 of the channels, no stride in the last stage. Saved weights
+    load with backbone(arch, size).load_state_dict(torch.load("backbone.pt")); those of resnet18 trained at more than 64 pixels
+    also with torchvision.models.resnet18().load_state_dict(torch.load("backbone.pt"), strict=False)."""
     if arch == "resnet14":
         net = ResNet(Bottleneck, [1, 1, 1, 1])
         net.inplanes, net.conv1, net.bn1 = 32, nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
-        for stage, (width, stride) in enumerate([(24, 1), (48, 2), (96, 2), (192, 2)], 1):
+        for stage, (width, stride) in enumerate([(24, 1), (48, 2), (96, 2), (192, 1)], 1):
             setattr(net, f"layer{stage}", net._make_layer(Bottleneck, width, 1, stride))
     elif arch in ("resnet18", "resnet34", "resnet50"):
         net = getattr(torchvision.models, arch)()
@@ -500,7 +500,7 @@ def knn(bank, bank_labels, test, test_labels, k, temperature=0.07):
 def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     """Linear-probe accuracy in percent: multinomial logistic regression on frozen standardised features, solved to convergence.
     The weight decay, 10, 3, 1, ... 1e-4, is chosen on a fifth of the BANK (whole groups if given, so that near copies stay
-    together) until it no longer helps; then all of the bank is fitted. The test images choose nothing."""
+    together) until it clearly no longer helps; then all of the bank is fitted. The test images choose nothing."""
     mean, std = bank.mean(0), bank.std(0) + 1e-6
     bank, test = (bank - mean) / std, (test - mean) / std
     variance, rotation = torch.linalg.eigh(bank.T @ bank / len(bank))  # decorrelates; a rotation changes no solution
@@ -517,9 +517,10 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     for candidate in (10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4):
         solution = fit_logistic(bank[~held], bank_labels[~held], variance, candidate, *solution)
         score = accuracy(solution, bank[held], bank_labels[held])
-        if score <= best:
+        if score < best - 1:  # percent; a plateau, as of a strong decay that leaves only the bias, or chance must not end it
             break
-        best, decay = score, candidate
+        if score > best:
+            best, decay = score, candidate
     return accuracy(fit_logistic(bank, bank_labels, variance, decay, *begin), test, test_labels)
 
 def fit_logistic(x, y, variance, decay, weight, bias):
@@ -559,7 +560,7 @@ def collapse_panel(x, x1, x2):
     uniformity, log mean exp(-2 ||u - v||^2) over different images: -4 is best, 0 collapsed (Wang and Isola 2020, arXiv
     2005.10242)."""
     p = torch.linalg.svdvals(x)
-    p = p / p.sum() + 1e-7
+    p = p / p.sum().clamp(min=1e-12) + 1e-7  # 1e-12: all features 0
     u, u1, u2 = (F.normalize(v, dim=1) for v in (x, x1, x2))
     panel = {"feature_std": u.std(0).mean(), "rankme": torch.exp(-(p * p.log()).sum()),
              "alignment": (u1 - u2).square().sum(1).mean(), "uniformity": (-2 * torch.pdist(u1) ** 2).exp().mean().log()}
@@ -878,7 +879,7 @@ def main():
     p.add_argument("--size", type=int, default=None, help="side of the images, pixels (default: as trained)")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     args = p.parse_args()
-    if not args.backbone.is_file() or not args.backbone.with_name("metrics.jsonl").is_file():
+    if not args.backbone.is_file() or not read_lines(args.backbone.with_name("metrics.jsonl")):
         fail(f"{args.backbone}: give the backbone.pt of a run folder, with its metrics.jsonl beside it")
     first = read_lines(args.backbone.with_name("metrics.jsonl"))[0]
     trained, method = first["settings"], importlib.import_module(f"methods.{first['method']}")  # some have their own backbone
@@ -888,8 +889,8 @@ def main():
     results = {"pixels": evaluate(pixels(size), *options), "random_init": evaluate(network, *options)}
     try:
         network.load_state_dict(torch.load(args.backbone, map_location=device, weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        fail(f"{args.backbone} is not a {trained['arch']}: {str(error).splitlines()[0]}")
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        fail(f"{args.backbone} is not a {trained['arch']}: {[*str(error).splitlines(), 'it is empty'][0]}")
     results["evaluation"] = evaluate(network, *options)
     print0(table(results, "trained") + "\n" + json.dumps(results))
 

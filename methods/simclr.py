@@ -38,8 +38,10 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
-from common import (Crop, Loader, Run, backbone, color_jitter, distribute, gather, gaussian_blur, load_data, normalize,
-                    random_flip, random_grayscale, rank, start)
+from common import (Crop, Loader, Run, backbone, color_jitter, distribute, gaussian_blur, load_data, normalize, print0,
+                    random_flip, random_grayscale, start)
+from kernels import path
+from kernels.infonce import simclr_loss
 
 
 def get_args():
@@ -49,7 +51,7 @@ def get_args():
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 224)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: resnet50)")
     p.add_argument("--batch", type=int, default=256, help="images a step, over all processes (paper: 4096)")
-    p.add_argument("--epochs", type=int, default=36, help="passes over the training images (paper: 100 to 1000)")
+    p.add_argument("--epochs", type=int, default=30, help="passes over the training images (paper: 100 to 1000)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
     p.add_argument("--lr", type=float, default=4.0, help="learning rate per 256 images (paper: 0.3; CIFAR-10: 0.5)")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="on weights, not biases or batch-norm (paper: 1e-6)")
@@ -94,18 +96,15 @@ class SimCLR(nn.Module):
         return self.projector(h)  # (n, d)
 
 
-def nt_xent(z1, z2, tau, candidates=None, first=0):
-    """NT-Xent, Eq. 1, averaged over the 2n anchors given. Returns a scalar, in nats.
+def nt_xent(z1, z2, tau):
+    """NT-Xent, Eq. 1, averaged over the 2N anchors of one process. Returns a scalar, in nats.
 
-    z1, z2: (n, d) L2-normalised, row k of both from image k. With several processes each holds n rows of the global batch:
-    candidates is then the pair of its gathered (N, d) projections, and first the row in them at which z1 and z2 begin."""
-    c1, c2 = candidates or (z1, z2)
-    n, N = len(z1), len(c1)
-    logits = torch.cat([z1, z2]) @ torch.cat([c1, c2]).T / tau  # (2n, 2N): s_ij / tau
-    row = torch.arange(first, first + n, device=z1.device)
-    itself = torch.cat([row, row + N])  # (2n,): the column in which each anchor meets itself ...
-    positive = torch.cat([row + N, row])  # ... and the one in which it meets its other view
-    logits = logits.scatter(1, itself[:, None], -torch.inf)  # the sum in Eq. 1 runs over k != i
+    z1, z2: (N, d) L2-normalised, row k of both from image k. The training loop calls simclr_loss, which is this formula
+    without ever storing the (2N, 2N) logits, and over the candidates of all processes."""
+    z = torch.cat([z1, z2])  # (2N, d)
+    logits = z @ z.T / tau  # (2N, 2N): s_ij / tau
+    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # the sum is over k != i
+    positive = torch.arange(len(z), device=z.device).roll(len(z1))  # row i's other view: N, N + 1, ..., 0, 1, ...
     return F.cross_entropy(logits, positive)
 
 
@@ -147,6 +146,7 @@ def main():
     model = SimCLR(args.arch, args.size, args.dim)
     optimizer = LARS([w for w in model.parameters() if w.requires_grad], lr=0.0, weight_decay=args.weight_decay)
     run = Run("simclr", args, data, loader, model, {"optimizer": optimizer}, collapse=math.log(2 * args.batch - 1))
+    print0(f"loss: {path(device)}")
     network = distribute(model, device, args.compile)
 
     for epoch in range(run.step // loader.steps, args.epochs):
@@ -156,10 +156,13 @@ def main():
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = network(torch.cat([x1, x2]))  # (2n, d); one pass, so both views share the batch statistics
-            z1, z2 = F.normalize(z.float(), dim=1).chunk(2)
-            # Each process averages over its own 2n anchors, against the candidates of all; DistributedDataParallel
-            # averages the processes, and gather passes gradients back: exactly the gradient of one process with all N.
-            loss = nt_xent(z1, z2, args.tau, (gather(z1), gather(z2)), first=rank() * len(z1))
+            z = F.normalize(z.float(), dim=1)
+            if device.type == "cuda":
+                z = z.half()  # for the tensor cores; a unit vector keeps 11 bits in float16, 8 in bfloat16
+            z1, z2 = z.chunk(2)  # (n, d) each
+            # The mean over this process's 2n anchors, against the candidates of all; DistributedDataParallel averages the
+            # gradients of the processes: exactly the gradient of one process with all N images.
+            loss = simclr_loss(z1, z2, args.tau)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -69,7 +69,8 @@ def method_table():
     lines = ["| file | paper | idea | lines | the paper's figure |", "|---|---|---|---|---|"]
     for path in sorted((ROOT / "methods").glob("*.py")):
         doc = ast.get_docstring(ast.parse(path.read_text())).splitlines()
-        year, link = re.search(r"\b(?:19|20)\d\d\b", doc[1])[0], re.search(r"https://arxiv\.org/\S+", "\n".join(doc))[0]
+        text = " ".join(doc[1:])  # the list of authors may take more than one line
+        year, link = re.search(r"\b(?:19|20)\d\d\b", text)[0], re.search(r"https://arxiv\.org/\S+", text)[0]
         idea, figure = FACTS.get(path.stem, ("", ""))
         lines.append(f"| [{path.name}](methods/{path.name}) | [{doc[0].split(':')[0]}]({link}), {year} | {idea} | "
                      f"{len(path.read_text().splitlines())} | {figure} |")

@@ -1,0 +1,492 @@
+"""Measures the kernels beside plain PyTorch and other packages, and prints the kernel table of README.md.
+
+    python kernels/bench.py            on a CUDA GPU, within 10 minutes
+    python kernels/bench.py --cpu      the CPU path beside the plain formula, a few minutes
+    python kernels/bench.py --table    the table of all that was measured so far, in Markdown
+
+Every measurement becomes a row of kernels/results.jsonl, with device, driver, versions, date and commit; in the table the
+last row counts. What has no row reads "not run".
+
+Time    milliseconds of the value (forward) and of value and gradient (both); backward is their difference. GPU: the median of
+        triton.testing.do_bench, which empties the L2 cache before each call. CPU: the least of 5 calls, in which the
+        implementations take turns, so that other programs disturb all alike.
+Rate    work / time, of both where there is a gradient. The work is one number for all implementations of a case:
+            simclr_loss    6 M^2 D FLOPs, M = 2 N: logits; in the backward logits again, and their weights times z
+            clip_loss     10 N^2 D FLOPs: logits; for each of two gradients logits again, and a product. The least without
+                          storing logits or adding atomically; with stored logits 6 N^2 D would do
+            moco_loss      4 B K D FLOPs: logits, and the weighted mean of the keys, which is the gradient
+            others        bytes: inputs read once, results written once; Sinkhorn reads scores once more than it iterates
+Share   rate / that of multiplying two 8192 x 8192 fp16 matrices, or of copying 1 GiB, measured in the same run.
+Memory  MB at the peak of both, above the inputs.
+Error   norm of the difference / norm, of the value and of the worst gradient, from our PyTorch path in fp64 on the same inputs.
+
+Embeddings are fp32 unit vectors around 1000 centres, the two of a pair closer to each other, as after some training.
+"""
+
+import argparse
+import ctypes
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
+from common import commit, device_name, fail
+from kernels.infonce import clip_loss, moco_loss, simclr_loss
+from kernels.mae_mask import gather_tokens, masked_patch_mse, random_masking, restore_tokens
+from kernels.sinkhorn import assignment_cross_entropy, sinkhorn, sinkhorn_potentials
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+TAU, SCALE, EPSILON, ITERATIONS, PATCH = 0.1, 1 / 0.07, 0.05, 3, 16
+SECONDS = 540  # no measurement starts later than this after the first, so that a run ends within 10 minutes
+
+
+class Case(NamedTuple):
+    """One function at one size. The ways to compute it are functions of the inputs: ours and plain PyTorch (ways), other
+    packages, imported when called (packages), and programs that take seconds to compile (compiled)."""
+    op: str
+    size: str
+    work: int
+    unit: str  # of work / time: TFLOP/s or GB/s
+    inputs: Callable  # device -> tensors; the gradients of those that require them are measured, too
+    ways: dict
+    packages: dict = {}
+    compiled: dict = {}
+    view: Callable = lambda out, *inputs: out  # the tensor in a result that is compared
+
+
+# -------- 1. The formulas in plain PyTorch --------------------------------------------------------------------------------
+
+def plain_simclr(z1, z2):
+    z = torch.cat([z1, z2])  # (M, D)
+    logits = (z @ z.T / TAU).fill_diagonal_(-torch.inf)  # (M, M): nobody is its own negative
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
+
+def plain_clip(x, y, scale):
+    logits = scale * x @ y.T  # (N, N)
+    target = torch.arange(len(x), device=x.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+def plain_moco(q, k, queue):
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / TAU  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+def plain_sinkhorn(scores):
+    """The loop of SwAV (section 3.1) as DINOv2 runs it: in fp32, without a shift against overflow."""
+    Q = torch.exp(scores.float() / EPSILON).T  # (prototypes, samples)
+    Q /= Q.sum()
+    for _ in range(ITERATIONS):
+        Q /= Q.sum(1, keepdim=True)
+        Q /= Q.shape[0]
+        Q /= Q.sum(0, keepdim=True)
+        Q /= Q.shape[1]
+    return (Q * Q.shape[1]).T
+
+def plain_assignment(student, scores, log_u, log_v, Q):
+    return -(Q * F.log_softmax(student.float() / TAU, 1)).sum(1).mean()
+
+def plain_masking(noise, keep):
+    ids_shuffle = noise.argsort(1)
+    ids_restore = ids_shuffle.argsort(1)
+    mask = torch.ones_like(noise)
+    mask[:, :keep] = 0
+    return ids_shuffle[:, :keep], ids_restore, mask.gather(1, ids_restore)
+
+def plain_gather(x, ids_keep):
+    return x.gather(1, ids_keep[..., None].repeat(1, 1, x.shape[2]))
+
+def plain_restore(x, ids_restore, mask_token, pos):
+    hidden = mask_token.repeat(len(x), ids_restore.shape[1] - x.shape[1], 1)
+    return torch.cat([x, hidden], 1).gather(1, ids_restore[..., None].repeat(1, 1, x.shape[2])) + pos
+
+def plain_mse(pred, images, mask):
+    B, _, H, W = images.shape
+    target = (images / 255).reshape(B, 3, H // PATCH, PATCH, W // PATCH, PATCH)
+    target = target.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, L, P): row, column, colour of a patch
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
+
+
+# -------- 2. Other ways to the same numbers -------------------------------------------------------------------------------
+
+def autocast(plain):
+    def run(*inputs):
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            return plain(*inputs)
+    return run
+
+def compiled(plain):
+    """torch.compile, put off until the first call. Static shapes: each case is a program of its own."""
+    program = functools.cache(lambda: torch.compile(plain, dynamic=False))
+    return lambda *inputs: program()(*inputs)
+
+def others(score, b, h, i, j):
+    return torch.where(i == j, -torch.inf, score)
+
+def flex_lse(q, k, scale, score_mod=None):
+    """log sum_j exp(scale q_i . k_j), (rows,), of q and k in bf16: attention of which only the normaliser is used."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    q, k = q.bfloat16()[None, None], k.bfloat16()[None, None]  # (1, 1, rows, D): one sample, one head
+    return flex_attention(q, k, k, score_mod, scale=scale, return_aux=AuxRequest(lse=True))[1].lse[0, 0]
+
+def flex_simclr(z1, z2):
+    z = torch.cat([z1, z2])
+    return flex_lse(z, z, 1 / TAU, others).mean() - (z1 * z2).sum(1).mean() / TAU
+
+def flex_clip(x, y, scale):
+    return (flex_lse(scale * x, y, 1.0) + flex_lse(scale * y, x, 1.0)).mean() / 2 - scale * (x * y).sum(1).mean()
+
+def flex_moco(q, k, queue):
+    positive = (q * k).sum(1) / TAU
+    return (torch.logaddexp(flex_lse(q, queue, 1 / TAU), positive) - positive).mean()
+
+def lightly_simclr(z1, z2):
+    from lightly.loss.ntx_ent_loss import NTXentLoss
+    return NTXentLoss(TAU)(z1, z2)
+
+def memeff(x, y, scale):  # its scale is a number that gets no gradient
+    from memeff import MemoryEfficientCLIPLoss
+    return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)(x.bfloat16(), y.bfloat16())
+
+def both_directions(one_direction):
+    """CLIP's loss from a cross-entropy of scaled features (N, D), class weights (N, D) and classes (N,)."""
+    def run(x, y, scale):
+        target = torch.arange(len(x), device=x.device)
+        return (one_direction(scale * x, y, target) + one_direction(scale * y, x, target)) / 2
+    return run
+
+def inf_cl(features, weights, target):  # fp32, multiplied as TF32
+    from inf_cl import cal_flash_loss
+    return cal_flash_loss(features, weights, target, head_dim=128).mean()
+
+def cut_cross_entropy(features, weights, target):
+    from cut_cross_entropy import linear_cross_entropy
+    return linear_cross_entropy(features.bfloat16(), weights.bfloat16(), target, filter_eps=None)  # None: skip no gradient
+
+def liger_kernel(features, weights, target):
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    return LigerFusedLinearCrossEntropyLoss()(weights.bfloat16(), features.bfloat16(), target)
+
+
+# -------- 3. Cases ---------------------------------------------------------------------------------------------------------
+
+def draw(device, *shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+def pairs(device, n, D):
+    """Two unit vectors (n, D) for each of n images."""
+    centre = torch.randint(1000, (n,), generator=torch.Generator(device).manual_seed(1), device=device)
+    image = draw(device, 1000, D, seed=2)[centre] + 0.7 * draw(device, n, D, seed=3)
+    return [F.normalize(image + 0.5 * draw(device, n, D, seed=seed), dim=1) for seed in (4, 5)]
+
+def contrastive(op, size, work, inputs, ours, plain, flex, D, packages):
+    programs = {"compile": compiled(autocast(plain))} | ({"flex_attention": compiled(flex)} if D <= 256 else {})
+    return Case(op, f"{size} D={D}", work, "TFLOP/s", inputs,
+                {"ours": ours, "eager": plain, "eager bf16": autocast(plain)}, packages, programs)
+
+def simclr_case(M, D):
+    return contrastive("simclr_loss", f"M={M}", 6 * M**2 * D,
+                       lambda device: [z.requires_grad_() for z in pairs(device, M // 2, D)],
+                       lambda z1, z2: simclr_loss(z1, z2, TAU), plain_simclr, flex_simclr, D, {"lightly": lightly_simclr})
+
+def clip_case(N, D):
+    def inputs(device):
+        return [x.requires_grad_() for x in (*pairs(device, N, D), torch.tensor(SCALE, device=device))]
+    packages = {"memeff": memeff, "cut_cross_entropy": both_directions(cut_cross_entropy),
+                "liger_kernel": both_directions(liger_kernel)}
+    if N % 64 == 0 and D % 128 == 0:  # its kernel for the keys reads beyond the end otherwise
+        packages["inf_cl"] = both_directions(inf_cl)
+    return contrastive("clip_loss", f"N={N}", 10 * N**2 * D, inputs, clip_loss, plain_clip, flex_clip, D, packages)
+
+def moco_case(B, K, D):
+    def inputs(device):
+        q, k = pairs(device, B + K, D)
+        return q[:B].clone().requires_grad_(), k[:B].clone(), k[B:].clone()
+    return contrastive("moco_loss", f"B={B} K={K}", 4 * B * K * D, inputs, lambda q, k, queue: moco_loss(q, k, queue, TAU),
+                       plain_moco, flex_moco, D, {})
+
+def prototype_scores(device, B, K, dtype):
+    """(B, K) cosines of samples with prototypes."""
+    return (pairs(device, B, 256)[0] @ F.normalize(draw(device, K, 256), dim=1).T).to(dtype)
+
+def sinkhorn_case(B, K, dtype=torch.float16):
+    return Case("sinkhorn", f"B={B} K={K}", B * K * ((ITERATIONS + 1) * dtype.itemsize + 4), "GB/s",
+                lambda device: [prototype_scores(device, B, K, dtype)],
+                {"ours": lambda s: sinkhorn(s, EPSILON, ITERATIONS), "eager": plain_sinkhorn},
+                {}, {"compile": compiled(plain_sinkhorn)},
+                lambda Q, s: Q[:512])  # every score acts on these rows, and differences of all would take too much memory
+
+def potentials_case(B, K, dtype=torch.float16):
+    """Beside the potentials alone, the others have to build the assignment."""
+    def first_rows(out, s):
+        if isinstance(out, torch.Tensor):
+            return out[:512]
+        log_u, log_v = out[0].double(), out[1].double()
+        return (log_u[:512, None] + s[:512].double() / EPSILON + log_v).exp()
+    case = sinkhorn_case(B, K, dtype)
+    return case._replace(op="sinkhorn_potentials", work=B * K * (ITERATIONS + 1) * dtype.itemsize, view=first_rows,
+                         ways=case.ways | {"ours": lambda s: sinkhorn_potentials(s, EPSILON, ITERATIONS)})
+
+def assignment_case(B, K, dtype=torch.float16):
+    """Ours rebuilds the assignment from scores and potentials, the others are given it."""
+    def inputs(device):
+        s = prototype_scores(device, B, K, dtype)
+        student = s + 0.1 * draw(device, B, K).to(dtype)
+        return student.requires_grad_(), s, *sinkhorn_potentials(s, EPSILON, ITERATIONS), sinkhorn(s, EPSILON, ITERATIONS)
+    return Case("assignment_cross_entropy", f"B={B} K={K}", 3 * B * K * dtype.itemsize, "GB/s", inputs,
+                {"ours": lambda z, s, log_u, log_v, Q: assignment_cross_entropy(z, s, log_u, log_v, TAU, EPSILON),
+                 "eager": plain_assignment}, {}, {"compile": compiled(plain_assignment)})
+
+def mae_cases(B, dtype=torch.bfloat16, L=196, K=49, D=768, decoder=512, P=3 * PATCH**2):
+    """ViT-B at 224 pixels, three quarters hidden: L tokens, K kept, widths of encoder and decoder, numbers in a patch."""
+    def noise(device):
+        return torch.rand(B, L, generator=torch.Generator(device).manual_seed(0), device=device)
+    def leaf(device, *shape, seed=0):
+        return draw(device, *shape, seed=seed).to(dtype).requires_grad_()
+    def images(device):
+        return (120 + 40 * draw(device, B, 3, 14 * PATCH, 14 * PATCH, seed=1)).clamp(0, 255).byte()
+    def case(op, numbers, inputs, ours, plain, view=lambda out, *inputs: out):
+        ways, programs = {"ours": ours, "eager": plain}, {"compile": compiled(plain)}
+        return Case(op, f"B={B}", B * numbers, "GB/s", inputs, ways, {}, programs, view)
+    size = dtype.itemsize
+    return [
+        case("random_masking", 4 * L + 8 * K + 8 * L + 4 * L, lambda d: [noise(d)], lambda x: random_masking(B, L, K, noise=x),
+             lambda x: plain_masking(x, K), lambda out, x: torch.cat(out, 1)),
+        case("gather_tokens", (2 * K + K + L) * D * size,  # forward reads and writes K rows, backward reads K and writes L
+             lambda d: [leaf(d, B, L, D), plain_masking(noise(d), K)[0]], gather_tokens, plain_gather),
+        case("restore_tokens", 2 * (K + L) * decoder * size,
+             lambda d: [leaf(d, B, K, decoder), plain_masking(noise(d), K)[1], leaf(d, decoder, seed=1),
+                        leaf(d, L, decoder, seed=2).detach()], restore_tokens, plain_restore),
+        case("masked_patch_mse", (L - K) * P * (size + 1) + L * P * size,  # hidden patches and pixels read, gradient written
+             lambda d: [leaf(d, B, L, P), images(d), plain_masking(noise(d), K)[2]],
+             lambda pred, x, mask: masked_patch_mse(pred, x, mask, PATCH), plain_mse)]
+
+
+GPU_CASES = [
+    *(simclr_case(M, D) for M, D in [(8192, 128), (32768, 128), (65536, 128), (8192, 256), (32768, 256), (65536, 256),
+                                     (4096, 128), (8192, 512), (8192, 1024), (32768, 512), (8186, 96)]),
+    *(clip_case(N, D) for N, D in [(8192, 128), (32768, 128), (65536, 128), (32768, 256), (8192, 512), (8192, 1024),
+                                   (4093, 96)]),
+    *(moco_case(B, 65536, D) for D in (128, 256) for B in (4096, 1024, 256)),
+    *(of(B, K) for of in (sinkhorn_case, potentials_case)
+      for B, K in [(4096, 65536), (4096, 16384), (4096, 3000), (32768, 3000), (32768, 65536)]),
+    assignment_case(4096, 65536), assignment_case(4096, 16384),
+    *(case for B in (4096, 1024, 256) for case in mae_cases(B))]
+CPU_CASES = [  # two sizes of each, so that the growth of time and memory shows
+    *(simclr_case(M, 128) for M in (2048, 4096)), *(clip_case(N, 128) for N in (2048, 4096)),
+    *(moco_case(256, K, 128) for K in (8192, 16384)),
+    *(of(B, 3000, torch.float32) for of in (sinkhorn_case, potentials_case, assignment_case) for B in (512, 1024)),
+    *(case for B in (16, 32) for case in mae_cases(B, torch.float32))]
+
+
+# -------- 4. Measuring -----------------------------------------------------------------------------------------------------
+
+def arriving(out):
+    """The gradient that arrives at a result: 1 at a loss, else normal numbers, the same in every dtype."""
+    numbers = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(0), device=out.device)
+    return torch.ones_like(out) if out.ndim == 0 else numbers.bfloat16().to(out.dtype)
+
+def value_and_gradients(way, inputs, g=None):
+    leaves = [x for x in inputs if x.requires_grad]
+    for x in leaves:
+        x.grad = None
+    out = way(*inputs)
+    if leaves:
+        out.backward(arriving(out) if g is None else g)
+    return out, [x.grad for x in leaves]
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+def peak_memory(run, device):
+    """MB that run() needs on top of what is allocated; None where that cannot be found out."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    def kilobytes(name):  # Linux keeps account of the memory that a process holds
+        return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed but is still held would be used again without being counted
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+        before = kilobytes("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    run()
+    return (kilobytes("VmHWM") - before) * 1024 / 1e6
+
+def milliseconds(runs, device):
+    """Of each run()."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+        return [do_bench(run, warmup=10, rep=50, return_mode="median") for run in runs]
+    best = [float("inf")] * len(runs)
+    for _ in range(5):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+    return best
+
+def check(case, way, inputs, exact, exact_gradients, device):
+    """Errors and memory of a row, and the gradient that arrives at the value."""
+    out, gradients = value_and_gradients(way, inputs)
+    errors = [relative(a, b) for a, b in zip(gradients, exact_gradients) if a is not None]  # memeff's scale has none
+    row = {"value_error": relative(case.view(out, *inputs).detach(), exact), "gradient_error": max(errors, default=None)}
+    g = arriving(out) if gradients else None
+    del out, gradients
+    return row | {"memory_mb": peak_memory(lambda: value_and_gradients(way, inputs, g), device)}, g
+
+def measure(case, ways, device, peaks):
+    """A row for each of the ways, with the "error" of one that fails."""
+    inputs, rows, runs = case.inputs(device), [], []
+    doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    out, exact_gradients = value_and_gradients(case.ways["ours"], doubles)
+    exact = case.view(out, *doubles).detach().clone()  # a copy, so that the whole can go
+    del doubles, out
+    for who, way in ways.items():
+        rows.append({"op": case.op, "size": case.size, "who": who})
+        try:
+            errors, g = check(case, way, inputs, exact, exact_gradients, device)
+        except Exception as error:  # a package of others, or too little memory: the table says so
+            rows[-1]["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            rows[-1] |= errors
+            runs += [lambda way=way: way(*inputs), lambda way=way, g=g: value_and_gradients(way, inputs, g)]
+    times = iter(milliseconds(runs, device))
+    for row in [row for row in rows if "error" not in row]:
+        forward, both = next(times), next(times)
+        row |= {"forward_ms": forward, "backward_ms": both - forward, "ms": both} if exact_gradients else {"ms": forward}
+        row |= {"rate": case.work / row["ms"] / {"TFLOP/s": 1e9, "GB/s": 1e6}[case.unit], "unit": case.unit}
+        row |= {"share": row["rate"] / peaks[case.unit] if peaks else None, "over_eager": None}
+    return rows
+
+def rates_of_device(device):
+    """What a GPU reaches at best: TFLOP/s of a large product, GB/s of a large copy."""
+    a, (x, y) = draw(device, 8192, 8192).half(), torch.empty(2, 2**30, dtype=torch.uint8, device=device)
+    product, copy = milliseconds([lambda: a @ a, lambda: y.copy_(x)], device)
+    return {"TFLOP/s": 2 * 8192**3 / product / 1e9, "GB/s": 2 * 2**30 / copy / 1e6}
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+def environment(device):
+    """The fields that all rows of a run share."""
+    driver, command = None, ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if device.type == "cuda" and shutil.which("nvidia-smi"):
+        driver = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+    return {"type": device.type, "device": device_name(device), "driver": driver, "torch": torch.__version__,
+            "triton": version("triton"), "date": datetime.date.today().isoformat(), "commit": commit()}
+
+def run(cases, device, path):
+    """Measures the cases, on a GPU in three rounds, and appends the rows to path. Returns our own rows that failed."""
+    about, start, gpu, failed = environment(device), time.monotonic(), device.type == "cuda", []
+    peaks = rates_of_device(device) if gpu else None
+    cases = sorted(cases, key=lambda case: [c.size for c in cases if c.op == case.op].index(case.size))  # first sizes first
+    for stage, case in itertools.product(("ways", "packages", "compiled") if gpu else ("ways",), cases):
+        ways = getattr(case, stage)
+        if stage == "packages":
+            ways = {who: way for who, way in ways.items() if importlib.util.find_spec(who)}
+        elif stage == "compiled":
+            torch._dynamo.reset()  # or else the 9th program of one function would silently run uncompiled
+        elif not gpu:
+            ways = {who: ways[who] for who in ("ours", "eager")}  # bf16 is emulated on most CPUs
+        if gpu and time.monotonic() - start > SECONDS:
+            print(f"no time left for {case.op} {case.size}: {', '.join(ways)}", flush=True)
+            continue
+        for row in measure(case, ways, device, peaks) if ways else ():
+            failed += [row] if row["who"] == "ours" and "error" in row else []
+            row |= about | {"package": version(row["who"]) if stage == "packages" else None}
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row["op"], row["size"], row["who"], row.get("error") or f"{row['ms']:.4g} ms", flush=True)
+    return failed
+
+
+# -------- 5. The table -----------------------------------------------------------------------------------------------------
+
+COLUMNS = {  # title, whose row, its fields
+    "cuda": [("ms", "ours", "ms"), ("TFLOP/s or GB/s", "ours", "rate"), ("share", "ours", "share"), ("MB", "ours", "memory_mb"),
+             ("error: value, gradient", "ours", "value_error", "gradient_error"), ("eager ms", "eager", "ms"),
+             ("eager bf16 ms", "eager bf16", "ms"), ("compile ms", "compile", "ms"), ("fastest other ms", "other", "ms", "who")],
+    "cpu": [("ms", "ours", "ms"), ("plain ms", "eager", "ms"), ("ours / plain", "ours", "over_eager"),
+            ("MB", "ours", "memory_mb"), ("plain MB", "eager", "memory_mb"),
+            ("error: value, gradient", "ours", "value_error", "gradient_error")]}
+
+def read(path):
+    """The rows of a results file, none if there is no file."""
+    rows = []
+    for i, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            fail(f"{path}, line {i}: not a row of results (JSON); remove that line")
+    return rows
+
+def cell(row, *fields):
+    if row is None:
+        return "not run"
+    if "error" in row:
+        return "out of memory" if "OutOfMemory" in row["error"] else "failed"
+    values = [row[field] for field in fields if row.get(field) is not None]
+    return ", ".join(value if isinstance(value, str) else f"{value:.3g}" for value in values) or "-"
+
+def table(rows, gpu_cases=GPU_CASES, cpu_cases=CPU_CASES):
+    """Markdown: for each device a line for each case, from its last rows. Without any GPU, or CPU, one that was not run."""
+    lines = []
+    for kind, nothing, cases in (("cuda", "GPU", gpu_cases), ("cpu", "CPU", cpu_cases)):
+        head, mine = ["kernel", "size", *(title for title, *_ in COLUMNS[kind])], [row for row in rows if row["type"] == kind]
+        for device in dict.fromkeys(row["device"] for row in mine) or [nothing]:
+            found = {(row["op"], row["size"], row["who"]): row for row in mine if row["device"] == device}
+            about = list(found.values())[-1] if found else {}
+            about = [f"{field} {about[field]}" for field in ("driver", "torch", "triton", "date", "commit") if about.get(field)]
+            lines += [f"{device}: {', '.join(about) or 'not run'}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            for case in cases:
+                by = {who: row for (op, size, who), row in found.items() if (op, size) == (case.op, case.size)}
+                rest = [row for who, row in by.items() if who in ("flex_attention", *case.packages) and "ms" in row]
+                by["other"] = min(rest, key=lambda row: row["ms"], default=None)
+                if all("ms" in by.get(who, {}) for who in ("ours", "eager")):
+                    by["ours"] = by["ours"] | {"over_eager": by["ours"]["ms"] / by["eager"]["ms"]}
+                cells = [cell(by.get(who), *fields) for _, who, *fields in COLUMNS[kind]]
+                lines.append(f"| {' | '.join([case.op, case.size, *cells])} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--cpu", action="store_true", help="measure the CPU path beside the plain formula")
+    mode.add_argument("--table", action="store_true", help="print the table of the results so far")
+    p.add_argument("--results", type=Path, default=RESULTS, help="file of the rows (default: %(default)s)")
+    args = p.parse_args()
+    if args.table:
+        return print(table(read(args.results)))
+    if not args.cpu and not torch.cuda.is_available():
+        fail("there is no CUDA GPU, so nothing was measured; --cpu measures the CPU path")
+    if not args.results.parent.is_dir():
+        fail(f"--results {args.results}: there is no folder {args.results.parent}")
+    failed = run(CPU_CASES if args.cpu else GPU_CASES, torch.device("cpu" if args.cpu else "cuda"), args.results)
+    if failed:
+        fail("; ".join(f"{row['op']} {row['size']}: {row['error']}" for row in failed))
+
+
+if __name__ == "__main__":
+    main()

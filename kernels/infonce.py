@@ -1,0 +1,446 @@
+"""InfoNCE without the matrix of logits, for the three shapes it has in self-supervised learning.
+van den Oord, Li, Vinyals 2018 (CPC), https://arxiv.org/abs/1807.03748, Eq. 4; Chen et al. 2020 (SimCLR), Eq. 1,
+https://arxiv.org/abs/2002.05709; Radford et al. 2021 (CLIP), figure 3, https://arxiv.org/abs/2103.00020; He et al. 2020
+(MoCo), Eq. 1, https://arxiv.org/abs/1911.05722
+
+    simclr_loss(z1, z2, temperature, group)     2N anchors, each against the 2N - 1 others; its other view is the positive
+    clip_loss(x, y, scale, group)               x against all y and y against all x, averaged; scale may be learned
+    moco_loss(q, k, queue, temperature)         each q against its own k and the whole queue; only q gets a gradient
+
+Notation. x (R, D) this process's anchors, y (C, D) the candidates of all processes, rows of length 1; a = scale = 1 /
+temperature; s_ij = x_i . y_j; t (R, D) the positives. SimCLR's anchor i meets itself in column first + i, the others nowhere.
+
+    lse_i = log sum over j != self of exp(a s_ij)       p_ij = exp(a s_ij - lse_i)       L = mean over i of lse_i - a x_i . t_i
+
+Forward, as plain loops over tiles of the logits that never leave the chip:
+
+    for a block of rows i:  m = -inf, l = 0
+        for a block of columns j:  s = a x_i y_j^T;  new = max(m, max s);  l = l exp(m - new) + sum exp(s - new);  m = new
+    lse_i = m + log l
+where a <= 43, exp(a s) neither overflows nor vanishes for |s| <= 1, and the maximum is left out. MoCo keeps one more sum,
+o_i = sum_j p_ij y_j: it is the gradient already, so that the queue is read once.
+
+Backward. An anchor is also a candidate of others. Row i of the gradient of the GLOBAL mean takes both parts, and needs no more
+than this process's rows and the lse of all: no atomic additions, no communication. For SimCLR, where s is symmetric, and CLIP,
+where the second lse is that of the other direction (and w = 1 / 2, else 1):
+
+    dL/dx_i = w a / R [sum_j (exp(a s_ij - lse_i) + exp(a s_ij - lse_j)) y_j - 2 t_i]        dL/da = sum_i x_i . dL/dx_i / (2 a)
+One power gives both terms: e = exp(a s), times (exp(-lse_i) + exp(-lse_j)); where a > 43, e = exp(a s / 2), and the squares of
+e exp(-lse_i / 2) and e exp(-lse_j / 2). The last equation holds because L depends on a and x, y by the products a s_ij alone.
+
+Why fused: bytes moved for M = 2N = 8192, D = 128, counted, not measured. Plain PyTorch reads or writes an (M, M) float32 matrix
+about 12 times, 3.2 GB; here each block of rows reads all candidates, 2 MB, which stay in the cache. FLOPs: 6 M^2 D in both.
+
+Distributed contract. Each process holds equally many rows. Gathered: the embeddings and the lse, (C, D) and (C,) numbers. The
+value is the mean over this process's anchors; the gradients are such that the AVERAGE over processes, which
+DistributedDataParallel takes, is the gradient of the global mean loss, for every parameter and the scale. Who sums gradients
+instead must divide by the number of processes. The order of the candidates is that of the processes, z1 before z2 in each.
+
+Limits. Rows must have length 1 (checked under torch.autograd.set_detect_anomaly only), a <= 170. Kernels: float16 and bfloat16
+on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range: prefer it to bfloat16. Everything
+else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for float64). Deterministic: no atomics,
+sums in a fixed order. First derivatives only. Measured speed: not run on a GPU.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.library import custom_op
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this machine: the PyTorch path runs everywhere
+    triton = None
+
+LOG2E = 1.4426950408889634  # exp(x) = 2^(x LOG2E): powers of 2 are one instruction on a GPU
+NARROW = 43.0  # the largest scale for which exp(scale s) needs no maximum in float32: 2 x 43 x LOG2E < 126
+WIDEST = 170.0  # the same for exp(scale s / 2)
+# Tiles for D up to 128, and up to 256: as large as fits the registers, and so small that two programs share a processor.
+LSE_TILES = [dict(BM=64, BN=128, num_warps=4, num_stages=3), dict(BM=128, BN=128, num_warps=8, num_stages=2)]
+MEAN_TILES = [dict(BM=64, BN=128, num_warps=4, num_stages=3), dict(BM=64, BN=64, num_warps=4, num_stages=2)]
+PULL_TILES = [dict(BM=64, BN=128, num_warps=4, num_stages=2), dict(BM=64, BN=64, num_warps=4, num_stages=2)]
+UNIT = 1024.0  # probabilities are multiplied by it before they become float16, or 1 / 65536 would lose its digits
+
+
+# The specifications, for one process.
+
+def simclr_reference(z1, z2, temperature):
+    z = torch.cat([z1, z2])  # (2N, D)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    return (logits.logsumexp(1) - (z * torch.cat([z2, z1])).sum(1) / temperature).mean()
+
+
+def clip_reference(x, y, scale):
+    logits = scale * x @ y.T  # (N, N)
+    return (logits.logsumexp(1) / 2 + logits.logsumexp(0) / 2 - logits.diagonal()).mean()
+
+
+def moco_reference(q, k, queue, temperature):
+    candidates = torch.cat([(q * k.detach()).sum(1, keepdim=True), q @ queue.detach().T], 1) / temperature  # (n, 1 + K)
+    return (candidates.logsumexp(1) - candidates[:, 0]).mean()
+
+
+# The PyTorch path: a block of rows at a time.
+
+def row_blocks(x, y):
+    """(slice of rows, logits without scale) of blocks that hold 2 MB (on a GPU 256 MB), whatever the number of candidates."""
+    y = y.to(math_dtype(x))
+    step = max(1, 2 ** (26 if x.is_cuda else 19) // len(y))
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        yield rows, x[rows].to(y.dtype) @ y.T
+
+
+def exclude_self(values, rows, first, fill):
+    """values (r, C): puts fill where anchor i of the rows meets itself."""
+    i = torch.arange(rows.start, rows.stop, device=values.device)
+    if first < values.shape[1]:
+        values[i - rows.start, first + i] = fill
+
+
+def lse_torch(x, y, scale, wide, first):
+    out = x.new_empty(len(x), dtype=math_dtype(x))
+    for rows, s in row_blocks(x, y):
+        s *= scale
+        exclude_self(s, rows, first, -torch.inf)
+        out[rows] = s.logsumexp(1) if wide else s.exp_().sum(1).log_()
+    return out
+
+
+def mean_torch(q, queue, scale):
+    lse, mean = q.new_empty(len(q), dtype=math_dtype(q)), q.new_empty(q.shape, dtype=math_dtype(q))
+    for rows, s in row_blocks(q, queue):
+        top = s.amax(1, keepdim=True)
+        total = s.sub_(top).mul_(scale).exp_().sum(1, keepdim=True)
+        mean[rows] = s @ queue.to(s.dtype) / total
+        lse[rows] = (top * scale + total.log())[:, 0]
+    return lse, mean
+
+
+def pull_torch(x, y, lse_x, lse_y, scale, wide, first):
+    out = x.new_empty(x.shape, dtype=math_dtype(x))
+    for rows, s in row_blocks(x, y):
+        if wide:
+            e = s.mul_(scale / 2).exp_()
+            g = (e * torch.exp(-lse_x[rows, None] / 2)).square_().add_(e.mul_(torch.exp(-lse_y / 2)).square_())
+        else:
+            g = s.mul_(scale).exp_().mul_(torch.exp(-lse_x[rows, None]) + torch.exp(-lse_y))
+        exclude_self(g, rows, first, 0.0)
+        out[rows] = g @ y.to(g.dtype)
+    return out
+
+
+if triton is not None:
+    TO2 = tl.constexpr(LOG2E)
+    GAIN = tl.constexpr(UNIT)
+
+    @triton.jit
+    def span(tiles, per, own, BM: tl.constexpr, BN: tl.constexpr):
+        """The tiles [low, high) of this program's split; masked are those of the diagonal, [a, b), and the last, which may be
+        ragged: loops without masks run over the others. own: the column in which the first row meets itself."""
+        low = tl.program_id(1) * per
+        high = tl.minimum(low + per, tiles)
+        a = tl.minimum(tl.maximum(own // BN, low), high - 1)
+        b = tl.minimum(tl.maximum((own + BM - 1) // BN + 1, a), high - 1)
+        return low, a, b, high
+
+    @triton.jit
+    def tile(x, y, columns, C, D: tl.constexpr, MASKED: tl.constexpr):
+        """-> candidates (BN, D), products (BM, BN)"""
+        at = y + columns[:, None].to(tl.int64) * D + tl.arange(0, D)[None, :]
+        yj = tl.load(at, mask=columns[:, None] < C, other=0.0) if MASKED else tl.load(at)
+        return yj, tl.dot(x, tl.trans(yj), input_precision="ieee")
+
+    @triton.jit
+    def lse_step(x, top, total, mean, y, columns, itself, C, scale2, D: tl.constexpr, WIDE: tl.constexpr, MEAN: tl.constexpr,
+                 MASKED: tl.constexpr):
+        yj, s = tile(x, y, columns, C, D, MASKED)
+        s = s * scale2
+        if MASKED:
+            s = tl.where((columns[None, :] != itself[:, None]) & (columns[None, :] < C), s, -float("inf"))
+        if WIDE:
+            new = tl.maximum(top, tl.max(s, 1))
+            shrink = tl.exp2(top - new)
+            e = tl.exp2(s - new[:, None])
+            total = total * shrink + tl.sum(e, 1)
+            if MEAN:
+                mean = tl.dot((e * GAIN).to(yj.dtype), yj, mean * shrink[:, None], input_precision="ieee")
+            top = new
+        else:
+            total += tl.sum(tl.exp2(s), 1)
+        return top, total, mean
+
+    @triton.jit
+    def lse_kernel(x, y, scale, lse, mean, R, C, first, per, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   WIDE: tl.constexpr, MEAN: tl.constexpr):
+        """x (R, D), y (C, D), scale () read; lse (splits, R), and if MEAN mean (splits, R, D), written. A program owns BM rows
+        and `per` tiles of BN columns."""
+        row = tl.program_id(0) * BM + tl.arange(0, BM)
+        d = tl.arange(0, D)
+        low, a, b, high = span(tl.cdiv(C, BN), per, first + tl.program_id(0) * BM, BM, BN)
+        xi = tl.load(x + row[:, None].to(tl.int64) * D + d[None, :], mask=row[:, None] < R, other=0.0)
+        scale2 = tl.load(scale) * TO2
+        top, total = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32)
+        sums = tl.zeros((BM, D if MEAN else 1), tl.float32)
+        for j in range(low, a):
+            top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
+                                        D, WIDE, MEAN, False)
+        for j in range(b, high - 1):
+            top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
+                                        D, WIDE, MEAN, False)
+        for n in range(0, b - a + 1):  # the diagonal, then the last
+            j = tl.where(n < b - a, a + n, high - 1)
+            top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
+                                        D, WIDE, MEAN, True)
+        out = tl.program_id(1) * R + row
+        tl.store(lse + out, ((top if WIDE else 0.0) + tl.log2(total)) / TO2, mask=row < R)
+        if MEAN:
+            tl.store(mean + out[:, None].to(tl.int64) * D + d[None, :], sums / (total * GAIN)[:, None], mask=row[:, None] < R)
+
+    @triton.jit
+    def pull_step(x, wx, sums, y, wy, columns, itself, C, scale2, D: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
+        yj, s = tile(x, y, columns, C, D, MASKED)
+        wj = tl.load(wy + columns, mask=columns < C, other=0.0) if MASKED else tl.load(wy + columns)
+        e = tl.exp2(s * scale2)
+        if WIDE:
+            u, v = e * wx[:, None], e * wj[None, :]
+            g = u * u + v * v
+        else:
+            g = e * (wx[:, None] + wj[None, :])
+        if MASKED:
+            g = tl.where((columns[None, :] != itself[:, None]) & (columns[None, :] < C), g, 0.0)
+        return tl.dot(g.to(yj.dtype), yj, sums, input_precision="ieee")
+
+    @triton.jit
+    def pull_kernel(x, y, wx, wy, scale, out, R, C, first, per, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                    WIDE: tl.constexpr):
+        """x (R, D), y (C, D), scale () read, and wx (R,), wy (C,): UNIT exp(-lse), or the square root of that if WIDE. Written:
+        out (splits, R, D), UNIT sum_j (exp(a s_ij - lse_i) + exp(a s_ij - lse_j)) y_j over the columns of the split."""
+        row = tl.program_id(0) * BM + tl.arange(0, BM)
+        d = tl.arange(0, D)
+        low, a, b, high = span(tl.cdiv(C, BN), per, first + tl.program_id(0) * BM, BM, BN)
+        xi = tl.load(x + row[:, None].to(tl.int64) * D + d[None, :], mask=row[:, None] < R, other=0.0)
+        wi = tl.load(wx + row, mask=row < R, other=0.0)
+        scale2 = tl.load(scale) * (TO2 / 2 if WIDE else TO2)
+        sums = tl.zeros((BM, D), tl.float32)
+        for j in range(low, a):
+            sums = pull_step(xi, wi, sums, y, wy, j * BN + tl.arange(0, BN), first + row, C, scale2, D, WIDE, False)
+        for j in range(b, high - 1):
+            sums = pull_step(xi, wi, sums, y, wy, j * BN + tl.arange(0, BN), first + row, C, scale2, D, WIDE, False)
+        for n in range(0, b - a + 1):
+            j = tl.where(n < b - a, a + n, high - 1)
+            sums = pull_step(xi, wi, sums, y, wy, j * BN + tl.arange(0, BN), first + row, C, scale2, D, WIDE, True)
+        at = (tl.program_id(1) * R + row)[:, None].to(tl.int64) * D + d[None, :]
+        tl.store(out + at, sums, mask=row[:, None] < R)
+
+
+def math_dtype(*tensors):
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def use_kernel(x):
+    return triton is not None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.shape[1] <= 256
+
+
+def plan(x, y, BM, BN):
+    """-> ((blocks of rows, splits of the columns), tiles in a split): two programs for each processor of the GPU."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1  # 1: the interpreter
+    blocks, tiles = triton.cdiv(len(x), BM), triton.cdiv(len(y), BN)
+    per = triton.cdiv(tiles, max(1, 2 * processors // blocks))
+    return (blocks, triton.cdiv(tiles, per)), per
+
+
+def launch(kernel, grid, x, y, *arguments, BM, BN, num_warps, num_stages, **constants):
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernel[grid](x, y, *arguments, D=x.shape[1], BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def padded(x):
+    """x with zeros added up to a power of 2 of at least 16 columns, as tl.dot wants them; they change no product."""
+    return torch.nn.functional.pad(x, (0, max(16, triton.next_power_of_2(x.shape[1])) - x.shape[1]))
+
+
+# The operators that torch.compile and autograd see. Collectives stay outside. wide: scale may exceed NARROW.
+
+@custom_op("ssl_kernels::infonce_lse", mutates_args=())
+def lse_op(x: Tensor, y: Tensor, scale: Tensor, wide: bool, first: int) -> Tensor:
+    """-> (R,): log sum_j exp(scale s_ij), j != first + i."""
+    if not use_kernel(x):
+        return lse_torch(x, y, scale, wide, first)
+    x, y = padded(x), padded(y)
+    tiles = LSE_TILES[x.shape[1] > 128]
+    grid, per = plan(x, y, tiles["BM"], tiles["BN"])
+    lse = x.new_empty(grid[1], len(x), dtype=torch.float32)
+    launch(lse_kernel, grid, x, y, scale, lse, lse, len(x), len(y), first, per, WIDE=wide, MEAN=False, **tiles)
+    return lse.logsumexp(0)
+
+
+@custom_op("ssl_kernels::infonce_mean", mutates_args=())
+def mean_op(q: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """-> lse (R,), and sum_j p_ij y_j (R, D)."""
+    if not use_kernel(q):
+        return mean_torch(q, queue, scale)
+    x, y = padded(q), padded(queue)
+    tiles = MEAN_TILES[x.shape[1] > 128]
+    grid, per = plan(x, y, tiles["BM"], tiles["BN"])
+    lse = x.new_empty(grid[1], len(x), dtype=torch.float32)
+    mean = x.new_empty(*lse.shape, x.shape[1], dtype=torch.float32)
+    launch(lse_kernel, grid, x, y, scale, lse, mean, len(x), len(y), len(y), per, WIDE=True, MEAN=True, **tiles)
+    total = lse.logsumexp(0)
+    return total, ((lse - total).exp()[:, :, None] * mean).sum(0)[:, :q.shape[1]].contiguous()
+
+
+@custom_op("ssl_kernels::infonce_pull", mutates_args=())
+def pull_op(x: Tensor, y: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, wide: bool, first: int) -> Tensor:
+    """-> (R, D): sum_j (exp(scale s_ij - lse_x_i) + exp(scale s_ij - lse_y_j)) y_j."""
+    if not use_kernel(x):
+        return pull_torch(x, y, lse_x, lse_y, scale, wide, first)
+    D, half = x.shape[1], 0.5 if wide else 1.0
+    x, y = padded(x), padded(y)
+    wx, wy = (UNIT**half * torch.exp(-half * lse) for lse in (lse_x, lse_y))
+    tiles = PULL_TILES[x.shape[1] > 128]
+    grid, per = plan(x, y, tiles["BM"], tiles["BN"])
+    out = x.new_empty(grid[1], *x.shape, dtype=torch.float32)
+    launch(pull_kernel, grid, x, y, wx, wy, scale, out, len(x), len(y), first, per, WIDE=wide, **tiles)
+    return (out.sum(0)[:, :D] / UNIT).contiguous()
+
+
+@custom_op("ssl_kernels::infonce", mutates_args=())
+def contrast_op(x: Tensor, y: Tensor, target: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, wide: bool, first: int,
+                weight: float) -> Tensor:
+    """-> (): weight times the mean over rows of lse_x - scale x . target. lse_y and y are for the backward."""
+    return weight * (lse_x - scale * (x.to(lse_x.dtype) * target).sum(1)).mean()
+
+
+def contrast_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
+
+
+def contrast_backward(ctx, grad):
+    x, y, target, lse_x, lse_y, scale = ctx.saved_tensors
+    wide, first, weight = ctx.options
+    with torch.autocast(x.device.type, enabled=False):
+        dx = pull_op(x, y, lse_x, lse_y, scale, wide, first) - 2 * target
+    dx = dx * (grad * weight * scale / len(x))
+    dscale = (dx * x).sum() / (2 * scale) if ctx.needs_input_grad[5] else None
+    return dx.to(x.dtype), None, None, None, None, dscale, None, None, None
+
+
+@custom_op("ssl_kernels::infonce_moco", mutates_args=())
+def moco_op(q: Tensor, k: Tensor, lse: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """lse (n,) and mean (n, D) over the queue -> loss (), and its gradient to q but for the factor scale / n, (n, D)."""
+    positive = scale * (q.to(lse.dtype) * k).sum(1)
+    total = torch.logaddexp(lse, positive)
+    p = (positive - total).exp()[:, None]  # (n, 1), of the positive
+    return (total - positive).mean(), (lse - total).exp()[:, None] * mean + (p - 1) * k
+
+
+def moco_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], inputs[4])
+    ctx.dtype = inputs[0].dtype
+
+
+def moco_backward(ctx, grad, of_direction):
+    if of_direction is not None:
+        no_second_derivative(ctx)
+    direction, scale = ctx.saved_tensors
+    return (direction * (grad * scale / len(direction))).to(ctx.dtype), None, None, None, None
+
+
+def no_second_derivative(ctx, *grads):
+    raise RuntimeError("the InfoNCE losses have no second derivative; use simclr_reference, clip_reference or moco_reference")
+
+
+lse_op.register_fake(lambda x, *_: x.new_empty(x.shape[0], dtype=math_dtype(x)))
+mean_op.register_fake(lambda q, *_: (q.new_empty(q.shape[0], dtype=math_dtype(q)), q.new_empty(q.shape, dtype=math_dtype(q))))
+pull_op.register_fake(lambda x, *_: x.new_empty(x.shape, dtype=math_dtype(x)))
+contrast_op.register_fake(lambda x, y, target, lse, *_: lse.new_empty(()))
+moco_op.register_fake(lambda q, k, lse, mean, scale: (lse.new_empty(()), torch.empty_like(mean)))
+contrast_op.register_autograd(contrast_backward, setup_context=contrast_setup)
+moco_op.register_autograd(moco_backward, setup_context=moco_setup)
+pull_op.register_autograd(no_second_derivative)
+
+
+def gather(x, group):
+    """-> (processes x n, ...) in the order of the processes, without gradient; and the first row of this one."""
+    x = x.detach()
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return x, 0
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x, group)
+    return torch.cat(parts), dist.get_rank(group) * len(x)
+
+
+def check(**matrices):
+    """The matrices (rows, D) of one dtype, device and D, made contiguous."""
+    one = next(iter(matrices.values()))
+    for name, x in matrices.items():
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, not {found}")
+        if x.ndim != 2 or 0 in x.shape or x.shape[1] != one.shape[1]:
+            raise ValueError(f"{', '.join(matrices)} must have shape (rows, D) with one D, but {name} is {tuple(x.shape)}")
+        if x.dtype != one.dtype or x.device != one.device:
+            raise ValueError(f"{', '.join(matrices)} must have one dtype and device, but {name} is {x.dtype} on {x.device}")
+        debug = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
+        if debug and ((x.detach().float().norm(dim=1) - 1).abs() > 0.02).any():
+            raise ValueError(f"the rows of {name} must have length 1: use torch.nn.functional.normalize")
+    return [x.contiguous() for x in matrices.values()]
+
+
+def inverse(temperature, x):
+    """1 / temperature as a tensor () beside x, and whether it exceeds NARROW."""
+    if not 1 / WIDEST <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least {1 / WIDEST:.4f}, not {temperature}")
+    return torch.full((), 1 / temperature, dtype=math_dtype(x), device=x.device), 1 / temperature > NARROW
+
+
+def same_rows(a, b, names):
+    if len(a) != len(b):
+        raise ValueError(f"{names} must have the same number of rows, not {len(a)} and {len(b)}")
+
+
+def simclr_loss(z1, z2, temperature, group=None):
+    """NT-Xent (SimCLR, Eq. 1) of two views (n, D) of n images, rows of length 1: the mean over the 2n anchors of this process,
+    against the views of all processes. A scalar in nats, float32 (float64 for float64). ValueError or TypeError: see check."""
+    z1, z2 = check(z1=z1, z2=z2)
+    same_rows(z1, z2, "z1 and z2")
+    scale, wide = inverse(temperature, z1)
+    with torch.autocast(z1.device.type, enabled=False):
+        x = torch.cat([z1, z2])  # (2n, D)
+        y, first = gather(x, group)  # (2N, D)
+        lse = lse_op(x.detach(), y, scale, wide, first)
+        target = torch.cat([z2, z1]).detach()
+        return contrast_op(x, y, target, lse, gather(lse, group)[0], scale, wide, first, 1.0)
+
+
+def clip_loss(x, y, scale, group=None):
+    """CLIP's symmetric loss of n pairs (n, D), rows of length 1, against those of all processes: the mean of both directions,
+    in nats. scale: the logits' factor, a tensor () that may be learned (at most 170; CLIP clamps it to 100), or a number."""
+    x, y = check(x=x, y=y)
+    same_rows(x, y, "x and y")
+    scale = torch.as_tensor(scale, device=x.device)
+    if scale.ndim or not scale.is_floating_point():
+        raise ValueError(f"scale must be one floating-point number, not {scale.dtype} of shape {tuple(scale.shape)}")
+    scale = scale.to(math_dtype(x))
+    with torch.autocast(x.device.type, enabled=False):
+        (all_x, _), (all_y, _) = gather(x, group), gather(y, group)  # (N, D)
+        nobody = len(all_x)  # no row meets itself
+        lse_x = lse_op(x.detach(), all_y, scale.detach(), True, nobody)
+        lse_y = lse_op(y.detach(), all_x, scale.detach(), True, nobody)
+        return (contrast_op(x, all_y, y.detach(), lse_x, gather(lse_y, group)[0], scale, True, nobody, 0.5)
+                + contrast_op(y, all_x, x.detach(), lse_y, gather(lse_x, group)[0], scale, True, nobody, 0.5))
+
+
+def moco_loss(q, k, queue, temperature):
+    """MoCo's loss (Eq. 1) of queries q (n, D) with positives k (n, D) and shared negatives queue (K, D), rows of length 1: the
+    mean over this process's queries, in nats. Gradient to q only. Communicates nothing."""
+    q, k, queue = check(q=q, k=k, queue=queue)
+    same_rows(q, k, "q and k")
+    scale, _ = inverse(temperature, q)
+    with torch.autocast(q.device.type, enabled=False):
+        lse, mean = mean_op(q.detach(), queue.detach(), scale)
+        return moco_op(q, k.detach(), lse, mean, scale)[0]

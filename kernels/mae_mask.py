@@ -1,0 +1,375 @@
+"""Random masking of patch tokens, and the loss on the hidden patches, of masked autoencoders (MAE).
+He, Chen, Xie, Li, Dollar, Girshick, CVPR 2022. https://arxiv.org/abs/2111.06377, section 3
+Official code: https://github.com/facebookresearch/mae, models_mae.py
+
+    random_masking      which tokens each image keeps
+    gather_tokens       the encoder's input: the kept tokens only
+    restore_tokens      the decoder's input: all tokens, the mask token where they are hidden, positions added
+    masked_patch_mse    mean squared error in pixels, on the hidden patches only
+
+Notation. B images of L patches (tokens), K of them kept; D width of a token; patches of p x p pixels, P = 3 p^2 numbers.
+Every image has its own random order of its tokens, and the first K are kept. As in the official code:
+    ids_keep (B, K)       the kept tokens, in that order
+    ids_restore (B, L)    the place of token i in that order; i is kept if its place is below K
+    mask (B, L)           0 keep, 1 remove
+
+Forward, as plain loops over b < B, i < L, k < K, from noise (B, L):
+    masking    ids_restore[b, i] = how many j have noise[b, j] < noise[b, i], or equal noise and j < i;  ids_keep[b, that] = i
+    gather     y[b, k] = x[b, ids_keep[b, k]]
+    restore    k = ids_restore[b, i];  y[b, i] = (x[b, k] if k < K else mask_token) + pos[i]
+    loss       t = the P numbers of patch i of image b, in the order (row, column, colour)
+               t = (t - mean(t)) / sqrt(var(t) + 1e-6) if normalize, with the unbiased variance
+               r[b, i] = pred[b, i] - t;  loss = sum over b, i of mask[b, i] mean(r[b, i]^2), divided by sum(mask)
+
+Backward, g being the gradient that arrives:
+    gather     dx[b, i] = g[b, k] if ids_keep[b, k] = i for some k, else 0
+    restore    dx[b, k] = g[b, i] if ids_restore[b, i] = k;  dmask_token = sum of all other g[b, i];  dpos[i] = sum_b g[b, i]
+    loss       dpred[b, i] = r[b, i] 2 g mask[b, i] / (P sum(mask)), where r was written by the pass that computed the loss
+
+Why fused. All of this only moves bytes. GB at B = 4096, L = 196, K = 49, bfloat16, D = 768 in the encoder and 512 in the
+decoder, p = 16, images uint8 here and float32 there; counted from the code, not measured:
+                        official code    here    what the official code also moves
+    gather, forward          3.1          0.6    an int64 index of B x K x D
+    restore, forward        13.8          1.0    an int64 index of B x L x D, three copies of the decoder's input
+    loss, forward           33            2.3    the images as patches, copies of the target, all about visible patches
+The loss moves 2.2 in its backward, because g arrives late: with 1 / (P sum(mask)), about 1e-9, already multiplied in, r would
+be 0 in float16 before a gradient scaler could help.
+
+Distributed contract. Nothing is communicated. The loss is the mean over the hidden patches of this process. All processes
+hide equally many (same B, L, K), so the mean over processes that DistributedDataParallel takes is the mean over the hidden
+patches of the global batch, for the loss and for its gradient.
+
+Limits. float16, bfloat16 and float32, computed in float32, or float64, computed in float64 by PyTorch; images also uint8,
+meaning value / 255. Deterministic: no atomics. First derivatives only. Ids must be distinct and in range, which is not
+checked on a GPU. With nothing hidden the loss is nan, as in the official code. The kernels run on CUDA devices; the PyTorch
+path (*_reference) on others and without Triton. Measured speed: not run on a GPU.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this machine: the PyTorch path runs everywhere
+    triton = None
+
+
+# The specification in PyTorch, which also runs where the kernels do not.
+
+def flat(ids, N):
+    """ids (B, K) of rows of x (B, N, D) -> (B K,), ids in x.flatten(0, 1): one index per row, not per element."""
+    if ids.device.type == "cpu" and ids.numel() and not (0 <= ids.min() and ids.max() < N):
+        raise IndexError(f"ids must be from 0 to {N - 1}, these are from {ids.min()} to {ids.max()}")
+    return (ids + torch.arange(0, len(ids) * N, N, device=ids.device)[:, None]).flatten()
+
+
+def inverse(order):
+    """order (B, L), a permutation of 0 ... L - 1 in each row -> its inverse, order.argsort(1) without sorting."""
+    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
+def rank_reference(noise):
+    return inverse(noise.argsort(dim=1, stable=True))
+
+
+def gather_tokens_reference(x, ids_keep):
+    B, L, D = x.shape
+    return x.flatten(0, 1).index_select(0, flat(ids_keep, L)).view(B, -1, D)
+
+
+def restore_tokens_reference(x, ids_restore, mask_token, pos):
+    B, K, D = x.shape
+    table = torch.cat([x, mask_token.expand(B, 1, D)], 1)  # (B, K + 1, D): row K is the mask token
+    return gather_tokens_reference(table, ids_restore.clamp(max=K)) + pos  # (B, L, D)
+
+
+def take_backward_reference(grad, ids, N, dtype):
+    """Gradients of x (B, N, D) and of the mask token (D,). Gather takes K of N > K rows; restore N of N and L - N tokens."""
+    B, K, D = grad.shape
+    placed = grad.new_zeros(B, max(N, K), D)
+    placed.flatten(0, 1).index_copy_(0, flat(ids, max(N, K)), grad.flatten(0, 1))
+    return placed[:, :N].to(dtype, copy=True), placed[:, N:].sum((0, 1))
+
+
+def patch_mse_reference(pred, images, patch, normalize):
+    """mean(r^2) (B, L) of every patch, and r = pred - t (B, L, P)."""
+    B, _, H, W = images.shape
+    t = images.reshape(B, 3, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, 3)
+    t = t.reshape(pred.shape).to(torch.promote_types(pred.dtype, torch.float32))
+    if images.dtype == torch.uint8:
+        t = t / 255
+    if normalize:
+        t = (t - t.mean(-1, keepdim=True)) / (t.var(-1, keepdim=True) + 1e-6).sqrt()
+    r = pred - t
+    return r.square().mean(-1), r.to(pred.dtype)
+
+
+# Kernels. A program works on one sample, b: on a tile of ROWS tokens and COLS columns, or on a row of patches. Offsets of a
+# sample are int64, since B L D may exceed 2^31; within a sample int32 will do. Widths are compile-time constants: where rows
+# are known to be multiples of 16 bytes, they move 16 bytes at a time.
+
+if triton:
+    @triton.jit
+    def rank_kernel(noise, ids_restore, L, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """noise (B, L) read; ids_restore (B, L) written. L^2 comparisons a sample, in place of sorting twice."""
+        b = tl.program_id(0).to(tl.int64)
+        i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        x = tl.load(noise + b * L + i, mask=i < L, other=0.0).to(tl.float32)[:, None]
+        place = tl.zeros((ROWS,), tl.int32)
+        for start in range(0, L, COLS):
+            j = start + tl.arange(0, COLS)
+            y = tl.load(noise + b * L + j, mask=j < L, other=float("inf")).to(tl.float32)[None, :]
+            place += tl.sum(((y < x) | ((y == x) & (j[None, :] < i[:, None]))).to(tl.int32), 1)
+        tl.store(ids_restore + b * L + i, place, mask=i < L)
+
+    @triton.jit
+    def take_kernel(x, ids, token, pos, out, N, K, x_stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """x (B, N, D), samples x_stride apart, ids (B, K), token (D,), pos (K, D) read; out (B, K, D) written:
+        out[b, k] = x[b, ids[b, k]], or token where that is N or more, plus pos[k]. Both may be None: gather needs neither."""
+        b = tl.program_id(0).to(tl.int64)
+        k = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        d = tl.program_id(2) * COLS + tl.arange(0, COLS)
+        inside = (k < K)[:, None] & (d < D)[None, :]
+        row = tl.load(ids + b * K + k, mask=k < K, other=N).to(tl.int32)
+        taken = (row < N)[:, None]
+        y = tl.load(x + b * x_stride + (row[:, None] * D + d[None, :]), mask=inside & taken, other=0.0)
+        if token is not None:
+            t = tl.load(token + d, mask=d < D, other=0.0).to(tl.float32)
+            s = tl.load(pos + (k[:, None] * D + d[None, :]), mask=inside, other=0.0).to(tl.float32)
+            y = tl.where(taken, y.to(tl.float32), t[None, :]) + s
+        tl.store(out + b * K * D + (k[:, None] * D + d[None, :]), y, mask=inside)
+
+    @triton.jit
+    def take_backward_kernel(grad, ids, dx, dtoken, N, K, g_stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """grad (B, K, D), samples g_stride apart, ids (B, K) read; dx (B, N, D), dtoken (B, D) float32 written: a row of
+        grad goes to its place in dx or is added to dtoken, this sample's share of the mask token's gradient."""
+        b = tl.program_id(0).to(tl.int64)
+        d = tl.program_id(2) * COLS + tl.arange(0, COLS)
+        total = tl.zeros((ROWS, COLS), tl.float32)
+        for start in range(0, K, ROWS):
+            k = start + tl.arange(0, ROWS)
+            inside = (k < K)[:, None] & (d < D)[None, :]
+            row = tl.load(ids + b * K + k, mask=k < K, other=N).to(tl.int32)
+            taken = (row < N)[:, None]
+            g = tl.load(grad + b * g_stride + (k[:, None] * D + d[None, :]), mask=inside, other=0.0)
+            tl.store(dx + b * N * D + (row[:, None] * D + d[None, :]), g, mask=inside & taken)
+            total += tl.where(taken, 0.0, g.to(tl.float32))
+        tl.store(dtoken + b * D + d, tl.sum(total, 0), mask=d < D)
+
+    @triton.jit
+    def patch_mse_kernel(pred, images, mask, losses, r, H, W, pred_stride, PATCH: tl.constexpr, BLOCK: tl.constexpr,
+                         NORMALIZE: tl.constexpr):
+        """pred (B, L, P), samples pred_stride apart, images (B, 3, H, W), mask (B, L) read; losses (B, L) float32 and the
+        hidden rows of r (B, L, P) written. A program works on one row of patches, a patch at a time."""
+        P: tl.constexpr = 3 * PATCH * PATCH
+        b = tl.program_id(0).to(tl.int64)
+        across = W // PATCH
+        L = H // PATCH * across
+        e = tl.arange(0, BLOCK)  # = (row PATCH + column) 3 + colour: the order of the numbers in a patch
+        inside = e < P
+        pixel = (e % 3 * H + tl.program_id(1) * PATCH + e // (3 * PATCH)) * W + e // 3 % PATCH  # in the row's first patch
+        for column in range(across):
+            i = tl.program_id(1) * across + column
+            loss = 0.0
+            if tl.load(mask + b * L + i) != 0:  # visible patches are not read
+                t = tl.load(images + b * 3 * H * W + (pixel + column * PATCH), mask=inside, other=0).to(tl.float32)
+                y = tl.load(pred + b * pred_stride + (i * P + e), mask=inside, other=0.0).to(tl.float32)
+                if images.dtype.element_ty == tl.uint8:
+                    t = t / 255
+                if NORMALIZE:
+                    t = tl.where(inside, t - tl.sum(t, 0) / P, 0.0)
+                    t = t / tl.sqrt(tl.sum(t * t, 0) / (P - 1) + 1e-6)
+                y -= t  # 0 beyond P
+                tl.store(r + b * L * P + (i * P + e), y, mask=inside)
+                loss = tl.sum(y * y, 0) / P
+            tl.store(losses + b * L + i, loss)
+
+    @triton.jit
+    def scale_kernel(r, scale, out, L, P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """r (B, L, P), scale (B, L) read; out (B, L, P) written: r times scale, and 0 where scale is 0, r there not read."""
+        b = tl.program_id(0).to(tl.int64)
+        i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        e = tl.program_id(2) * COLS + tl.arange(0, COLS)
+        inside = (i < L)[:, None] & (e < P)[None, :]
+        factor = tl.load(scale + b * L + i, mask=i < L, other=0.0)[:, None]
+        offset = b * L * P + (i[:, None] * P + e[None, :])
+        y = tl.load(r + offset, mask=inside & (factor != 0), other=0.0).to(tl.float32)
+        tl.store(out + offset, y * factor, mask=inside)
+
+
+def use_kernel(*tensors):
+    return triton is not None and all(t is None or t.is_cuda and t.dtype != torch.float64 for t in tensors)
+
+
+def launch(kernel, B, tokens, width, *args):
+    """Covers (tokens, width) of each of B samples by tiles of 4096 numbers, 32 for each thread."""
+    cols = min(256, triton.next_power_of_2(width))
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whichever that is
+        kernel[B, triton.cdiv(tokens, 4096 // cols), triton.cdiv(width, cols)](*args, ROWS=4096 // cols, COLS=cols)
+
+
+def dense(x):
+    """x (B, N, D), copied only where a sample's rows do not follow each other; samples may lie apart, as in x[:, 1:]."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+# Operators, as torch.compile and autograd see them.
+
+@custom_op("ssl_kernels::rank", mutates_args=())
+def rank_op(noise: Tensor) -> Tensor:
+    if not use_kernel(noise):
+        return rank_reference(noise)
+    (B, L), ids_restore = noise.shape, torch.empty_like(noise, dtype=torch.int64)
+    launch(rank_kernel, B, L, 64, noise, ids_restore, L)
+    return ids_restore
+
+
+@custom_op("ssl_kernels::take_tokens", mutates_args=())
+def take_op(x: Tensor, ids: Tensor, token: Tensor | None, pos: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if not use_kernel(x, token, pos):
+        return gather_tokens_reference(x, ids) if token is None else restore_tokens_reference(x, ids, token, pos)
+    (B, N, D), K, x = x.shape, ids.shape[1], dense(x)
+    out = x.new_empty(B, K, D, dtype=dtype)
+    launch(take_kernel, B, K, D, x, ids, token, pos, out, N, K, x.stride(0), D)
+    return out
+
+
+@custom_op("ssl_kernels::take_tokens_backward", mutates_args=())
+def take_backward_op(grad: Tensor, ids: Tensor, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if not use_kernel(grad):
+        return take_backward_reference(grad, ids, N, dtype)
+    (B, K, D), grad = grad.shape, dense(grad)
+    dx = (torch.zeros if K < N else torch.empty)(B, N, D, dtype=dtype, device=grad.device)  # restore writes every row
+    dtoken = grad.new_empty(B, D, dtype=torch.float32)
+    launch(take_backward_kernel, B, 1, D, grad, ids, dx, dtoken, N, K, grad.stride(0), D)
+    return dx, dtoken.sum(0, dtype=grad.dtype)
+
+
+def take_setup(ctx, inputs, output):
+    x, ids, *_ = inputs
+    ctx.save_for_backward(ids)
+    ctx.N, ctx.dtype = x.shape[1], x.dtype
+
+
+def take_backward(ctx, grad):
+    dx, dtoken = take_backward_op(grad, *ctx.saved_tensors, ctx.N, ctx.dtype)
+    _, _, token, pos, _ = ctx.needs_input_grad
+    # MAE's positions are fixed. Where they are learned, their gradient reads grad once more.
+    return dx, None, dtoken if token else None, grad.sum(0) if pos else None, None
+
+
+@custom_op("ssl_kernels::patch_mse", mutates_args=())
+def mse_op(pred: Tensor, images: Tensor, mask: Tensor, patch: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    if not use_kernel(pred):
+        return patch_mse_reference(pred, images, patch, normalize)
+    (B, L, P), (H, W), block, pred = pred.shape, images.shape[2:], triton.next_power_of_2(pred.shape[2]), dense(pred)
+    losses, r = pred.new_empty(B, L, dtype=torch.float32), pred.new_empty(B, L, P)
+    with torch.cuda.device_of(pred):
+        patch_mse_kernel[B, H // patch](pred, images, mask, losses, r, H, W, pred.stride(0), patch, block, normalize,
+                                        num_warps=min(16, max(1, block // 256)))
+    return losses, r
+
+
+def mse_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of r, which nobody asks for
+
+
+def mse_backward(ctx, grad, _):
+    r, = ctx.saved_tensors
+    return scale_op(r, 2 / r.shape[2] * grad), None, None, None, None
+
+
+@custom_op("ssl_kernels::patch_mse_backward", mutates_args=())
+def scale_op(r: Tensor, scale: Tensor) -> Tensor:
+    if not use_kernel(r):
+        return (r * scale[..., None]).to(r.dtype)
+    (B, L, P), out = r.shape, torch.empty_like(r)
+    launch(scale_kernel, B, L, P, r, scale.contiguous(), out, L, P)
+    return out
+
+
+def no_second_derivative(ctx, *grads):
+    raise RuntimeError("kernels/mae_mask.py has first derivatives only; for second ones write its formulas in PyTorch")
+
+
+rank_op.register_fake(lambda noise: torch.empty_like(noise, dtype=torch.int64))
+take_op.register_fake(lambda x, ids, token, pos, dtype: x.new_empty(*ids.shape, x.shape[2], dtype=dtype))
+take_backward_op.register_fake(lambda grad, ids, N, dtype: (
+    grad.new_empty(len(grad), N, grad.shape[2], dtype=dtype), grad.new_empty(grad.shape[2])))
+mse_op.register_fake(lambda pred, images, mask, patch, normalize: (
+    pred.new_empty(pred.shape[:2], dtype=torch.promote_types(pred.dtype, torch.float32)), pred.new_empty(pred.shape)))
+scale_op.register_fake(lambda r, scale: torch.empty_like(r))
+take_op.register_autograd(take_backward, setup_context=take_setup)
+mse_op.register_autograd(mse_backward, setup_context=mse_setup)
+take_backward_op.register_autograd(no_second_derivative)
+scale_op.register_autograd(no_second_derivative)
+
+
+# Public functions.
+
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+INTS = torch.int32, torch.int64
+
+
+def check(**arguments):
+    """name=(tensor, letters of its shape, dtypes): equal letters must have equal sizes, all tensors one device."""
+    sizes, device = {}, next(iter(arguments.values()))[0].device
+    for name, (x, shape, dtypes) in arguments.items():
+        if x.ndim != len(shape) or any(sizes.setdefault(letter, n) != n for letter, n in zip(shape, x.shape)):
+            raise ValueError(f"{name} must be ({', '.join(shape)}), with {sizes} so far, but is {tuple(x.shape)}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name} must be one of {dtypes}, but is {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, but {next(iter(arguments))} on {device}")
+
+
+def random_masking(batch, tokens, keep, generator=None, noise=None):
+    """ids_keep (batch, keep) int64, ids_restore (batch, tokens) int64, mask (batch, tokens) float32: 0 keep, 1 remove.
+
+    The noise is drawn with `generator`, on its device, or given (batch, tokens), finite; the smallest are kept."""
+    if not 0 < keep <= tokens:
+        raise ValueError(f"keep must be from 1 to tokens = {tokens}, got {keep}")
+    if noise is None:
+        noise = torch.rand(batch, tokens, generator=generator, device=generator.device if generator else None)
+    elif generator is not None or noise.shape != (batch, tokens):
+        raise ValueError(f"give either a generator or noise of shape ({batch}, {tokens})")
+    check(noise=(noise, "BL", FLOATS))
+    ids_restore = rank_op(noise.detach().contiguous())
+    return inverse(ids_restore)[:, :keep].contiguous(), ids_restore, (ids_restore >= keep).float()
+
+
+def gather_tokens(x, ids_keep):
+    """x (B, L, D), ids_keep (B, K) -> (B, K, D), the kept tokens. Differentiable in x. A class token is added afterwards."""
+    check(x=(x, "BLD", FLOATS), ids_keep=(ids_keep, "BK", INTS))
+    if ids_keep.shape[1] > x.shape[1]:
+        raise ValueError(f"{ids_keep.shape[1]} tokens cannot be kept out of {x.shape[1]}")
+    return take_op(x, ids_keep.contiguous(), None, None, x.dtype)
+
+
+def restore_tokens(x, ids_restore, mask_token, pos):
+    """x (B, K, D), ids_restore (B, L), mask_token (D,), pos (L, D) -> (B, L, D), in the dtype of x + mask_token + pos.
+
+    Differentiable in x, mask_token and pos. Split a class token off before (x[:, 1:] is not copied) and add it afterwards."""
+    check(x=(x, "BKD", FLOATS), ids_restore=(ids_restore, "BL", INTS), mask_token=(mask_token, "D", FLOATS),
+          pos=(pos, "LD", FLOATS))
+    if x.shape[1] > len(pos):
+        raise ValueError(f"x has {x.shape[1]} tokens, more than the {len(pos)} of ids_restore")
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
+    return take_op(x, ids_restore.contiguous(), mask_token.contiguous(), pos.contiguous(), dtype)
+
+
+def masked_patch_mse(pred, images, mask, patch, normalize=True):
+    """pred (B, L, P), images (B, 3, H, W), mask (B, L) -> the loss, a scalar in float32 or more. Differentiable in pred.
+
+    The L = H/p W/p patches are in reading order. The official code's images are normalised by colour, which changes the
+    target: for exactly that, pass such images. Split a class token off before (pred[:, 1:] is not copied)."""
+    check(pred=(pred, "BLP", FLOATS), images=(images, "BCHW", (torch.uint8, *FLOATS)), mask=(mask, "BL", FLOATS))
+    _, C, H, W = images.shape
+    if C != 3 or H % patch or W % patch or pred.shape[1:] != (H // patch * (W // patch), 3 * patch * patch):
+        raise ValueError(f"images {tuple(images.shape)} cannot be 3 colours in patches of {patch} x {patch} pixels that pred "
+                         f"{tuple(pred.shape)} describes: (B, H/p W/p, 3 p p) is needed")
+    losses, _ = mse_op(pred, images.contiguous(), mask.contiguous(), patch, normalize)
+    return (losses * mask).sum() / mask.sum()

@@ -1,0 +1,55 @@
+"""Training learns: features of a short run beat those of the same network before it, and a loss without meaning does not."""
+
+import json
+import os
+import statistics
+import sys
+
+import pytest
+import torch
+
+import common
+from common import Data, Split
+from methods import simclr
+
+FLAGS = "--size 16 --batch 128 --warmup 1 --lr 4".split()
+
+
+def reduced(split, every):
+    """Every so-manieth emoji of a side, each with its four drawings, which lie one after the other."""
+    return Split(*(part.unflatten(0, (-1, 4))[::every].flatten(0, 1) for part in split))
+
+
+def trained(monkeypatch, folder, seed, epochs):
+    """The last line of metrics.jsonl of SimCLR's own main(), on every fourth emoji, tested on every second."""
+    data = common.load_data("emoji", "unused", torch.device("cpu"))
+    train = reduced(data.train, 4)
+    monkeypatch.setattr(simclr, "load_data", lambda *args: Data("emoji", train, train, reduced(data.test, 2)))
+    monkeypatch.setattr(sys, "argv", ["simclr.py", *FLAGS, "--epochs", str(epochs), "--seed", str(seed), "--out", str(folder)])
+    simclr.main()
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def gain(result, key):
+    """Percent by which training has raised an accuracy."""
+    return result["evaluation"][key] - result["random_init"][key]
+
+
+def test_short_run_learns_and_a_constant_loss_does_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "linear_probe", lambda *args, **options: 0.0)  # saves a third of the time
+    good = trained(monkeypatch, tmp_path / "good", seed=0, epochs=16)
+    monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, *rest, **options: 5.5 + 0 * (z1 + z2).sum())
+    broken = trained(monkeypatch, tmp_path / "broken", seed=0, epochs=3)  # only batch-norm's running statistics change
+    MARGINS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, lead", [("simclr", 5.0), ("rotnet", 0.0)])
+def test_the_quick_start_is_worth_its_three_minutes(program, tmp_path, method, lead):
+    """The default command, on all cores: kNN and linear accuracy above raw pixels and the untrained network, SimCLR's linear
+    accuracy by 5 points."""
+    program(f"methods/{method}.py", "--out", tmp_path / "run", OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
+    result = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    for baseline in ("pixels", "random_init"):
+        assert result["evaluation"]["knn20"] > result[baseline]["knn20"]
+        assert result["evaluation"]["linear"] > result[baseline]["linear"] + lead
