@@ -182,7 +182,7 @@ def train(name, flags, data):
         finally:
             torch.set_default_dtype(torch.float32)
     assert result.code == 0, result.err
-    run = Recorder.last
+    run = Recorder.latest
     state = flat({key: part.state_dict() for key, part in run.state.items()})
     arrays = {key: value.numpy() if torch.is_tensor(value) else value for key, value in state.items()}
     assert all(value.dtype != torch.float32 for value in state.values() if torch.is_tensor(value)), "not all is float64"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import statistics
 import sys
 
 import pytest
@@ -36,11 +35,14 @@ def gain(result, key):
 
 
 def test_short_run_learns_and_a_constant_loss_does_not(monkeypatch, tmp_path):
+    """With seeds 0 to 2, 16 epochs raised kNN (k = 200) by 5 to 8 points, and it was their smallest gain among seeds; a loss
+    without gradient changed it by 0.5 to 1.4, through batch-norm's running statistics, and lowered retrieval by 4 to 9."""
     monkeypatch.setattr(common, "linear_probe", lambda *args, **options: 0.0)  # saves a third of the time
     good = trained(monkeypatch, tmp_path / "good", seed=0, epochs=16)
-    monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, *rest, **options: 5.5 + 0 * (z1 + z2).sum())
-    broken = trained(monkeypatch, tmp_path / "broken", seed=0, epochs=3)  # only batch-norm's running statistics change
-    MARGINS
+    monkeypatch.setattr(simclr, "simclr_loss", lambda z1, z2, tau: 5.5 + 0 * (z1 + z2).sum())
+    broken = trained(monkeypatch, tmp_path / "broken", seed=0, epochs=3)
+    assert gain(good, "knn200") > 3 > gain(broken, "knn200")
+    assert gain(good, "retrieval5") > gain(broken, "retrieval5") + 3 and gain(broken, "retrieval5") < 0
 
 
 @pytest.mark.slow

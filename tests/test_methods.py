@@ -68,10 +68,10 @@ def call_main(name, *flags, data=None, **patches):
 
 
 class Recorder(common.Run):
-    """A Run that keeps the losses in memory; it reads, evaluates and writes nothing. `last` is the latest one."""
+    """A Run that keeps the losses in memory; it reads, evaluates and writes nothing. `latest` is the last one."""
 
     def resume(self):
-        type(self).last, self.losses = self, []
+        type(self).latest, self.losses = self, []
         self.folder.mkdir(parents=True, exist_ok=True)  # for what a method may draw
 
     def log(self, loss, lr):
@@ -295,7 +295,7 @@ def test_recipes_of_the_docstring_run(name, launcher, tmp_path):
             flags = command[command.index(f"methods/{name}.py") + 1:]
             result = call_main(name, *flags, *smaller, data=tiny_data(4), Run=Recorder)
             assert result.code == 0, f"{' '.join(command)}: {result.err}"
-            assert len(Recorder.last.losses) == 1 and Recorder.last.losses[0].isfinite()
+            assert len(Recorder.latest.losses) == 1 and Recorder.latest.losses[0].isfinite()
 
 
 # -------- A tiny run ----------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ class Watched(common.Run):
 
     def __init__(self, name, args, data, loader, model, state, collapse=None):
         super().__init__(name, args, data, loader, model, state, collapse)
-        type(self).last, self.begin = self, {n: p.detach().clone() for n, p in model.named_parameters()}
+        type(self).latest, self.begin = self, {n: p.detach().clone() for n, p in model.named_parameters()}
         self.learns, self.bad = set(), set()
 
     def log(self, loss, lr):
@@ -329,7 +329,7 @@ def finished(request, tmp_path_factory):
         patch.setattr(common, "pixels", lambda size: torch.nn.AdaptiveAvgPool2d(8))  # the probe of 3072 pixels takes seconds
         first = call_main(name, *TINY, "--out", folder, Run=watched)
         assert first.code == 0, first.err
-        run, left = watched.last, files(folder)
+        run, left = watched.latest, files(folder)
         second = call_main(name, *TINY, "--out", folder, Run=watched)
     return SimpleNamespace(name=name, folder=folder, run=run, first=first, left=left, second=second)
 
