@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -272,7 +273,6 @@ def resized_crop(images, boxes, size):
     x = resize_matrix(top, h, height, size)[:, None] @ x.view(n, 3, height, size)
     return x.clamp_(0, 1)  # bicubic overshoots
 
-
 # The following take and return float (n, 3, H, W) in [0, 1] and draw one set of parameters per image from rand.
 
 def random_flip(x, rand, p=0.5):
@@ -401,7 +401,6 @@ class Loader:
             if self.shown is None:
                 self.shown = [view[:8].float().cpu() for view in views]  # for views.png
             yield epoch * self.steps + step, views
-
 
 # -------- 3. Network --------------------------------------------------------------------------------------------------
 
@@ -640,8 +639,8 @@ class SyncBatchNorm(_BatchNorm):
         return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
 
 def distribute(model, device, compile=False):
-    """The model as the training loop calls it: on the device in channels_last, with several processes also synchronised
-    batch-norm and DistributedDataParallel. Its parameters stay the same objects: optimise, save and evaluate those."""
+    """The model as the loop calls it: on the device in channels_last, with several processes also synchronised batch-norm and
+    DistributedDataParallel. Its parameters stay the same objects: optimise, save and evaluate those."""
     model.to(device, memory_format=torch.channels_last)
     if world() > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -651,7 +650,8 @@ def distribute(model, device, compile=False):
                 module.__class__ = SyncBatchNorm  # the same parameters and buffers, another forward
     if compile:
         model = torch.compile(model)
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
 
 # -------- 6. Run folder -----------------------------------------------------------------------------------------------
 

@@ -1,11 +1,9 @@
 """Measures the kernels beside plain PyTorch and other packages, and prints the kernel table of README.md.
 
-    python kernels/bench.py            on a CUDA GPU, within 10 minutes
-    python kernels/bench.py --cpu      the CPU path beside the plain formula, a few minutes
-    python kernels/bench.py --table    the table of all that was measured so far, in Markdown
+    python kernels/bench.py     on a CUDA GPU, within 10 minutes; without one the CPU path beside the plain formula
 
-Every measurement becomes a row of kernels/results.jsonl, with device, driver, versions, date and commit; in the table the
-last row counts. What has no row reads "not run".
+Every measurement becomes a row of kernels/results.jsonl (or --out FILE), with device, driver, versions, date and commit; in the
+table the last row counts. What has no row reads "not run".
 
 Time    milliseconds of the value (forward) and of value and gradient (both); backward is their difference. GPU: the median of
         triton.testing.do_bench, which empties the L2 cache before each call. CPU: the least of 5 calls, in which the
@@ -28,7 +26,6 @@ import ctypes
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import re
@@ -45,7 +42,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
 from common import commit, device_name, fail
-from kernels.infonce import clip_loss, moco_loss, simclr_loss
+from kernels import path as implementation
+from kernels.infonce import clip_loss, clip_reference, moco_loss, moco_reference, simclr_loss, simclr_reference
 from kernels.mae_mask import gather_tokens, masked_patch_mse, random_masking, restore_tokens
 from kernels.sinkhorn import assignment_cross_entropy, sinkhorn, sinkhorn_potentials
 
@@ -54,35 +52,24 @@ TAU, SCALE, EPSILON, ITERATIONS, PATCH = 0.1, 1 / 0.07, 0.05, 3, 16
 SECONDS = 540  # no measurement starts later than this after the first, so that a run ends within 10 minutes
 
 
+STAGES = [  # what is measured of every case before the next begins, so that the time left goes to the rest
+    ("ours", "eager", "eager bf16"),
+    ("lightly", "memeff", "inf_cl", "cut_cross_entropy", "liger_kernel"),  # packages, where they are installed
+    ("compile", "flex_attention")]  # take seconds to compile
+
+
 class Case(NamedTuple):
-    """One function at one size. The ways to compute it are functions of the inputs: ours and plain PyTorch (ways), other
-    packages, imported when called (packages), and programs that take seconds to compile (compiled)."""
+    """One function at one size. ways: names in STAGES -> functions of the inputs, which compute it."""
     op: str
     size: str
     work: int
     unit: str  # of work / time: TFLOP/s or GB/s
     inputs: Callable  # device -> tensors; the gradients of those that require them are measured, too
     ways: dict
-    packages: dict = {}
-    compiled: dict = {}
     view: Callable = lambda out, *inputs: out  # the tensor in a result that is compared
 
 
-# -------- 1. The formulas in plain PyTorch --------------------------------------------------------------------------------
-
-def plain_simclr(z1, z2):
-    z = torch.cat([z1, z2])  # (M, D)
-    logits = (z @ z.T / TAU).fill_diagonal_(-torch.inf)  # (M, M): nobody is its own negative
-    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
-
-def plain_clip(x, y, scale):
-    logits = scale * x @ y.T  # (N, N)
-    target = torch.arange(len(x), device=x.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-def plain_moco(q, k, queue):
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / TAU  # (B, 1 + K)
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+# -------- 1. The formulas of official code, in plain PyTorch; those of the losses of infonce.py are its references -----------
 
 def plain_sinkhorn(scores):
     """The loop of SwAV (section 3.1) as DINOv2 runs it: in fp32, without a shift against overflow."""
@@ -193,14 +180,15 @@ def pairs(device, n, D):
     return [F.normalize(image + 0.5 * draw(device, n, D, seed=seed), dim=1) for seed in (4, 5)]
 
 def contrastive(op, size, work, inputs, ours, plain, flex, D, packages):
-    programs = {"compile": compiled(autocast(plain))} | ({"flex_attention": compiled(flex)} if D <= 256 else {})
-    return Case(op, f"{size} D={D}", work, "TFLOP/s", inputs,
-                {"ours": ours, "eager": plain, "eager bf16": autocast(plain)}, packages, programs)
+    """"eager bf16" and "compile" multiply in bf16, eager in fp32. Attention does not take rows above 256."""
+    ways = {"ours": ours, "eager": plain, "eager bf16": autocast(plain), "compile": compiled(autocast(plain)), **packages}
+    return Case(op, f"{size} D={D}", work, "TFLOP/s", inputs, ways | ({"flex_attention": compiled(flex)} if D <= 256 else {}))
 
 def simclr_case(M, D):
     return contrastive("simclr_loss", f"M={M}", 6 * M**2 * D,
                        lambda device: [z.requires_grad_() for z in pairs(device, M // 2, D)],
-                       lambda z1, z2: simclr_loss(z1, z2, TAU), plain_simclr, flex_simclr, D, {"lightly": lightly_simclr})
+                       lambda *z: simclr_loss(*z, TAU), lambda *z: simclr_reference(*z, TAU), flex_simclr, D,
+                       {"lightly": lightly_simclr})
 
 def clip_case(N, D):
     def inputs(device):
@@ -209,14 +197,14 @@ def clip_case(N, D):
                 "liger_kernel": both_directions(liger_kernel)}
     if N % 64 == 0 and D % 128 == 0:  # its kernel for the keys reads beyond the end otherwise
         packages["inf_cl"] = both_directions(inf_cl)
-    return contrastive("clip_loss", f"N={N}", 10 * N**2 * D, inputs, clip_loss, plain_clip, flex_clip, D, packages)
+    return contrastive("clip_loss", f"N={N}", 10 * N**2 * D, inputs, clip_loss, clip_reference, flex_clip, D, packages)
 
 def moco_case(B, K, D):
     def inputs(device):
         q, k = pairs(device, B + K, D)
         return q[:B].clone().requires_grad_(), k[:B].clone(), k[B:].clone()
-    return contrastive("moco_loss", f"B={B} K={K}", 4 * B * K * D, inputs, lambda q, k, queue: moco_loss(q, k, queue, TAU),
-                       plain_moco, flex_moco, D, {})
+    return contrastive("moco_loss", f"B={B} K={K}", 4 * B * K * D, inputs, lambda *x: moco_loss(*x, TAU),
+                       lambda *x: moco_reference(*x, TAU), flex_moco, D, {})
 
 def prototype_scores(device, B, K, dtype):
     """(B, K) cosines of samples with prototypes."""
@@ -225,8 +213,8 @@ def prototype_scores(device, B, K, dtype):
 def sinkhorn_case(B, K, dtype=torch.float16):
     return Case("sinkhorn", f"B={B} K={K}", B * K * ((ITERATIONS + 1) * dtype.itemsize + 4), "GB/s",
                 lambda device: [prototype_scores(device, B, K, dtype)],
-                {"ours": lambda s: sinkhorn(s, EPSILON, ITERATIONS), "eager": plain_sinkhorn},
-                {}, {"compile": compiled(plain_sinkhorn)},
+                {"ours": lambda s: sinkhorn(s, EPSILON, ITERATIONS), "eager": plain_sinkhorn,
+                 "compile": compiled(plain_sinkhorn)},
                 lambda Q, s: Q[:512])  # every score acts on these rows, and differences of all would take too much memory
 
 def potentials_case(B, K, dtype=torch.float16):
@@ -248,7 +236,7 @@ def assignment_case(B, K, dtype=torch.float16):
         return student.requires_grad_(), s, *sinkhorn_potentials(s, EPSILON, ITERATIONS), sinkhorn(s, EPSILON, ITERATIONS)
     return Case("assignment_cross_entropy", f"B={B} K={K}", 3 * B * K * dtype.itemsize, "GB/s", inputs,
                 {"ours": lambda z, s, log_u, log_v, Q: assignment_cross_entropy(z, s, log_u, log_v, TAU, EPSILON),
-                 "eager": plain_assignment}, {}, {"compile": compiled(plain_assignment)})
+                 "eager": plain_assignment, "compile": compiled(plain_assignment)})
 
 def mae_cases(B, dtype=torch.bfloat16, L=196, K=49, D=768, decoder=512, P=3 * PATCH**2):
     """ViT-B at 224 pixels, three quarters hidden: L tokens, K kept, widths of encoder and decoder, numbers in a patch."""
@@ -259,8 +247,7 @@ def mae_cases(B, dtype=torch.bfloat16, L=196, K=49, D=768, decoder=512, P=3 * PA
     def images(device):
         return (120 + 40 * draw(device, B, 3, 14 * PATCH, 14 * PATCH, seed=1)).clamp(0, 255).byte()
     def case(op, numbers, inputs, ours, plain, view=lambda out, *inputs: out):
-        ways, programs = {"ours": ours, "eager": plain}, {"compile": compiled(plain)}
-        return Case(op, f"B={B}", B * numbers, "GB/s", inputs, ways, {}, programs, view)
+        return Case(op, f"B={B}", B * numbers, "GB/s", inputs, {"ours": ours, "eager": plain, "compile": compiled(plain)}, view)
     size = dtype.itemsize
     return [
         case("random_masking", 4 * L + 8 * K + 8 * L + 4 * L, lambda d: [noise(d)], lambda x: random_masking(B, L, K, noise=x),
@@ -372,7 +359,7 @@ def measure(case, ways, device, peaks):
         forward, both = next(times), next(times)
         row |= {"forward_ms": forward, "backward_ms": both - forward, "ms": both} if exact_gradients else {"ms": forward}
         row |= {"rate": case.work / row["ms"] / {"TFLOP/s": 1e9, "GB/s": 1e6}[case.unit], "unit": case.unit}
-        row |= {"share": row["rate"] / peaks[case.unit] if peaks else None, "over_eager": None}
+        row["share"] = row["rate"] / peaks[case.unit] if peaks else None
     return rows
 
 def rates_of_device(device):
@@ -396,26 +383,20 @@ def environment(device):
             "triton": version("triton"), "date": datetime.date.today().isoformat(), "commit": commit()}
 
 def run(cases, device, path):
-    """Measures the cases, on a GPU in three rounds, and appends the rows to path. Returns our own rows that failed."""
+    """Measures the cases, on a GPU in three stages, and appends the rows to path. Returns our own rows that failed."""
     about, start, gpu, failed = environment(device), time.monotonic(), device.type == "cuda", []
     peaks = rates_of_device(device) if gpu else None
     cases = sorted(cases, key=lambda case: [c.size for c in cases if c.op == case.op].index(case.size))  # first sizes first
-    for stage, case in itertools.product(("ways", "packages", "compiled") if gpu else ("ways",), cases):
-        ways = getattr(case, stage)
-        if stage == "packages":
-            ways = {who: way for who, way in ways.items() if importlib.util.find_spec(who)}
-        elif stage == "compiled":
-            torch._dynamo.reset()  # or else the 9th program of one function would silently run uncompiled
-        elif not gpu:
-            ways = {who: ways[who] for who in ("ours", "eager")}  # bf16 is emulated on most CPUs
+    for stage, case in itertools.product(STAGES if gpu else [("ours", "eager")], cases):
+        ways = {who: case.ways[who] for who in stage if who in case.ways and (who not in STAGES[1] or version(who))}
         if gpu and time.monotonic() - start > SECONDS:
             print(f"no time left for {case.op} {case.size}: {', '.join(ways)}", flush=True)
             continue
+        torch._dynamo.reset()  # or else the 9th program of one function would silently run uncompiled
         for row in measure(case, ways, device, peaks) if ways else ():
             failed += [row] if row["who"] == "ours" and "error" in row else []
-            row |= about | {"package": version(row["who"]) if stage == "packages" else None}
             with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | about | {"package": version(row["who"])}) + "\n")
             print(row["op"], row["size"], row["who"], row.get("error") or f"{row['ms']:.4g} ms", flush=True)
     return failed
 
@@ -423,9 +404,10 @@ def run(cases, device, path):
 # -------- 5. The table -----------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # title, whose row, its fields
-    "cuda": [("ms", "ours", "ms"), ("TFLOP/s or GB/s", "ours", "rate"), ("share", "ours", "share"), ("MB", "ours", "memory_mb"),
-             ("error: value, gradient", "ours", "value_error", "gradient_error"), ("eager ms", "eager", "ms"),
-             ("eager bf16 ms", "eager bf16", "ms"), ("compile ms", "compile", "ms"), ("fastest other ms", "other", "ms", "who")],
+    "cuda": [("ms", "ours", "ms"), ("TFLOP/s or GB/s", "ours", "rate"), ("share", "ours", "share"),
+             ("MB", "ours", "memory_mb"), ("error: value, gradient", "ours", "value_error", "gradient_error"),
+             ("eager ms", "eager", "ms"), ("eager bf16 ms", "eager bf16", "ms"), ("compile ms", "compile", "ms"),
+             ("fastest other ms", "other", "ms", "who")],
     "cpu": [("ms", "ours", "ms"), ("plain ms", "eager", "ms"), ("ours / plain", "ours", "over_eager"),
             ("MB", "ours", "memory_mb"), ("plain MB", "eager", "memory_mb"),
             ("error: value, gradient", "ours", "value_error", "gradient_error")]}
@@ -460,7 +442,7 @@ def table(rows, gpu_cases=GPU_CASES, cpu_cases=CPU_CASES):
             lines += [f"{device}: {', '.join(about) or 'not run'}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
             for case in cases:
                 by = {who: row for (op, size, who), row in found.items() if (op, size) == (case.op, case.size)}
-                rest = [row for who, row in by.items() if who in ("flex_attention", *case.packages) and "ms" in row]
+                rest = [row for who, row in by.items() if who in ("flex_attention", *STAGES[1]) and "ms" in row]
                 by["other"] = min(rest, key=lambda row: row["ms"], default=None)
                 if all("ms" in by.get(who, {}) for who in ("ours", "eager")):
                     by["ours"] = by["ours"] | {"over_eager": by["ours"]["ms"] / by["eager"]["ms"]}
@@ -472,18 +454,15 @@ def table(rows, gpu_cases=GPU_CASES, cpu_cases=CPU_CASES):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--cpu", action="store_true", help="measure the CPU path beside the plain formula")
-    mode.add_argument("--table", action="store_true", help="print the table of the results so far")
-    p.add_argument("--results", type=Path, default=RESULTS, help="file of the rows (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=RESULTS, help="file of the results, rows are appended (default: %(default)s)")
     args = p.parse_args()
-    if args.table:
-        return print(table(read(args.results)))
-    if not args.cpu and not torch.cuda.is_available():
-        fail("there is no CUDA GPU, so nothing was measured; --cpu measures the CPU path")
-    if not args.results.parent.is_dir():
-        fail(f"--results {args.results}: there is no folder {args.results.parent}")
-    failed = run(CPU_CASES if args.cpu else GPU_CASES, torch.device("cpu" if args.cpu else "cuda"), args.results)
+    if not args.out.parent.is_dir():
+        fail(f"--out {args.out}: there is no folder {args.out.parent}")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    print(implementation(device), flush=True)
+    failed = run(GPU_CASES if gpu else CPU_CASES, device, args.out)
+    print(table(read(args.out)))
     if failed:
         fail("; ".join(f"{row['op']} {row['size']}: {row['error']}" for row in failed))
 

@@ -2,16 +2,14 @@
 He, Chen, Xie, Li, Dollar, Girshick, CVPR 2022. https://arxiv.org/abs/2111.06377, section 3
 Official code: https://github.com/facebookresearch/mae, models_mae.py
 
-    random_masking      which tokens each image keeps
-    gather_tokens       the encoder's input: the kept tokens only
-    restore_tokens      the decoder's input: all tokens, the mask token where they are hidden, positions added
-    masked_patch_mse    mean squared error in pixels, on the hidden patches only
+    random_masking(batch, tokens, keep, generator, noise)      ids_keep, ids_restore, mask: what each image keeps
+    gather_tokens(x, ids_keep)                                 the encoder's input: the kept tokens only
+    restore_tokens(x, ids_restore, mask_token, pos)            the decoder's: all, mask token where hidden, positions added
+    masked_patch_mse(pred, images, mask, patch, normalize)     mean squared error in pixels, on the hidden patches only
 
 Notation. B images of L patches (tokens), K of them kept; D width of a token; patches of p x p pixels, P = 3 p^2 numbers.
-Every image has its own random order of its tokens, and the first K are kept. As in the official code:
-    ids_keep (B, K)       the kept tokens, in that order
-    ids_restore (B, L)    the place of token i in that order; i is kept if its place is below K
-    mask (B, L)           0 keep, 1 remove
+Every image has its own random order of its tokens, and the first K are kept. As in the official code, ids_keep (B, K) holds
+the kept tokens in that order, ids_restore (B, L) the place of each token in that order, mask (B, L) 0 keep, 1 remove.
 
 Forward, as plain loops over b < B, i < L, k < K, from noise (B, L):
     masking    ids_restore[b, i] = how many j have noise[b, j] < noise[b, i], or equal noise and j < i;  ids_keep[b, that] = i
@@ -32,12 +30,10 @@ decoder, p = 16, images uint8 here and float32 there; counted from the code, not
     gather, forward          3.1          0.6    an int64 index of B x K x D
     restore, forward        13.8          1.0    an int64 index of B x L x D, three copies of the decoder's input
     loss, forward           33            2.3    the images as patches, copies of the target, all about visible patches
-The loss moves 2.2 in its backward, because g arrives late: with 1 / (P sum(mask)), about 1e-9, already multiplied in, r would
-be 0 in float16 before a gradient scaler could help.
+The loss moves 2.2 in its backward: r is stored without 1 / (P sum(mask)), about 1e-9, which would make it 0 in float16.
 
-Distributed contract. Nothing is communicated. The loss is the mean over the hidden patches of this process. All processes
-hide equally many (same B, L, K), so the mean over processes that DistributedDataParallel takes is the mean over the hidden
-patches of the global batch, for the loss and for its gradient.
+Distributed contract. Nothing is communicated; the loss is the mean over the hidden patches of this process. Where all hide
+equally many, the average that DistributedDataParallel takes over processes is that over the global batch, with its gradient.
 
 Limits. float16, bfloat16 and float32, computed in float32, or float64, computed in float64 by PyTorch; images also uint8,
 meaning value / 255. Deterministic: no atomics. First derivatives only. Ids must be distinct and in range, which is not
@@ -63,15 +59,6 @@ def flat(ids, N):
     if ids.device.type == "cpu" and ids.numel() and not (0 <= ids.min() and ids.max() < N):
         raise IndexError(f"ids must be from 0 to {N - 1}, these are from {ids.min()} to {ids.max()}")
     return (ids + torch.arange(0, len(ids) * N, N, device=ids.device)[:, None]).flatten()
-
-
-def inverse(order):
-    """order (B, L), a permutation of 0 ... L - 1 in each row -> its inverse, order.argsort(1) without sorting."""
-    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-
-
-def rank_reference(noise):
-    return inverse(noise.argsort(dim=1, stable=True))
 
 
 def gather_tokens_reference(x, ids_keep):
@@ -111,19 +98,6 @@ def patch_mse_reference(pred, images, patch, normalize):
 # are known to be multiples of 16 bytes, they move 16 bytes at a time.
 
 if triton:
-    @triton.jit
-    def rank_kernel(noise, ids_restore, L, ROWS: tl.constexpr, COLS: tl.constexpr):
-        """noise (B, L) read; ids_restore (B, L) written. L^2 comparisons a sample, in place of sorting twice."""
-        b = tl.program_id(0).to(tl.int64)
-        i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        x = tl.load(noise + b * L + i, mask=i < L, other=0.0).to(tl.float32)[:, None]
-        place = tl.zeros((ROWS,), tl.int32)
-        for start in range(0, L, COLS):
-            j = start + tl.arange(0, COLS)
-            y = tl.load(noise + b * L + j, mask=j < L, other=float("inf")).to(tl.float32)[None, :]
-            place += tl.sum(((y < x) | ((y == x) & (j[None, :] < i[:, None]))).to(tl.int32), 1)
-        tl.store(ids_restore + b * L + i, place, mask=i < L)
-
     @triton.jit
     def take_kernel(x, ids, token, pos, out, N, K, x_stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
         """x (B, N, D), samples x_stride apart, ids (B, K), token (D,), pos (K, D) read; out (B, K, D) written:
@@ -206,7 +180,7 @@ def use_kernel(*tensors):
 def launch(kernel, B, tokens, width, *args):
     """Covers (tokens, width) of each of B samples by tiles of 4096 numbers, 32 for each thread."""
     cols = min(256, triton.next_power_of_2(width))
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whichever that is
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
         kernel[B, triton.cdiv(tokens, 4096 // cols), triton.cdiv(width, cols)](*args, ROWS=4096 // cols, COLS=cols)
 
 
@@ -216,15 +190,6 @@ def dense(x):
 
 
 # Operators, as torch.compile and autograd see them.
-
-@custom_op("ssl_kernels::rank", mutates_args=())
-def rank_op(noise: Tensor) -> Tensor:
-    if not use_kernel(noise):
-        return rank_reference(noise)
-    (B, L), ids_restore = noise.shape, torch.empty_like(noise, dtype=torch.int64)
-    launch(rank_kernel, B, L, 64, noise, ids_restore, L)
-    return ids_restore
-
 
 @custom_op("ssl_kernels::take_tokens", mutates_args=())
 def take_op(x: Tensor, ids: Tensor, token: Tensor | None, pos: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -279,7 +244,7 @@ def mse_setup(ctx, inputs, output):
 
 def mse_backward(ctx, grad, _):
     r, = ctx.saved_tensors
-    return scale_op(r, 2 / r.shape[2] * grad), None, None, None, None
+    return None if grad is None else scale_op(r, 2 / r.shape[2] * grad), None, None, None, None
 
 
 @custom_op("ssl_kernels::patch_mse_backward", mutates_args=())
@@ -295,7 +260,6 @@ def no_second_derivative(ctx, *grads):
     raise RuntimeError("kernels/mae_mask.py has first derivatives only; for second ones write its formulas in PyTorch")
 
 
-rank_op.register_fake(lambda noise: torch.empty_like(noise, dtype=torch.int64))
 take_op.register_fake(lambda x, ids, token, pos, dtype: x.new_empty(*ids.shape, x.shape[2], dtype=dtype))
 take_backward_op.register_fake(lambda grad, ids, N, dtype: (
     grad.new_empty(len(grad), N, grad.shape[2], dtype=dtype), grad.new_empty(grad.shape[2])))
@@ -310,8 +274,7 @@ scale_op.register_autograd(no_second_derivative)
 
 # Public functions.
 
-FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
-INTS = torch.int32, torch.int64
+FLOATS, INTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64), (torch.int32, torch.int64)
 
 
 def check(**arguments):
@@ -337,8 +300,10 @@ def random_masking(batch, tokens, keep, generator=None, noise=None):
     elif generator is not None or noise.shape != (batch, tokens):
         raise ValueError(f"give either a generator or noise of shape ({batch}, {tokens})")
     check(noise=(noise, "BL", FLOATS))
-    ids_restore = rank_op(noise.detach().contiguous())
-    return inverse(ids_restore)[:, :keep].contiguous(), ids_restore, (ids_restore >= keep).float()
+    order = noise.argsort(dim=1, stable=True)  # (B, L), token k of the order; its inverse is sorted for in the official code
+    places = torch.arange(tokens, device=noise.device).expand_as(order)
+    ids_restore = torch.empty_like(order).scatter_(1, order, places)
+    return order[:, :keep].contiguous(), ids_restore, (ids_restore >= keep).float()
 
 
 def gather_tokens(x, ids_keep):

@@ -60,7 +60,8 @@ def get_args():
     p.add_argument("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability of blur in each view (paper: 1 0.1)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
-    p.add_argument("--out", default=None, help="run folder (default: runs/barlow_twins-DATA-SEED), continued if a run is there")
+    p.add_argument("--out", default=None,
+                   help="run folder (default: runs/barlow_twins-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     return p.parse_args()

@@ -73,7 +73,8 @@ def get_args():
     p.add_argument("--temperature", type=float, default=0.38, help="T of the colours in colorized.png (paper: 0.38)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
-    p.add_argument("--out", default=None, help="run folder (default: runs/colorization-DATA-SEED); one found is continued")
+    p.add_argument("--out", default=None,
+                   help="run folder (default: runs/colorization-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = p.parse_args()

@@ -3,7 +3,6 @@ every method in 1, 2 and 3 gloo processes, each of which sees other images."""
 
 import hashlib
 import json
-import sys
 import tempfile
 
 import pytest
@@ -15,6 +14,7 @@ from torchvision.utils import save_image
 
 import common
 from common import SyncBatchNorm, all_reduce_sum, distribute, gather, rank, world
+from methods.simclr import SimCLR
 
 WORLDS = pytest.mark.parametrize("count", [1, 2, 3])
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64: sums of about a hundred terms of size 1, in another order
@@ -189,32 +189,40 @@ def train(name, flags, data):
     return torch.stack(run.losses).numpy(), run.loader.shown[0].numpy(), digest(state), arrays if rank() == 0 else None
 
 
-# Float64: summing in another order changes the last digit, 1e-16 of each number. Six steps of training at high rates, through
-# batch-norm of 12 images, enlarge that by some orders of magnitude (MEASURED). A gradient that is too small by a factor, batch
-# statistics of one process, or a queue in another order change the weights by 1e-5 and more after six steps.
+# Float64: summing in another order changes the last digit, 1e-16 of each number. Four steps of training at high rates, through
+# batch-norm of 6 images, enlarge that by some orders of magnitude. A gradient that is too small by a factor, batch
+# statistics of one process, or a queue in another order change the weights by 1e-5 and more after four steps.
 SAME = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def assert_close_states(state, expected):
+    """Flat states with the same keys, numbers of which are the SAME; names, flags and None are equal."""
+    assert state.keys() == expected.keys()
+    for key, value in state.items():
+        if value is None or isinstance(value, str | bool):
+            assert value == expected[key], key
+        else:
+            here, there = torch.as_tensor(value), torch.as_tensor(expected[key])
+            torch.testing.assert_close(here, there, msg=lambda text: f"{key}: {text}", **SAME)
 
 
 @EVERY_METHOD
 def test_training_does_not_depend_on_the_number_of_processes(processes, name):
-    """Two epochs of three steps: the loss of each step, the mean over processes, and in the end all weights, buffers and the
+    """Two epochs of two steps: the loss of each step, the mean over processes, and in the end all weights, buffers and the
     optimiser's state, are those of one process with the whole batch; and the same to the last bit in every process."""
-    flags = ["--batch", 12, "--epochs", 2, "--workers", 0]
+    flags = ["--batch", 6, "--epochs", 2, "--workers", 0]
     for count in (1, 2, 3):
-        losses, shown, digests, states = zip(*processes(count, train, name, flags, tiny_data(36)))
+        losses, shown, digests, states = zip(*processes(count, train, name, flags, tiny_data(12)))
         losses, state = torch.tensor(sum(losses) / count), states[0]
         if count == 1:
             alone, images, expected = losses, shown[0], state
             continue
-        together = torch.cat([torch.from_numpy(part) for part in shown])[:8]
+        together = torch.cat([torch.from_numpy(part) for part in shown])
         torch.testing.assert_close(together, torch.from_numpy(images), rtol=0, atol=1e-12)
         assert abs(shown[0][0] - shown[1][0]).max() > 0.1, "each process has its own images"
         torch.testing.assert_close(losses, alone, **SAME)
         assert len(set(digests)) == 1, "the processes hold different states"
-        assert state.keys() == expected.keys()
-        for key, value in state.items():
-            here, there = torch.as_tensor(value), torch.as_tensor(expected[key])
-            torch.testing.assert_close(here, there, msg=lambda text: f"{key}: {text}", **SAME)
+        assert_close_states(state, expected)
 
 
 def write_images(folder, count):
@@ -232,38 +240,26 @@ def run_folder(folder):
 
 
 def error(found, exact):
-    """Of float32 losses and weights against those in float64: the largest of each, weights relative to each tensor's norm."""
-    weights = [(found[1][key].double() - value).norm() / value.norm() for key, value in exact[1].items() if value.ndim > 1]
-    return (found[0] - exact[0]).abs().max(), torch.stack(weights).max()
+    """The largest difference of losses and, relative to each tensor's norm, of weights."""
+    weights = [(found[1][key] - value).norm() / value.norm() for key, value in exact[1].items() if value.ndim > 1]
+    return (found[0] - exact[0]).abs().max().item(), torch.stack(weights).max().item()
 
 
 def test_twenty_steps_by_torchrun(program, tmp_path, monkeypatch):
-    """SimCLR as a user starts it, on image files, with 2 and 3 processes by torchrun. The same run in float64 tells how far
-    rounding in float32 leads one process astray in 20 steps; other numbers of processes may err by ten times as much, since
-    which way the roundings go is chance, but no more than 1e-2 of the loss and 5e-2 of a weight matrix."""
+    """SimCLR as a user starts it, on image files, with 2 and 3 processes by torchrun, in float32. The processes sum in another
+    order, an error of 6e-8 a step, which batch-norm of 12 images enlarges by some orders of magnitude within 20 steps. (In
+    float64, above, the same is 1e-9.) Batch statistics or negatives of one process alone change the loss by 0.1 and more."""
     images = write_images(tmp_path / "images", 60)
-    flags = ["--data", images, "--batch", 12, "--epochs", 4, "--size", 32, "--arch", "resnet14", "--workers", 0]
-
-    def in_this_process(out):
-        monkeypatch.setattr(sys, "argv", ["simclr.py"])
-        data = common.load_data(str(images), "", CPU)
-        result = call_main("simclr", *flags, "--out", out, data=data)
-        assert result.code == 0, result.err
-        return run_folder(out)
-
-    alone = in_this_process(tmp_path / "1")
+    flags = ["--data", images, "--batch", 12, "--epochs", 4, "--size", 32, "--lr", 0.1, "--workers", 0]
+    monkeypatch.setattr(sys, "argv", ["simclr.py"])
+    result = call_main("simclr", *flags, "--out", tmp_path / "1", data=common.load_data(str(images), "", CPU))
+    assert result.code == 0, result.err
+    alone = run_folder(tmp_path / "1")
     assert len(alone[0]) == 20
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            double_precision(patch)
-            exact = in_this_process(tmp_path / "exact")
-        finally:
-            torch.set_default_dtype(torch.float32)
-    loss, weight = error(alone, exact)
     for count in (2, 3):
         found = program("methods/simclr.py", *flags, "--out", tmp_path / str(count), processes=count)
         assert f"{count} x {12 // count} images a step" in found.stdout
         assert found.stdout.count("epoch 4/4") == 1  # one process speaks for all
-        many = error(run_folder(tmp_path / str(count)), exact)
-        print(f"{count} processes: errors {many}, of one process {(loss, weight)}")
-        assert many[0] <= min(10 * loss, 1e-2) and many[1] <= min(10 * weight, 5e-2)
+        loss, weight = error(run_folder(tmp_path / str(count)), alone)
+        print(f"{count} processes differ by {loss:.1e} in the loss, {weight:.1e} in a weight matrix")
+        assert loss <= 1e-3 and weight <= 1e-3

@@ -1,5 +1,5 @@
-"""kernels/mae_mask.py: masking, gathering, restoring and the loss of both implementations, PyTorch and Triton (interpreted where
-there is no GPU), against the official code's formulas; the operators in autograd and torch.compile; the machine code."""
+"""kernels/mae_mask.py: masking, gathering, restoring and the loss of both implementations, PyTorch and Triton (interpreted
+where there is no GPU), against the official code's formulas; autograd and torch.compile; the machine code."""
 
 import math
 
@@ -45,7 +45,7 @@ def noise(B, L, seed=0):
 
 def official_masking(noise, keep):
     """random_masking of models_mae.py. Its sort is not stable; equal noise is otherwise left open."""
-    order = noise.argsort(1, stable=True)
+    order = noise.argsort(dim=1, stable=True)
     restore = order.argsort(1)
     mask = torch.ones(noise.shape, device=noise.device)
     mask[:, :keep] = 0
@@ -80,8 +80,9 @@ def gradients(function, leaves, g=None):
 
 # -------- Masking ------------------------------------------------------------------------------------------------------
 
-def test_masking_by_hand(way):
-    ids_keep, ids_restore, mask = random_masking(2, 4, 2, noise=torch.tensor([[0.3, 0.1, 0.2, 0.4], [4.0, 3.0, 2.0, 1.0]]).to(DEVICE))
+def test_masking_by_hand():
+    x = torch.tensor([[0.3, 0.1, 0.2, 0.4], [4.0, 3.0, 2.0, 1.0]], device=DEVICE)
+    ids_keep, ids_restore, mask = random_masking(2, 4, 2, noise=x)
     assert ids_keep.tolist() == [[1, 2], [3, 2]]
     assert ids_restore.tolist() == [[2, 0, 1, 3], [3, 2, 1, 0]]
     assert mask.tolist() == [[1, 0, 0, 1], [1, 1, 0, 0]]
@@ -89,7 +90,7 @@ def test_masking_by_hand(way):
 
 @pytest.mark.parametrize("B, L, keep, dtype", [(1, 1, 1, torch.float32), (3, 7, 3, torch.float64), (2, 64, 64, torch.bfloat16),
                                                (2, 65, 16, torch.float32), (3, 196, 49, torch.float16)], ids=str)
-def test_masking_is_the_official_one(way, B, L, keep, dtype):
+def test_masking_is_the_official_one(B, L, keep, dtype):
     """In 16 bits and 196 numbers some are equal: then the first comes first."""
     x = noise(B, L).to(dtype)
     found = random_masking(B, L, keep, noise=x)
@@ -152,7 +153,7 @@ def test_restore_undoes_gather(way):
     """Kept tokens return to their places, the mask token is everywhere else, positions are added to both."""
     B, L, K, D = 2, 12, 5, 8
     ids_keep, ids_restore, mask = random_masking(B, L, K, noise=noise(B, L))
-    x, token, pos = draw(B, L, D, dtype=torch.float32), draw(D, seed=1, dtype=torch.float32), draw(L, D, seed=2, dtype=torch.float32)
+    x, token, pos = (draw(*shape, dtype=torch.float32) for shape in [(B, L, D), (D,), (L, D)])
     y = restore_tokens(gather_tokens(x, ids_keep), ids_restore, token, pos)
     assert torch.equal(y, torch.where(mask[:, :, None] == 1, token, x) + pos)
 
@@ -169,10 +170,9 @@ def test_views_need_no_copy(way):
     assert x.grad[:, 0].abs().max() == 0 and (x.grad[:, 1:] == 1).all()
     across = draw(B, D, L, dtype=torch.float32).transpose(1, 2)
     assert torch.equal(gather_tokens(across, ids_keep), official_gather(across, ids_keep))
-    pred, images = draw(B, 1 + L, 12, dtype=torch.float32), pixels(B, 6, 6)
-    assert torch.equal(masked_patch_mse(pred[:, 1:], images, mask, 2), masked_patch_mse(pred[:, 1:].contiguous(), images, mask, 2))
-    flipped = images.flip(3).transpose(2, 3)
-    assert torch.equal(masked_patch_mse(pred[:, 1:], flipped, mask, 2), masked_patch_mse(pred[:, 1:], flipped.contiguous(), mask, 2))
+    pred, images = draw(B, 1 + L, 12, dtype=torch.float32)[:, 1:], pixels(B, 6, 6).transpose(2, 3)
+    want = masked_patch_mse(pred.contiguous(), images.contiguous(), mask, 2)
+    assert torch.equal(masked_patch_mse(pred, images, mask, 2), want)
 
 
 # -------- The loss -------------------------------------------------------------------------------------------------------
@@ -223,16 +223,15 @@ def test_loss_of_flat_patches_is_finite(way):
 
 
 def test_small_gradients_keep_their_digits_in_float16(way):
-    """At 10^5 hidden numbers the factor 2 / (P sum(mask)) is 2e-5: a residual multiplied by it would be subnormal in float16."""
-    B, L, P = 8, 256, 48
-    pred, images, mask = draw(B, L, P).half(), pixels(B, 64, 64), torch.ones(B, L, device=DEVICE)
-    _, (grad,) = gradients(lambda x: masked_patch_mse(x, images, mask, 4) * 2**16, [pred])
-    _, (exact,) = gradients(lambda x: official_loss(x, images / 255.0, mask, 4) * 2**16, [pred.double()])
+    """At 49152 hidden numbers 2 / (P sum(mask)) is 4e-5: a residual multiplied by it would be subnormal in float16."""
+    pred, images, mask = draw(1, 64, 768).half(), pixels(1, 128, 128), torch.ones(1, 64, device=DEVICE)
+    _, (grad,) = gradients(lambda x: masked_patch_mse(x, images, mask, 16) * 2**12, [pred])
+    _, (exact,) = gradients(lambda x: official_loss(x, images.double() / 255, mask, 16) * 2**12, [pred.double()])
     assert (grad - exact).norm() <= 2 * 2**-11 * exact.norm()  # two roundings
 
 
 def test_processes_that_hide_equally_many_average_to_the_whole():
-    """Nothing is communicated: the mean over parts of the batch is loss and gradient of the batch, and masks follow the noise."""
+    """Nothing is communicated: the means over parts of the batch are loss and gradient of the batch; masks follow the noise."""
     B, L, P = 6, 9, 12
     pred, images = draw(B, L, P), pixels(B, 6, 6)
     masks = random_masking(B, L, 2, noise=noise(B, L))[2]
@@ -252,14 +251,12 @@ def test_gradcheck():
     B, L, K, D = 2, 6, 2, 3
     ids_keep, ids_restore, mask = random_masking(B, L, K, noise=noise(B, L))
     images = pixels(B, 4, 6, torch.float64)
-    leaves = [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(B, L, D), (B, K, D), (D,), (L, D), (B, L, 12)])]
-    x, kept, token, pos, pred = leaves
+    x, kept, token, pos, pred = (draw(*shape).requires_grad_() for shape in [(B, L, D), (B, K, D), (D,), (L, D), (B, L, 12)])
     assert torch.autograd.gradcheck(lambda x: gather_tokens(x, ids_keep), x)
     assert torch.autograd.gradcheck(lambda *leaves: restore_tokens(leaves[0], ids_restore, *leaves[1:]), (kept, token, pos))
     for normalize in (True, False):
         assert torch.autograd.gradcheck(lambda pred: masked_patch_mse(pred, images, mask, 2, normalize), pred)
-    with pytest.raises(RuntimeError, match="no derivative|not require grad"):  # images are data
-        torch.autograd.grad(masked_patch_mse(pred.detach(), images.requires_grad_(), mask, 2), images)
+    assert torch.autograd.grad(masked_patch_mse(pred, images.requires_grad_(), mask, 2), images, allow_unused=True) == (None,)
 
 
 def step(x, token, pos, pred, images, u):
@@ -291,7 +288,6 @@ def test_operators_pass_opcheck(way):
     x, kept, token, pos, pred = (draw(*shape, dtype=torch.float32).requires_grad_()
                                  for shape in [(2, 4, 3), (2, 2, 3), (3,), (4, 3), (2, 4, 12)])
     tests = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(mm.rank_op, (noise(2, 4),), test_utils=tests)
     torch.library.opcheck(mm.take_op, (x, ids_keep, None, None, torch.float32), test_utils=tests)
     torch.library.opcheck(mm.take_op, (kept, ids_restore, token, pos, torch.float32), test_utils=tests)
     torch.library.opcheck(mm.mse_op, (pred, pixels(2, 4, 4), mask, 2, True), test_utils=tests)
@@ -360,18 +356,17 @@ def test_lightly_agrees():
 # -------- The machine code, which needs no GPU -------------------------------------------------------------------------------
 
 def test_machine_code():
-    """For A100 and H100: nothing is spilled, shared memory suffices, and numbers that lie side by side move 16 bytes at a time,
-    or as many as the narrower of two dtypes has."""
+    """For A100 and H100: nothing is spilled, shared memory suffices, and where numbers are only moved or scaled, 16 bytes move
+    at a time."""
     pytest.importorskip("triton")
     from aot import SHARED_LIMIT, Spec, compile_ahead
     specs = []
     for arch in (80, 90):
         def add(kernel, types, constants, warps=4):
             signature = dict(zip(types.split()[::2], types.split()[1::2]))
-            aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name.endswith("stride") or name in "HW")
+            aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name.endswith("stride"))
             specs.append(Spec("kernels.mae_mask", kernel, signature, constants, arch, warps, aligned=aligned))
 
-        add("rank_kernel", "noise *fp32 ids_restore *i64 L i32", {"ROWS": 64, "COLS": 64})
         for kind in ("*bf16", "*fp32"):
             tile = {"D": 768, "ROWS": 16, "COLS": 256}
             add("take_kernel", f"x {kind} ids *i64 out {kind} N i32 K i32 x_stride i32", {"token": None, "pos": None, **tile})

@@ -20,11 +20,21 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 from common import table
+from kernels import bench
 
 ROWS, README = HERE / "rows.jsonl", ROOT / "README.md"
 FACTS = {  # file -> the idea in at most ten words, and the paper's own figure with its setting
+    "barlow_twins": ("two views' dimensions agree, and each says something else", "73.2 % ImageNet linear, ResNet-50, 1000 epochs"),
+    "byol": ("predict a slowly moving average's view; no negatives", "74.3 % ImageNet linear, ResNet-50, 1000 epochs"),
+    "colorization": ("what colours does this grey image have?", "65.6 % mAP VOC 2007 classification, AlexNet"),
+    "dino": ("a student matches its own moving average across crops", "77.0 % ImageNet linear, ViT-S/16, 800 epochs"),
+    "jigsaw": ("in which order were the nine tiles shuffled?", "67.6 % mAP VOC 2007 classification, AlexNet"),
+    "mae": ("paint the three quarters of the patches that are hidden", "73.5 % ImageNet linear, ViT-L, 800 epochs"),
+    "moco": ("a key among a queue of thousands of others", "71.1 % ImageNet linear, ResNet-50, v2, 800 epochs"),
     "rotnet": ("which of four ways was the image turned?", "91.2 % CIFAR-10, NIN, conv classifier on block 2"),
     "simclr": ("two views of an image attract, other images repel", "69.3 % ImageNet linear, ResNet-50, 1000 epochs"),
+    "simsiam": ("predict the other view; stopping the gradient prevents collapse", "71.3 % ImageNet linear, ResNet-50, 800 epochs"),
+    "swav": ("predict the cluster of another view; clusters equally filled", "75.3 % ImageNet linear, ResNet-50, 800 epochs"),
 }
 
 
@@ -109,10 +119,18 @@ def quick_start(rows):
     return ["```", *table(runs[0], "simclr").splitlines(), "```"] if runs else ["not run"]
 
 
+def kernel_table():
+    """What kernels/bench.py has measured."""
+    rows = bench.read(bench.RESULTS)
+    names = dict.fromkeys(case.op for case in bench.GPU_CASES)
+    return bench.table(rows).splitlines() if rows else ["| kernel | GPU | CPU |", "|---|---|---|", *(
+        f"| {name} | not run | not run |" for name in names)]
+
+
 def readme(rows):
     """README's text with every block between <!-- NAME --> and <!-- /NAME --> made anew."""
     blocks = {"quickstart": quick_start(rows), "methods": method_table(), "emoji": result_table(rows, "emoji"),
-              "fashion": result_table(rows, "fashion")}
+              "fashion": result_table(rows, "fashion"), "kernels": kernel_table()}
     text = README.read_text()
     for name, lines in blocks.items():
         text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
