@@ -35,9 +35,10 @@ def gain(result, key):
 
 
 def test_short_run_learns_and_a_constant_loss_does_not(monkeypatch, tmp_path):
-    """With seeds 0 to 2, 16 epochs raised kNN (k = 200) by 5 to 8 points, and it was their smallest gain among seeds; a loss
-    without gradient changed it by 0.5 to 1.4, through batch-norm's running statistics, and lowered retrieval by 4 to 9."""
-    monkeypatch.setattr(common, "linear_probe", lambda *args, **options: 0.0)  # saves a third of the time
+    """With seeds 0, 1 and 2, 16 epochs raised kNN (k = 200) by 5.2, 7.6 and 6.2 points, and a loss without gradient, for 3
+    epochs, by 0.8, 1.4 and 0.5, through batch-norm's running statistics. Retrieval (R@5) changed by 1.4, 5.1 and 2.2 with the
+    one, by -8.1, -4.3 and -8.7 with the other."""
+    monkeypatch.setattr(common, "linear_probe", lambda *args, **options: 0.0)  # not looked at here, and it takes time
     good = trained(monkeypatch, tmp_path / "good", seed=0, epochs=16)
     monkeypatch.setattr(simclr, "simclr_loss", lambda z1, z2, tau: 5.5 + 0 * (z1 + z2).sum())
     broken = trained(monkeypatch, tmp_path / "broken", seed=0, epochs=3)

@@ -24,7 +24,7 @@ from kernels import bench
 
 ROWS, README = HERE / "rows.jsonl", ROOT / "README.md"
 FACTS = {  # file -> the idea in at most ten words, and the paper's own figure with its setting
-    "barlow_twins": ("two views' dimensions agree, and each says something else", "73.2 % ImageNet linear, ResNet-50, 1000 epochs"),
+    "barlow_twins": ("dimensions agree between views, not with each other", "73.2 % ImageNet linear, ResNet-50, 1000 epochs"),
     "byol": ("predict a slowly moving average's view; no negatives", "74.3 % ImageNet linear, ResNet-50, 1000 epochs"),
     "colorization": ("what colours does this grey image have?", "65.6 % mAP VOC 2007 classification, AlexNet"),
     "dino": ("a student matches its own moving average across crops", "77.0 % ImageNet linear, ViT-S/16, 800 epochs"),
@@ -33,7 +33,7 @@ FACTS = {  # file -> the idea in at most ten words, and the paper's own figure w
     "moco": ("a key among a queue of thousands of others", "71.1 % ImageNet linear, ResNet-50, v2, 800 epochs"),
     "rotnet": ("which of four ways was the image turned?", "91.2 % CIFAR-10, NIN, conv classifier on block 2"),
     "simclr": ("two views of an image attract, other images repel", "69.3 % ImageNet linear, ResNet-50, 1000 epochs"),
-    "simsiam": ("predict the other view; stopping the gradient prevents collapse", "71.3 % ImageNet linear, ResNet-50, 800 epochs"),
+    "simsiam": ("predict the other view; its gradient is stopped", "71.3 % ImageNet linear, ResNet-50, 800 epochs"),
     "swav": ("predict the cluster of another view; clusters equally filled", "75.3 % ImageNet linear, ResNet-50, 800 epochs"),
 }
 
