@@ -3,7 +3,6 @@ every method in 1, 2 and 3 gloo processes, each of which sees other images."""
 
 import hashlib
 import json
-import sys
 import tempfile
 
 import pytest
@@ -239,19 +238,23 @@ def run_folder(folder):
     return losses, torch.load(folder / "last.pt", weights_only=True)["state"]["model"]
 
 
-def error(found, exact):
-    """The largest difference of losses and, relative to each tensor's norm, of weights."""
-    weights = [(found[1][key] - value).norm() / value.norm() for key, value in exact[1].items() if value.ndim > 1]
-    return (found[0] - exact[0]).abs().max().item(), torch.stack(weights).max().item()
+def error(found, expected):
+    """The largest difference of losses; and of the weights and buffers, relative to the norm of each tensor."""
+    parts = [(found[1][key] - value).norm() / value.norm() for key, value in expected[1].items() if value.is_floating_point()
+             and value.norm() > 0]
+    return (found[0] - expected[0]).abs().max(), torch.stack(parts).max()
 
 
-def test_twenty_steps_by_torchrun(program, tmp_path, monkeypatch):
-    """SimCLR as a user starts it, on image files, with 2 and 3 processes by torchrun, in float32. The processes sum in another
-    order, an error of 6e-8 a step, which batch-norm of 12 images enlarges by some orders of magnitude within 20 steps. (In
-    float64, above, the same is 1e-9.) Batch statistics or negatives of one process alone change the loss by 0.1 and more."""
+def test_twenty_steps_by_torchrun(program, tmp_path):
+    """SimCLR as a user starts it, on image files, with 2 and 3 processes by torchrun, in float32.
+
+    Rounding makes training chaotic at usual rates: at --lr 0.1 the loss of one process in float32 is 0.07 from that in float64
+    after 20 steps, whatever the number of processes (in float64 the processes agree to 1e-9, see above). At --lr 0.001 it is
+    3e-5, and the tensor that suffers most, an offset of a batch-norm that was 0, is 1.2 % off. Gradients of half the size, as a
+    mean over processes in place of a sum gives, would show as 1.3e-3 in the loss and 50 % in that tensor; batch statistics or
+    negatives of one process alone as 0.1 and more in the loss. So the limits are some times the rounding: 2e-4 and 5 %."""
     images = write_images(tmp_path / "images", 60)
-    flags = ["--data", images, "--batch", 12, "--epochs", 4, "--size", 32, "--lr", 0.1, "--workers", 0]
-    monkeypatch.setattr(sys, "argv", ["simclr.py"])
+    flags = ["--data", images, "--batch", 12, "--epochs", 4, "--size", 32, "--lr", 0.001, "--workers", 0]
     result = call_main("simclr", *flags, "--out", tmp_path / "1", data=common.load_data(str(images), "", CPU))
     assert result.code == 0, result.err
     alone = run_folder(tmp_path / "1")
@@ -261,5 +264,5 @@ def test_twenty_steps_by_torchrun(program, tmp_path, monkeypatch):
         assert f"{count} x {12 // count} images a step" in found.stdout
         assert found.stdout.count("epoch 4/4") == 1  # one process speaks for all
         loss, weight = error(run_folder(tmp_path / str(count)), alone)
-        print(f"{count} processes differ by {loss:.1e} in the loss, {weight:.1e} in a weight matrix")
-        assert loss <= 1e-3 and weight <= 1e-3
+        print(f"{count} processes differ by {loss:.1e} in the loss, {weight:.1e} in a tensor")
+        assert loss <= 2e-4 and weight <= 0.05
