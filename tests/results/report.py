@@ -100,7 +100,7 @@ def result_table(rows, data):
     for arch in sorted({e[0]["settings"]["arch"] for e in runs}):
         same = list({run["settings"]["seed"]: run for e in runs for run in e if run["settings"]["arch"] == arch}.values())
         lines.append(f"| {arch}, random initialisation | " + " | ".join(spread(same, "random_init", k) for k in keys)
-                     + f" | {len(same)} seeds | | | |")
+                     + f" | {len(same)} seed{'s' * (len(same) > 1)} | | | |")
     for e in sorted(runs, key=lambda e: -statistics.mean(run["evaluation"]["linear"] for run in e)):
         s, seconds = e[0]["settings"], statistics.mean(run["train_seconds"] for run in e)
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
