@@ -549,7 +549,7 @@ def retrieval(x, emoji, drawing, k):
 def across_drawings(x, drawing, k):
     """(N, k) indices of the images of largest cosine among those of another drawing."""
     x = F.normalize(x, dim=1)
-    return torch.cat([(q @ x.T).masked_fill_(d[:, None] == drawing, -2).topk(k, 1).indices
+    return torch.cat([(q @ x.T).masked_fill_(d[:, None] == drawing, -2).topk(min(k, len(x)), 1).indices
                       for q, d in zip(x.split(512), drawing.split(512))])
 
 def collapse_panel(x, x1, x2):
@@ -652,7 +652,6 @@ def distribute(model, device, compile=False):
         model = torch.compile(model)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.14 renames broadcast_buffers
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
-
 # -------- 6. Run folder -----------------------------------------------------------------------------------------------
 
 class Run:
@@ -756,7 +755,7 @@ class Run:
     def end_epoch(self, epoch):
         """kNN when it is due, metrics, checkpoint; one line where there is no progress bar."""
         found, done = {}, epoch + 1
-        if self.data.test and done % self.args.eval_every == 0 and done < self.args.epochs:
+        if self.data.test and done % max(1, self.args.eval_every) == 0 and done < self.args.epochs:
             found = self.evaluate(only_knn=True)
             self.knn = {"knn20": f"{found['knn20']:.1f}"}
         self.flush(**found)
@@ -778,7 +777,8 @@ class Run:
                           "unreadable_files": 0 if self.loader.in_memory else len(self.loader.folder.broken)})
             draw_neighbours(self.folder / "neighbours.png", self)
             if rank() == 0:
-                replace_file(self.folder / "backbone.pt", lambda f: torch.save(self.model.backbone.state_dict(), f))
+                weights = {name: w.cpu() for name, w in self.model.backbone.state_dict().items()}
+                replace_file(self.folder / "backbone.pt", lambda file: torch.save(weights, file))
                 with open(self.metrics, "a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
                 draw_curve(self.folder / "curve.png", self)

@@ -221,7 +221,7 @@ def main():
                 q, k = network(x1, x2, *members)  # (n, d) both
             q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
             # The mean over this process's queries; DistributedDataParallel averages the gradients of the processes.
-            loss = moco_loss(q, k, model.queue, args.tau)
+            loss = moco_loss(*(x.half() if device.type == "cuda" else x for x in (q, k, model.queue)), args.tau)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
