@@ -217,7 +217,6 @@ class Folder(Dataset):
             fail(f"{len(self.broken)} of {len(self.paths)} images cannot be read, more than 1 in 100: remove them, for "
                  f"example {self.paths[min(self.broken)]}", only_first=False)
         return views
-
 # -------- 2. Views ----------------------------------------------------------------------------------------------------
 
 class BatchRandom:
@@ -401,7 +400,6 @@ class Loader:
             if self.shown is None:
                 self.shown = [view[:8].float().cpu() for view in views]  # for views.png
             yield epoch * self.steps + step, views
-
 # -------- 3. Network --------------------------------------------------------------------------------------------------
 
 def backbone(arch, size):
@@ -425,7 +423,6 @@ def backbone(arch, size):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     net.out_dim, net.fc = net.inplanes, nn.Identity()  # inplanes: the channels of the last stage
     return net
-
 # -------- 4. Evaluation -----------------------------------------------------------------------------------------------
 
 def evaluate(network, data, size, device, workers=0, only_knn=False):
@@ -564,7 +561,6 @@ def collapse_panel(x, x1, x2):
     panel = {"feature_std": u.std(0).mean(), "rankme": torch.exp(-(p * p.log()).sum()),
              "alignment": (u1 - u2).square().sum(1).mean(), "uniformity": (-2 * torch.pdist(u1) ** 2).exp().mean().log()}
     return {name: value.item() for name, value in panel.items()} | {"feature_std_isotropic": x.shape[1] ** -0.5}
-
 # -------- 5. Processes ------------------------------------------------------------------------------------------------
 
 def rank():
@@ -592,7 +588,10 @@ def start(seed):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        store, *place = next(dist.rendezvous("env://"))  # torchrun keeps it over a restart; old addresses must not be met
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", None, datetime.timedelta(hours=2), place[1],
+                                place[0], store)
     torch.manual_seed(seed)  # the same weights in every process
     return device
 
