@@ -44,8 +44,7 @@ sums in a fixed order. First derivatives only. Measured speed: not run on a GPU.
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 try:
     import triton
@@ -263,7 +262,7 @@ def padded(x):
 
 # The operators that torch.compile and autograd see. Collectives stay outside. wide: scale may exceed NARROW.
 
-@custom_op("ssl_kernels::infonce_lse", mutates_args=())
+@library.custom_op("ssl_kernels::infonce_lse", mutates_args=())
 def lse_op(x: Tensor, y: Tensor, scale: Tensor, wide: bool, first: int) -> Tensor:
     """-> (R,): log sum_j exp(scale s_ij), j != first + i."""
     if not use_kernel(x):
@@ -276,7 +275,7 @@ def lse_op(x: Tensor, y: Tensor, scale: Tensor, wide: bool, first: int) -> Tenso
     return lse.logsumexp(0)
 
 
-@custom_op("ssl_kernels::infonce_mean", mutates_args=())
+@library.custom_op("ssl_kernels::infonce_mean", mutates_args=())
 def mean_op(q: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """-> lse (R,), and sum_j p_ij y_j (R, D)."""
     if not use_kernel(q):
@@ -291,7 +290,7 @@ def mean_op(q: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return total, ((lse - total).exp()[:, :, None] * mean).sum(0)[:, :q.shape[1]].contiguous()
 
 
-@custom_op("ssl_kernels::infonce_pull", mutates_args=())
+@library.custom_op("ssl_kernels::infonce_pull", mutates_args=())
 def pull_op(x: Tensor, y: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, wide: bool, first: int) -> Tensor:
     """-> (R, D): sum_j (exp(scale s_ij - lse_x_i) + exp(scale s_ij - lse_y_j)) y_j."""
     if not use_kernel(x):
@@ -306,7 +305,7 @@ def pull_op(x: Tensor, y: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, w
     return (out.sum(0)[:, :D] / UNIT).contiguous()
 
 
-@custom_op("ssl_kernels::infonce", mutates_args=())
+@library.custom_op("ssl_kernels::infonce", mutates_args=())
 def contrast_op(x: Tensor, y: Tensor, target: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, wide: bool, first: int,
                 weight: float) -> Tensor:
     """-> (): weight times the mean over rows of lse_x - scale x . target. lse_y and y are for the backward."""
@@ -328,7 +327,7 @@ def contrast_backward(ctx, grad):
     return dx.to(x.dtype), None, None, None, None, dscale, None, None, None
 
 
-@custom_op("ssl_kernels::infonce_moco", mutates_args=())
+@library.custom_op("ssl_kernels::infonce_moco", mutates_args=())
 def moco_op(q: Tensor, k: Tensor, lse: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """lse (n,) and mean (n, D) over the queue -> loss (), and its gradient to q but for the factor scale / n, (n, D)."""
     positive = scale * (q.to(lse.dtype) * k).sum(1)

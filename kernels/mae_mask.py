@@ -42,8 +42,7 @@ path (*_reference) on others and without Triton. Measured speed: not run on a GP
 """
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 try:
     import triton
@@ -191,7 +190,7 @@ def dense(x):
 
 # Operators, as torch.compile and autograd see them.
 
-@custom_op("ssl_kernels::take_tokens", mutates_args=())
+@library.custom_op("ssl_kernels::take_tokens", mutates_args=())
 def take_op(x: Tensor, ids: Tensor, token: Tensor | None, pos: Tensor | None, dtype: torch.dtype) -> Tensor:
     if not use_kernel(x, token, pos):
         return gather_tokens_reference(x, ids) if token is None else restore_tokens_reference(x, ids, token, pos)
@@ -201,7 +200,7 @@ def take_op(x: Tensor, ids: Tensor, token: Tensor | None, pos: Tensor | None, dt
     return out
 
 
-@custom_op("ssl_kernels::take_tokens_backward", mutates_args=())
+@library.custom_op("ssl_kernels::take_tokens_backward", mutates_args=())
 def take_backward_op(grad: Tensor, ids: Tensor, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if not use_kernel(grad):
         return take_backward_reference(grad, ids, N, dtype)
@@ -225,7 +224,7 @@ def take_backward(ctx, grad):
     return dx, None, dtoken if token else None, grad.sum(0) if pos else None, None
 
 
-@custom_op("ssl_kernels::patch_mse", mutates_args=())
+@library.custom_op("ssl_kernels::patch_mse", mutates_args=())
 def mse_op(pred: Tensor, images: Tensor, mask: Tensor, patch: int, normalize: bool) -> tuple[Tensor, Tensor]:
     if not use_kernel(pred):
         return patch_mse_reference(pred, images, patch, normalize)
@@ -247,7 +246,7 @@ def mse_backward(ctx, grad, _):
     return None if grad is None else scale_op(r, 2 / r.shape[2] * grad), None, None, None, None
 
 
-@custom_op("ssl_kernels::patch_mse_backward", mutates_args=())
+@library.custom_op("ssl_kernels::patch_mse_backward", mutates_args=())
 def scale_op(r: Tensor, scale: Tensor) -> Tensor:
     if not use_kernel(r):
         return (r * scale[..., None]).to(r.dtype)

@@ -51,8 +51,7 @@ path, which also needs B x K numbers for the potentials. Measured speed: not run
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 try:
     import triton
@@ -221,7 +220,7 @@ def launch(kernel, grid, *args, num_warps=4, **constants):
 
 # The operators that torch.compile and autograd see. Collectives stay outside.
 
-@custom_op("ssl_kernels::sinkhorn_columns", mutates_args=())
+@library.custom_op("ssl_kernels::sinkhorn_columns", mutates_args=())
 def columns_op(s: Tensor, log_v: Tensor | None, epsilon: float) -> Tensor:
     """-> (K,): log sum_i exp(s_ij / epsilon) if log_v is None, else sum_i p_ij."""
     (B, K), scale = s.shape, LOG2E / epsilon
@@ -243,7 +242,7 @@ def columns_op(s: Tensor, log_v: Tensor | None, epsilon: float) -> Tensor:
     return log_sums if log_v is None else torch.exp(log_sums + log_v)
 
 
-@custom_op("ssl_kernels::sinkhorn_rows", mutates_args=())
+@library.custom_op("ssl_kernels::sinkhorn_rows", mutates_args=())
 def rows_op(s: Tensor, log_v: Tensor, epsilon: float, assign: bool) -> Tensor:
     """-> p (B, K) if assign, else log_u (B,)."""
     out = s.new_empty(s.shape if assign else len(s), dtype=torch.float32)
@@ -251,7 +250,7 @@ def rows_op(s: Tensor, log_v: Tensor, epsilon: float, assign: bool) -> Tensor:
     return out
 
 
-@custom_op("ssl_kernels::assignment_cross_entropy", mutates_args=())
+@library.custom_op("ssl_kernels::assignment_cross_entropy", mutates_args=())
 def cross_entropy_op(z: Tensor, s: Tensor, log_u: Tensor, log_v: Tensor, temperature: float,
                      epsilon: float) -> tuple[Tensor, Tensor]:
     if not use_kernel(z, s):
@@ -261,7 +260,7 @@ def cross_entropy_op(z: Tensor, s: Tensor, log_u: Tensor, log_v: Tensor, tempera
     return out
 
 
-@custom_op("ssl_kernels::assignment_cross_entropy_backward", mutates_args=())
+@library.custom_op("ssl_kernels::assignment_cross_entropy_backward", mutates_args=())
 def backward_op(grad: Tensor, residual: Tensor, temperature: float) -> Tensor:
     return torch.mul(residual, grad[:, None] / (UNIT * temperature), out=torch.empty_like(residual))
 

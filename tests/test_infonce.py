@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aot import SHARED_LIMIT, Spec, compile_ahead
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import infonce
@@ -257,7 +258,7 @@ def test_autocast_changes_nothing(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_operators_pass_torchs_own_check(loss):
-    """Fake tensors, registration of autograd and schema, by torch.library.opcheck."""
+    """Fake tensors, registration of autograd and schema, by opcheck of PyTorch."""
     x, y, scale = unit(6, 16, dtype=torch.float32), unit(9, 16, seed=1, dtype=torch.float32), torch.tensor(10.0)
     lse_x, lse_y = torch.full((6,), 5.0), torch.full((9,), 5.0)
     x.requires_grad_()
@@ -267,7 +268,7 @@ def test_operators_pass_torchs_own_check(loss):
               "moco": [(infonce.mean_op, (x.detach(), y, scale.detach())),
                        (infonce.moco_op, (x, y[:6], lse_x, torch.zeros(6, 16), scale.detach()))]}
     for operator, arguments in checks[loss]:
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -283,14 +283,14 @@ def test_compile_autocast_and_repetition(way):
 
 
 def test_operators_pass_opcheck(way):
-    """torch.library's own checks: schemas, fake tensors, autograd registration."""
+    """The checks that PyTorch itself has for operators: schemas, fake tensors, autograd registration."""
     ids_keep, ids_restore, mask = random_masking(2, 4, 2, noise=noise(2, 4))
     x, kept, token, pos, pred = (draw(*shape, dtype=torch.float32).requires_grad_()
                                  for shape in [(2, 4, 3), (2, 2, 3), (3,), (4, 3), (2, 4, 12)])
     tests = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(mm.take_op, (x, ids_keep, None, None, torch.float32), test_utils=tests)
-    torch.library.opcheck(mm.take_op, (kept, ids_restore, token, pos, torch.float32), test_utils=tests)
-    torch.library.opcheck(mm.mse_op, (pred, pixels(2, 4, 4), mask, 2, True), test_utils=tests)
+    library.opcheck(mm.take_op, (x, ids_keep, None, None, torch.float32), test_utils=tests)
+    library.opcheck(mm.take_op, (kept, ids_restore, token, pos, torch.float32), test_utils=tests)
+    library.opcheck(mm.mse_op, (pred, pixels(2, 4, 4), mask, 2, True), test_utils=tests)
 
 
 def test_second_derivative_is_an_error(way):

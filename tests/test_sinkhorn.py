@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import library
 
 import kernels.sinkhorn as sk
 from kernels.sinkhorn import assignment_cross_entropy, sinkhorn, sinkhorn_potentials, sinkhorn_reference
@@ -269,14 +270,14 @@ def test_compile_and_autocast(way):
 
 
 def test_operators_pass_opcheck(way):
-    """torch.library's own checks: schemas, fake tensors, autograd registration."""
+    """The checks that PyTorch itself has for operators: schemas, fake tensors, autograd registration."""
     z, s = (scores(4, 7, seed, torch.float32) for seed in (0, 1))
     log_u, log_v = sinkhorn_potentials(s)
-    torch.library.opcheck(sk.cross_entropy_op, (z.clone().requires_grad_(), s, log_u, log_v, 0.1, 0.05),
+    library.opcheck(sk.cross_entropy_op, (z.clone().requires_grad_(), s, log_u, log_v, 0.1, 0.05),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     if way == "triton":
-        torch.library.opcheck(sk.rows_op, (s, log_v, 0.05, True), test_utils=("test_schema", "test_faketensor"))
-        torch.library.opcheck(sk.columns_op, (s, log_v, 0.05), test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(sk.rows_op, (s, log_v, 0.05, True), test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(sk.columns_op, (s, log_v, 0.05), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_second_derivative_is_an_error(way):
