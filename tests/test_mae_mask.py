@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import library
 
 import kernels.mae_mask as mm
 from kernels.mae_mask import gather_tokens, masked_patch_mse, random_masking, restore_tokens
