@@ -22,9 +22,9 @@ Run.
 --batch counts the images of all processes together; the network sees nine tiles of each. Results: the table in README.md.
 
 Differs from the paper.
-    1. The convolutions are a ResNet's, before its average pooling; the paper uses those of AlexNet, with less stride than usual
-       on tiles, as here for images of up to 64 pixels (see backbone). The layers after them have batch-norm in place of
-       dropout; fc7 has four times as many units as a tile has features, as there.
+    1. The convolutions are a ResNet's, averaged over the places of a tile; in the paper they are AlexNet's, with less stride
+       than usual on tiles (as here for images of up to 64 pixels, see backbone), and fc6 sees every place. The layers after
+       them have batch-norm in place of dropout; fc7 has four times as many units as a tile has features, as there.
     2. Each channel of a tile is standardised, and that inside backbone(...), so that whole images are when it is evaluated; the
        random initialisation in the tables sees the same. The official code has this switched off.
     3. Colour shifts stay inside the tile's cell; in the official code they reach up to two pixels into the next. 30 % of the
