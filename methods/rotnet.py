@@ -47,7 +47,7 @@ def get_args():
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 32 on CIFAR-10, 224 on ImageNet)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: NIN, AlexNet)")
     p.add_argument("--batch", type=int, default=128, help="images a step, over all processes; each turned 4 times (paper: 128)")
-    p.add_argument("--epochs", type=int, default=15, help="passes over the training images (paper: 200; ImageNet: 30)")
+    p.add_argument("--epochs", type=int, default=12, help="passes over the training images (paper: 200; ImageNet: 30)")
     p.add_argument("--warmup", type=float, default=1, help="epochs of linear learning-rate warm-up (paper: 0)")
     p.add_argument("--lr", type=float, default=0.2, help="learning rate per 256 images (paper: 0.1 at 128)")
     p.add_argument("--weight-decay", type=float, default=5e-4, help="on all parameters (paper: 5e-4)")
