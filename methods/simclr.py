@@ -51,7 +51,7 @@ def get_args():
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 224)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: resnet50)")
     p.add_argument("--batch", type=int, default=256, help="images a step, over all processes (paper: 4096)")
-    p.add_argument("--epochs", type=int, default=27, help="passes over the training images (paper: 100 to 1000)")
+    p.add_argument("--epochs", type=int, default=30, help="passes over the training images (paper: 100 to 1000)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
     p.add_argument("--lr", type=float, default=4.0, help="learning rate per 256 images (paper: 0.3; CIFAR-10: 0.5)")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="on weights, not biases or batch-norm (paper: 1e-6)")
