@@ -364,7 +364,8 @@ pull_op.register_autograd(no_second_derivative)
 
 
 def gather(x, group):
-    """-> (processes x n, ...) in the order of the processes, without gradient; and the first row of this one."""
+    """-> (processes x n, ...) in the order of the processes, without gradient; and the first row of this one. All processes
+    must hold equally many rows: to compare would cost a round of messages at every step."""
     x = x.detach()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return x, 0

@@ -25,8 +25,8 @@ Differs from the paper.
        exact on any number of processes. LARS divides by the gradient's norm, so that only weight decay, biases and batch-norm
        parameters notice: their official rate, tuned on 16 to 32 GPUs, is W times too high here; hence the lower --bias-lr.
     2. The residual branches do not start at zero, so that all methods start from the same network.
-    3. The learning rate ends at 0; in the official code at a thousandth of its peak.
-    4. Gaussian blur has a kernel of a tenth of the side.
+    3. The learning rate ends at 0; in the paper at a thousandth of its peak.
+    4. Gaussian blur has a kernel of a tenth of the side, as BYOL's; the official code calls Pillow's.
     5. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values.
 """
 
@@ -53,7 +53,7 @@ def get_args():
     p.add_argument("--epochs", type=int, default=30, help="passes over the training images (paper: 1000)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
     p.add_argument("--lr", type=float, default=2.0, help="learning rate per 256 images, of weights (paper: 0.2)")
-    p.add_argument("--bias-lr", type=float, default=0.0015, help="share of --lr for biases, batch-norm (code: 0.024, see 1)")
+    p.add_argument("--bias-lr", type=float, default=0.0015, help="share of --lr for biases, batch-norm (paper: 0.024, see 1)")
     p.add_argument("--weight-decay", type=float, default=1e-6, help="on weights, not biases or batch-norm (paper: 1.5e-6)")
     p.add_argument("--lamb", type=float, default=0.0051, help="weight of the off-diagonal terms (paper: 0.005; code: 0.0051)")
     p.add_argument("--dim", type=int, default=1024, help="width of the three layers of the projector (paper: 8192)")

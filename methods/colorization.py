@@ -61,14 +61,14 @@ def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", default="emoji", help="emoji, cifar10, cifar100, stl10 or a folder; not the grey fashion sets")
     p.add_argument("--root", default="data", help="folder for downloaded data sets")
-    p.add_argument("--size", type=int, default=32, help="side of a view, pixels; a multiple of 4 (paper: 176)")
+    p.add_argument("--size", type=int, default=32, help="side of a view, pixels; a multiple of 4 (official code: 176)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: VGG-like)")
-    p.add_argument("--batch", type=int, default=128, help="images a step, over all processes (paper: 40)")
-    p.add_argument("--epochs", type=int, default=40, help="passes over the training images (paper: 15)")
+    p.add_argument("--batch", type=int, default=128, help="images a step, over all processes (official code: 40)")
+    p.add_argument("--epochs", type=int, default=40, help="passes over the training images (paper: 14)")
     p.add_argument("--warmup", type=float, default=1, help="epochs of linear learning-rate warm-up (paper: 0)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 3e-5 at 40)")
     p.add_argument("--weight-decay", type=float, default=1e-3, help="on all parameters, in the gradient (paper: 1e-3)")
-    p.add_argument("--min-crop", type=float, default=0.5, help="smallest crop, share of the area (paper: fixed crops)")
+    p.add_argument("--min-crop", type=float, default=0.5, help="smallest crop, share of the area (code: all of one size)")
     p.add_argument("--lambda", dest="lamb", type=float, default=0.5, help="uniform share in the weights (paper: 0.5)")
     p.add_argument("--temperature", type=float, default=0.38, help="T of the colours in colorized.png (paper: 0.38)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
@@ -135,7 +135,7 @@ def gamut(step=10):
 # The loss and what it needs
 
 def soft_targets(ab, bins, neighbours=5, sigma=5.0):
-    """Section 2.2: ab (n, 2, h, w) -> nearest (M, 5) int64 bins of each of the M = n h w places, the nearest first, and
+    """Section 2.1: ab (n, 2, h, w) -> nearest (M, 5) int64 bins of each of the M = n h w places, the nearest first, and
     their weights (M, 5) in Z: a Gaussian of the distance, with sum 1."""
     distance, nearest = torch.cdist(ab.movedim(1, 3).flatten(0, 2), bins).topk(neighbours, largest=False)
     return nearest, (-distance.square() / (2 * sigma**2)).softmax(1)
@@ -158,7 +158,7 @@ def annealed_mean(logits, bins, T):
 
 def targets(x, bins):
     """Normalised colour images x (n, 3, H, W) -> nearest, z (M, 5) as in soft_targets, of every fourth pixel in both directions
-    (section 2.1; a mean over pixels would invent colours), and (M,) bool: the image has colour, some |ab| above 5."""
+    (as officially; a mean over pixels would invent colours), and (M,) bool: the image has colour, some |ab| above 5."""
     ab = rgb_to_lab(denormalize(x))[:, 1:, 2::4, 2::4]  # (n, 2, H/4, W/4)
     colourful = (ab.abs() > 5).flatten(1).any(1)  # (n,)
     return *soft_targets(ab, bins), colourful.repeat_interleave(ab[0, 0].numel())

@@ -12,7 +12,7 @@ P_t = softmax((g_t(x) - C) / tau_t) and P_s = softmax(g_s(x) / tau_s) are distri
 
     L = mean over the large views i and all views v != i of  -sum_k P_t(x_i)_k log P_s(x_v)_k        (Eq. 3 is the sum)
     C <- 0.9 C + 0.1 mean of g_t over the two large views of all N images        theta_t <- m theta_t + (1 - m) theta_s
-As in the paper, the teacher's trunk is evaluated and saved: model.backbone. The feature of a ViT is its class token.
+m is the paper's lambda. As there, the teacher's trunk is evaluated and saved: model.backbone. A ViT's feature: its class token.
 
 Run.
     python methods/dino.py                                                two CPU cores, 5 minutes: emoji, 32 pixels
@@ -23,8 +23,8 @@ The last is the official recipe for eight GPUs. --batch counts the images of all
 transformer), attention.png shows where each head of the last block looks. Results: the table in README.md.
 
 Differs from the paper.
-    1. No stochastic depth in the student (paper: 0.1).
-    2. A ResNet is trained by the same AdamW as a ViT; officially by SGD or LARS with a weight decay of 1e-4.
+    1. No stochastic depth in the student (official code: 0.1).
+    2. A ResNet is trained by the same AdamW as a ViT; officially by SGD with a weight decay of 1e-4, on other crops.
     3. The learning rate falls to 0, officially to 1e-6. The last layer of the head, normalised, is computed in float32.
     4. Positions are resized to exactly a small crop's patches (official code: plus 0.1). The blur kernel is size / 10.
     5. Defaults are scaled to small images and minutes of training (see --help), patches too: 4 pixels for images up to 48.
@@ -49,7 +49,7 @@ from common import backbone as resnet
 
 ARCHS = {"vit_micro": (96, 4, 3), "vit_mini": (128, 6, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
          "vit_base": (768, 12, 12)}  # width, blocks and heads; vit_micro is sized for two CPU cores
-TAU_S, CENTER_MOMENTUM, CLIP = 0.1, 0.9, 3.0  # the paper's; CLIP: largest norm of a parameter's gradient
+TAU_S, CENTER_MOMENTUM, CLIP = 0.1, 0.9, 3.0  # as in the official code; CLIP: largest norm of a parameter's gradient
 
 
 def get_args():
@@ -64,11 +64,11 @@ def get_args():
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 5e-4)")
     p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
     p.add_argument("--m", type=float, default=0.99, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
-    p.add_argument("--tau-t", type=float, nargs=3, default=[0.04, 0.04, 0], help="first, last, epochs between (or .04 .07 30)")
+    p.add_argument("--tau-t", type=float, nargs=3, default=[0.04, 0.04, 0], help="from, to, in epochs (paper: .04 .07 30)")
     p.add_argument("--head", type=int, nargs=2, default=[512, 1024], help="width of the hidden layers, K (paper: 2048 65536)")
-    p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (paper: 8 96)")
-    p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="least area, small and large (paper: 0.05 0.4)")
-    p.add_argument("--blur", type=float, nargs=3, default=[0.0, 0.0, 0.0], help="probability: large, small (paper: 1 0.1 0.5)")
+    p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (code: 8 96)")
+    p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="least area, small and large (code: 0.05 0.4)")
+    p.add_argument("--blur", type=float, nargs=3, default=[0.0, 0.0, 0.0], help="probability: large, small (code: 1 0.1 0.5)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=4, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/dino-DATA-SEED); a run found there is continued")
@@ -81,7 +81,7 @@ def get_args():
 
 
 def views(args):
-    """Two large views and some small ones with BYOL's distortions (section 3.1); only the second is solarised, at times."""
+    """Two large views and some small ones with BYOL's distortions (section 3.2); only the second is solarised, at times."""
     def distort(x, rand, blur, solar=0.0):
         x = random_flip(x, rand)
         x = color_jitter(x, rand, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)

@@ -24,13 +24,13 @@ Run.
 Differs from the paper.
     1. The convolutions are a ResNet's, averaged over the places of a tile; in the paper they are AlexNet's, with less stride
        than usual on tiles (as here for images of up to 64 pixels, see backbone), and fc6 sees every place. The layers after
-       them have batch-norm in place of dropout; fc7 has four times as many units as a tile has features, as there.
+       them have batch-norm in place of dropout; fc7 has four times as many units as a tile has features, as officially.
     2. Each channel of a tile is standardised, and that inside backbone(...), so that whole images are when it is evaluated; the
        random initialisation in the tables sees the same. The official code has this switched off.
     3. Colour shifts stay inside the tile's cell; in the official code they reach up to two pixels into the next. 30 % of the
        puzzles are grey, as in the paper; in the official code 50 %, and half of the others lose their green-magenta axis.
-    4. Of permutations of the same total distance the one of the largest smallest distance is taken; the paper does not say.
-    5. Images are random resized crops, half of them mirrored; the paper's crop is nearly the whole image, as it is.
+    4. The first permutation is the identity, in the paper a random one. Ties go to the one of the largest smallest distance.
+    5. Images are random resized crops, half of them mirrored; the official code takes the central square, as it is.
     6. Learning rate: cosine to zero with a warm-up; the official code divides it by ten every 100,000 of 350,000 steps.
 """
 
@@ -54,7 +54,7 @@ def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", default="emoji", help="emoji, fashion, fashion-mnist, cifar10, cifar100, stl10 or a folder")
     p.add_argument("--root", default="data", help="folder for downloaded data sets")
-    p.add_argument("--size", type=int, default=48, help="side of the image that is cut, pixels (paper: 255)")
+    p.add_argument("--size", type=int, default=48, help="side of the image that is cut, pixels (paper: 225 or 255)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: AlexNet)")
     p.add_argument("--batch", type=int, default=128, help="images a step, over all processes; 9 tiles of each (paper: 256)")
     p.add_argument("--epochs", type=int, default=30, help="passes over the training images (paper: 70)")
@@ -62,11 +62,11 @@ def get_args():
     p.add_argument("--lr", type=float, default=0.1, help="learning rate per 256 images (paper: 0.01, without batch-norm)")
     p.add_argument("--weight-decay", type=float, default=5e-4, help="on all parameters (paper: 5e-4)")
     p.add_argument("--perms", type=int, default=64, help="permutations to tell apart, |P| (paper: 1000)")
-    p.add_argument("--tile", type=int, default=12, help="side of a tile, pixels (paper: 64 in cells of 85)")
+    p.add_argument("--tile", type=int, default=12, help="side of a tile, pixels (paper: 64 in cells of 75 or 85)")
     p.add_argument("--shift", type=int, default=1, help="largest shift between colour channels, pixels (paper: 2)")
     p.add_argument("--gray", type=float, default=0.3, help="share of puzzles in grey (paper: 0.3; official code: 0.5)")
-    p.add_argument("--dim", type=int, default=128, help="features a tile gives to the comparison (paper: 1024)")
-    p.add_argument("--min-crop", type=float, default=0.5, help="smallest crop that is cut, share of the area (paper: 1)")
+    p.add_argument("--dim", type=int, default=128, help="features a tile gives to the comparison (paper: 512; code: 1024)")
+    p.add_argument("--min-crop", type=float, default=0.5, help="smallest crop that is cut, share of the area (code: 1)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the puzzles")
     p.add_argument("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/jigsaw-DATA-SEED); a run found there is continued")
@@ -110,7 +110,7 @@ def cut_tiles(x, top, left, tile):
 
 
 def views(args, P):
-    """Section 3.2 and 'Implementation': crop, flip, then nine tiles, each at its own place inside its cell, shuffled."""
+    """Section 3.2 and 'Preventing Shortcuts': crop, flip, then nine tiles, each at its own place inside its cell, shuffled."""
     cell = args.size // 3
     corner = cell * torch.stack([torch.arange(9) // 3, torch.arange(9) % 3])  # (2, 9): top and left of each cell
 
@@ -191,7 +191,7 @@ def main():
                 logits = network(x)  # (n, |P|)
             # The numbers that views() shuffled the tiles by: of this step of the epoch, view 0, stream 2 (the augmentation).
             y = draw_puzzles(loader.random(epoch, step % loader.steps, 0, 2), args.perms).to(device)
-            # The mean over this process's rows; DistributedDataParallel averages the gradients of the processes.
+            # The mean over this process's images; DistributedDataParallel averages the gradients of the processes.
             loss = F.cross_entropy(logits.float(), y)
             optimizer.zero_grad()
             loss.backward()

@@ -117,7 +117,7 @@ def main():
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = network(x.flatten(0, 1))  # (4n, 4); all four turns in one pass, so they share batch statistics
-            # The mean over this process's rows; DistributedDataParallel averages the gradients of the processes.
+            # The mean over this process's images; DistributedDataParallel averages the gradients of the processes.
             loss = rotation_loss(logits.float())
             optimizer.zero_grad()
             loss.backward()

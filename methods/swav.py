@@ -24,12 +24,12 @@ crops of 20 pixels make a step 2.3 times as long as two large ones alone (one CP
 
 Differs from the paper.
     1. The official LARC adapts the steps of biases and batch-norm parameters, too, and decays them. The learning rate falls to
-       0, officially to a thousandth of its peak.
+       0, in the paper to a thousandth of its peak.
     2. The queue is filled from the start, so that it is full when it is first used. The official code begins to fill it at
        that epoch, and each process there has a queue of its own images.
-    3. The hidden layer of g is as wide as h: 2048 for resnet50, as in the paper.
-    4. The prototypes are frozen in the first epoch, officially for a number of steps (an epoch of ImageNet: 5005 of batch 256),
-       and have no weight decay, which would change nothing, as their length is reset to 1 after every step.
+    3. The hidden layer of g is as wide as h: 2048 for resnet50, as in the official code.
+    4. The prototypes have no weight decay, which would change next to nothing, as their length is reset to 1 after every step.
+       They are frozen in the first epoch, as in the paper; officially for as many steps as an epoch of ImageNet has.
     5. Inputs are divided by a standard deviation of 0.229 for red (official code: 0.228). Crops are resized by bicubic
        interpolation, in the official code by bilinear; the blur kernel is a tenth of the side.
     6. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values.
@@ -83,7 +83,7 @@ def get_args():
 
 
 def views(args):
-    """Two large and some small crops, all with SimCLR's flip, colour jitter, grey and blur (section 4, appendix A)."""
+    """Two large and some small crops, all with SimCLR's flip, colour jitter, grey and blur (appendix A.2)."""
     strength, blur = args.distort
 
     def augment(x, rand):

@@ -204,10 +204,13 @@ def test_initial_keys_are_queries_without_gradient():
     assert torch.equal(q, k) and not k.requires_grad
     assert torch.allclose(model.queue.norm(dim=1), torch.ones(QUEUE))
     moco.info_nce(F.normalize(q, dim=1), F.normalize(k, dim=1), model.queue, 0.2).backward()
+    taken_away = {"projector.0.2.bias"}  # batch-norm takes away the mean, and with it what this bias adds
     for name, w in model.named_parameters():
         if name.startswith("key_encoder"):
             assert not w.requires_grad and w.grad is None
-        else:
+        elif not w.requires_grad:  # without scale and offset
+            assert name.startswith("projector") and torch.equal(w, torch.full_like(w, name.endswith("weight")))
+        elif name not in taken_away:
             assert w.grad.isfinite().all() and w.grad.abs().max() > 0, name
 
 
@@ -226,8 +229,11 @@ def arguments(monkeypatch, *flags):
 def test_recipes_differ_in_head_temperature_schedule_and_views(monkeypatch):
     v1, v2 = (arguments(monkeypatch, "--recipe", recipe, "--lr", 0.03, "--epochs", 200) for recipe in ("v1", "v2"))
     assert (v1.tau, v2.tau) == (0.07, 0.2) and arguments(monkeypatch, "--recipe", "v1", "--tau", 0.1).tau == 0.1
-    kinds = [[type(m).__name__ for m in moco.MoCo("resnet14", SIZE, 8, QUEUE, r).projector.modules()] for r in ("v1", "v2")]
-    assert kinds == [["Linear"], ["Sequential", "Linear", "ReLU", "Linear"]]
+    kinds = [[type(m).__name__ for m in moco.MoCo("resnet14", SIZE, 8, QUEUE, recipe, norm).projector.modules()]
+             for norm in (False, True) for recipe in ("v1", "v2")]
+    papers = [["Linear"], ["Sequential", "Linear", "ReLU", "Linear"]]
+    assert kinds == papers + [["Sequential", *head, "Unflatten", "SplitBatchNorm", "Flatten"] for head in papers]
+    assert v1.head_norm and not arguments(monkeypatch, "--no-head-norm").head_norm
     rates = [[moco.learning_rate(epoch * 10, args, 10) for epoch in (0, 119, 120, 159, 160, 199)] for args in (v1, v2)]
     assert rates[0] == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
     assert rates[1] == pytest.approx([0.015 * (1 + math.cos(math.pi * epoch / 200)) for epoch in (0, 119, 120, 159, 160, 199)])
@@ -264,7 +270,7 @@ def tiny_data():
 normalize, group_members, make, to_float = moco.normalize, moco.group_members, moco.MoCo, torch.Tensor.float
 
 
-def train(recipe):
+def train(recipe, norm):
     """The losses of this process and the model's state after main() on tiny data, all in float64; nothing is evaluated or
     written."""
     def record(name, args, data, loader, model, state, collapse):
@@ -275,7 +281,7 @@ def train(recipe):
     run = SimpleNamespace(step=0, losses=[], end_epoch=lambda epoch: None, finish=lambda: None)
     run.log = lambda loss, lr: run.losses.append(loss.detach())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["moco.py", "--recipe", recipe, *map(str, ARGUMENTS)])
+        patch.setattr(sys, "argv", ["moco.py", "--recipe", recipe, f"--{norm}head-norm", *map(str, ARGUMENTS)])
         patch.setattr(moco, "load_data", lambda name, root, device: tiny_data())
         patch.setattr(moco, "normalize", lambda x: normalize(x).double())
         patch.setattr(moco, "group_members", lambda order, size: group_members(order, size).double())
@@ -286,15 +292,22 @@ def train(recipe):
     return torch.stack(run.losses), run.model.state_dict()
 
 
-def papers_procedure(recipe):
+def ordinary(head):
+    """A head with ordinary batch-norm in place of the one over groups."""
+    if not any(isinstance(m, moco.SplitBatchNorm) for m in head.modules()):
+        return head
+    return nn.Sequential(head[0], nn.BatchNorm1d(head[2].num_features).requires_grad_(False))
+
+
+def papers_procedure(recipe, norm):
     """The same training as the paper does it, on three simulated GPUs, in float64: an ordinary network with ordinary batch-norm
     sees a GPU's images at a time, and the key images are shuffled among the GPUs. Returns losses, both encoders' parameters and
     the queue."""
     with pytest.MonkeyPatch.context() as patch:
-        args = arguments(patch, "--recipe", recipe, *ARGUMENTS)
+        args = arguments(patch, "--recipe", recipe, f"--{norm}head-norm", *ARGUMENTS)
     torch.manual_seed(args.seed)
-    model = moco.MoCo(args.arch, SIZE, 128, QUEUE, recipe)  # for its initial weights and queue
-    query = nn.Sequential(backbone(args.arch, SIZE), copy.deepcopy(model.projector)).double()
+    model = moco.MoCo(args.arch, SIZE, 128, QUEUE, recipe, args.head_norm)  # for its initial weights and queue
+    query = nn.Sequential(backbone(args.arch, SIZE), ordinary(copy.deepcopy(model.projector))).double()
     query[0].load_state_dict(model.backbone.state_dict())
     key, queue, losses = copy.deepcopy(query), model.queue.double(), []
     optimizer = torch.optim.SGD(query.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -325,12 +338,12 @@ def papers_procedure(recipe):
 TRAINED = {"rtol": 1e-8, "atol": 1e-8}
 
 
-@pytest.mark.parametrize("recipe", ["v1", "v2"])
-def test_training_is_the_papers_procedure_on_any_number_of_processes(processes, recipe):
-    losses, query, key, queue = papers_procedure(recipe)
+@pytest.mark.parametrize("recipe, norm", [("v1", "no-"), ("v2", "no-"), ("v2", "")])  # "": with batch-norm after the head
+def test_training_is_the_papers_procedure_on_any_number_of_processes(processes, recipe, norm):
+    losses, query, key, queue = papers_procedure(recipe, norm)
     alone = None  # the state after training in one process
     for count in (1, 2, 3):
-        results = processes(count, train, recipe)
+        results = processes(count, train, recipe, norm)
         torch.testing.assert_close(torch.stack([found for found, _ in results]).mean(0), losses, **TRAINED)
         for _, state in results:
             for name, value in state.items():  # the processes agree to the last bit
