@@ -22,7 +22,7 @@ from common import Data, Split
 ROOT = common.HERE
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 SCRIPTS = ["common.py", *(f"methods/{name}.py" for name in METHODS), "kernels/bench.py", "tests/bench_views.py",
-           "tests/results/report.py"]
+           "tests/bench_steps.py", "tests/results/report.py"]
 README = (ROOT / "README.md").read_text()
 
 
@@ -157,6 +157,18 @@ def test_bench_views_runs(monkeypatch, capsys):
     for line in lines[2:]:
         ours, theirs, ratio = re.search(r"(\d+) +(\d+) +([\d.]+)x$", line).groups()
         assert int(ours) > 0 and int(theirs) > 0 and float(ratio) > 0
+
+
+def test_bench_steps_runs(monkeypatch, capsys):
+    module = load("tests/bench_steps.py")
+    call(monkeypatch, module, "simclr", "moco", "--batch", 8, "--steps", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and [line.split()[0] for line in lines[1:]] == ["method", "simclr", "moco"]
+    for line in lines[2:]:
+        batch, ms, speed, *shares = (float(word.rstrip("%")) for word in line.split()[1:])
+        assert batch == 8 and ms > 0 and abs(speed * ms / 8000 - 1) < 0.2  # both are rounded to whole numbers
+        assert all(share > 0 for share in shares) and abs(sum(shares[:-1]) - 100) < 0.3
+        assert abs(shares[0] + shares[2] + shares[4] - shares[5]) < 0.3
 
 
 def test_bench_of_kernels_prints_its_table(monkeypatch, capsys, tmp_path):
