@@ -23,7 +23,7 @@ permutation decides the groups of the keys. Rather than images, group numbers ar
 processes. With eight processes and --group a process's share, this is the paper's computation.
 
 Run.
-    python methods/moco.py                                                two CPU cores, 3 minutes: emoji, 32 pixels
+    python methods/moco.py                                                two CPU cores, 4 minutes: emoji, 32 pixels
     python methods/moco.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 0.03 --weight-decay 5e-4 \
         --tau 0.1 --queue 4096 --group 64 --no-head-norm                  one GPU, about the official CIFAR-10 demo
     torchrun --nproc_per_node 8 methods/moco.py --data IMAGENET --size 224 --arch resnet50 --batch 256 --epochs 200 \
@@ -69,8 +69,8 @@ def get_args():
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: resnet50)")
     p.add_argument("--recipe", default="v2", choices=["v1", "v2"], help="decides head, views, schedule and temperature")
     p.add_argument("--batch", type=int, default=256, help="images a step, over all processes (paper: 256)")
-    p.add_argument("--epochs", type=int, default=30, help="passes over the training images (paper: 200; v2 also 800)")
-    p.add_argument("--lr", type=float, default=0.3, help="learning rate per 256 images (paper: 0.03)")
+    p.add_argument("--epochs", type=int, default=36, help="passes over the training images (paper: 200; v2 also 800)")
+    p.add_argument("--lr", type=float, default=0.12, help="learning rate per 256 images (paper: 0.03)")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="on all parameters (paper: 1e-4; CIFAR-10 demo: 5e-4)")
     p.add_argument("--tau", type=float, default=None, help="temperature (paper, and if not given: 0.07 in v1, 0.2 in v2)")
     p.add_argument("--m", type=float, default=0.99, help="momentum of the key encoder (paper: 0.999; CIFAR-10 demo: 0.99)")

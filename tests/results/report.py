@@ -88,28 +88,25 @@ def method_table():
 
 
 def result_table(rows, data):
-    """The measured figures on one data set, accuracies in percent, each above its two baselines."""
+    """The measured figures on one data set, accuracies in percent, beside raw pixels and the untrained networks."""
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == data]
     retrieval = any("retrieval1" in e[0]["evaluation"] for e in runs)
     keys = ["knn20", "knn200", "linear"] + ["retrieval1", "retrieval5"] * retrieval
     heads = ["kNN, k = 20", "kNN, k = 200", "linear"] + ["retrieval R@1", "R@5"] * retrieval
-    lines = ["| features | " + " | ".join(heads) + " | epochs × batch, seeds | training time | hardware | commit |",
-             "|---" * (len(heads) + 5) + "|"]
+    lines = ["| features | " + " | ".join([*heads, "untrained kNN, k = 20", "untrained linear", "epochs × batch, seeds",
+                                           "training time", "hardware", "commit"]) + " |", "|---" * (len(heads) + 7) + "|"]
     if runs:
-        lines.append("| raw pixels | " + " | ".join(spread(runs[0][:1], "pixels", k) for k in keys) + " | | | | |")
-    for arch in sorted({e[0]["settings"]["arch"] for e in runs}):
-        same = list({run["settings"]["seed"]: run for e in runs for run in e if run["settings"]["arch"] == arch}.values())
-        lines.append(f"| {arch}, random initialisation | " + " | ".join(spread(same, "random_init", k) for k in keys)
-                     + f" | {len(same)} seed{'s' * (len(same) > 1)} | | | |")
+        lines.append("| raw pixels | " + " | ".join(spread(runs[0][:1], "pixels", k) for k in keys) + " | | | | | | |")
     for e in sorted(runs, key=lambda e: -statistics.mean(run["evaluation"]["linear"] for run in e)):
         s, seconds = e[0]["settings"], statistics.mean(run["train_seconds"] for run in e)
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
-        lines.append(f"| **{e[0]['method']}**, {s['arch']} | " + " | ".join(spread(e, "evaluation", k) for k in keys)
-                     + f" | {s['epochs']} × {s['batch']}, {len(e)} | {seconds:.0f} s | {e[0]['device']} | {commits} |")
+        figures = [spread(e, "evaluation", k) for k in keys] + [spread(e, "random_init", k) for k in ("knn20", "linear")]
+        lines.append(f"| **{e[0]['method']}**, {s['arch']} | " + " | ".join(figures) + f" | {s['epochs']} × {s['batch']}, "
+                     f"{len(e)} | {seconds:.0f} s | {e[0]['device']} | {commits} |")
     done = {e[0]["method"] for e in runs}
     for path in sorted((ROOT / "methods").glob("*.py")):
         if path.stem not in done:
-            lines.append(f"| {path.stem} | " + "not run | " * len(heads) + " | | | |")
+            lines.append(f"| {path.stem} | " + "not run | " * len(heads) + "| | | | | |")
     return lines
 
 
@@ -140,17 +137,19 @@ def readme(rows):
 
 def draw(rows, path):
     """kNN accuracy against training time on emoji: a line a method (mean of its seeds, thin lines the seeds themselves)."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     figure = Figure((8, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel="training time, s (2 CPU cores)", ylabel="kNN accuracy, % (k = 20)", title="emoji, 32 pixels, from scratch")
+    axes.set(xlabel="training time, s (hardware: see the table)", ylabel="kNN accuracy, % (k = 20)",
+             title="emoji, from scratch")
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji"]
-    for color, e in enumerate(runs):
+    for e, color in zip(runs, map(colormaps["tab20"], range(20))):
         curves = [run["curve"] for run in e]
         for curve in curves:
-            axes.plot(*zip(*curve), color=f"C{color}", alpha=0.3, linewidth=0.8)
+            axes.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
         mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
-        axes.plot(*zip(*mean), color=f"C{color}", marker="o", markersize=3, label=e[0]["method"])
+        axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=e[0]["method"])
     if runs:
         axes.axhline(runs[0][0]["pixels"]["knn20"], color="gray", linestyle="--", label="raw pixels")
     axes.legend()
