@@ -70,6 +70,10 @@ def processes(tmp_path_factory):
         for rank, (_, pipe) in enumerate(pool[:world]):
             pipe.send((rank, world, str(calls[-1]), function, args))
         answers = [pipe.recv() for _, pipe in pool[:world]]
+        if not all(ok for ok, _ in answers):  # a group that failed may leave its processes unable to form another
+            for process, _ in pool:
+                process.kill()
+            pool.clear()
         for rank, (ok, answer) in enumerate(answers):
             assert ok, f"process {rank} of {world}:\n{answer}"
         return [answer for _, answer in answers]
