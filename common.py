@@ -54,6 +54,7 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dat
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 BICUBIC = TF.InterpolationMode.BICUBIC
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the convention of most published backbones
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SAVE_EVERY = 180  # seconds between checkpoints inside an epoch
 ADVICE = "lower --lr or lengthen the warm-up, and choose another --out; the last good state is kept in"
 
@@ -367,8 +368,8 @@ class Loader:
         self.rows = slice(rank() * share, (rank() + 1) * share)
         if not self.in_memory:
             self.folder = Folder(split.images, [crop for crop, _ in views])
-            self.stream = DataLoader(self.folder, batch_sampler=self, num_workers=workers, collate_fn=Folder.collate,
-                                     persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+            self.stream = DataLoader(self.folder, batch_sampler=self, collate_fn=Folder.collate, persistent_workers=workers > 0,
+                                     num_workers=min(workers, CORES), pin_memory=device.type == "cuda")
 
     def random(self, epoch, step, view, stream):
         return BatchRandom([self.seed, epoch, step, view, stream], self.batch, self.rows)
@@ -440,10 +441,9 @@ def evaluate(network, data, size, device, workers=0, only_knn=False):
                 result["linear"] = linear_probe(*sets, groups=data.bank.emoji)
             if data.test.emoji is not None:
                 result |= {f"retrieval{k}": retrieval(test, data.test.emoji, data.test.drawing, k) for k in (1, 5)}
-    if not only_knn:
+    if not only_knn:  # the one batch of pairs is made without workers, which would outlive it
         crop = (Crop(size, scale=(0.2, 1.0)), lambda x, rand: normalize(random_flip(x, rand)))
-        count = min(len(shown.images), 1024) // world() * world()
-        _, pair = next(Loader(shown, [crop, crop], count, 0, device, workers)(0))
+        _, pair = next(Loader(shown, [crop, crop], min(len(shown.images), 1024) // world() * world(), 0, device)(0))
         result |= collapse_panel(test[ok], *(gather(embed(network, x)) for x in pair))
     box = [result]
     if world() > 1:
@@ -460,7 +460,7 @@ def features(network, split, size, device, workers=0):
     if torch.is_tensor(split.images):
         batches = (([split.images[i.to(device)]], []) for i in mine.split(256))
     else:
-        batches = DataLoader(Subset(folder, mine.tolist()), 256, num_workers=workers, collate_fn=Folder.collate)
+        batches = DataLoader(Subset(folder, mine.tolist()), 256, num_workers=min(workers, CORES), collate_fn=Folder.collate)
     found, readable = [], torch.ones(count, device=device)
     for (images,), broken in batches:
         x = folder.check(images, broken).to(device).float().div_(255)
@@ -665,6 +665,8 @@ class Run:
         self.settings = {k: v for k, v in vars(args).items() if k not in ("out", "root", "workers", "compile")}
         self.settings["train_images"] = loader.count
         self.step, self.seconds, self.clock, self.pending, self.knn = 0, 0.0, 0.0, [], {}
+        if args.epochs < 1:
+            fail(f"--epochs {args.epochs}: choose 1 or more")
         self.resume()
         self.bar = tqdm(total=args.epochs * loader.steps, initial=self.step, unit="step", smoothing=0.05,
                         disable=rank() > 0 or not sys.stderr.isatty())
@@ -788,12 +790,10 @@ class Run:
 
 def table(results, name=None):
     """Results of evaluate() as text: raw pixels, random initialisation and, if named, the method."""
-    rows = {"raw pixels": results["pixels"], "random init": results["random_init"]}
-    if name:
-        rows[name] = results["evaluation"]
+    rows = {"raw pixels": results["pixels"], "random init": results["random_init"], name: results.get("evaluation")}
     heads = [h for h in ("knn20", "knn200", "linear", "retrieval1", "retrieval5", "rankme") if h in results["pixels"]]
     return "\n".join([" " * 14 + "".join(f"{h:>11}" for h in heads)]
-                     + [f"{row:14}" + "".join(f"{r[h]:11.1f}" for h in heads) for row, r in rows.items()])
+                     + [f"{row:14}" + "".join(f"{r[h]:11.1f}" for h in heads) for row, r in rows.items() if r])
 
 def read_lines(path):
     """The JSON lines of a file, none if there is no file; a last line that a kill cut short is dropped."""
@@ -889,8 +889,8 @@ def main():
     results = {"pixels": evaluate(pixels(size), *options), "random_init": evaluate(network, *options)}
     try:
         network.load_state_dict(torch.load(args.backbone, map_location=device, weights_only=True))
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{args.backbone} is not a {trained['arch']}: {[*str(error).splitlines(), 'it is empty'][0]}")
+    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):
+        fail(f"{args.backbone} is damaged, or not a {trained['arch']} made for {trained['size']} pixels")
     results["evaluation"] = evaluate(network, *options)
     print0(table(results, "trained") + "\n" + json.dumps(results))
 

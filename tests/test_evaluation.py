@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 import common
+import methods.simclr  # noqa: F401  before a test replaces common.load_data, which it takes over
 from common import Data, Split, backbone, collapse_panel, evaluate, features, fit_logistic, knn, linear_probe, pixels, retrieval
 
 CPU = torch.device("cpu")
@@ -354,9 +355,8 @@ def test_common_evaluates_on_another_set_than_the_one_of_training(monkeypatch, c
 @pytest.mark.parametrize("spoil, sentence", [
     ("no backbone", "give the backbone.pt of a run folder, with its metrics.jsonl beside it"),
     ("no metrics", "give the backbone.pt of a run folder, with its metrics.jsonl beside it"),
-    ("empty metrics", "metrics.jsonl"), ("text", "is not a resnet14"), ("empty", "is not a resnet14"),
-    ("cut", "is not a resnet14"), ("tensor", "is not a resnet14"), ("checkpoint", "is not a resnet14"),
-    ("resnet18", "is not a resnet14")])
+    ("empty metrics", "metrics.jsonl"),
+    *((spoil, "is damaged, or not a resnet14") for spoil in ("text", "empty", "cut", "tensor", "checkpoint", "resnet18"))])
 def test_common_refuses_a_wrong_file_with_one_sentence(monkeypatch, capsys, run_folder, little_fashion, spoil, sentence):
     path = run_folder / "backbone.pt"
     if spoil in ("no backbone", "no metrics"):

@@ -161,6 +161,7 @@ def test_kill_of_a_command_as_a_user_types_it(tmp_path):
     assert process.wait() == -signal.SIGKILL
     again = subprocess.run(command(out[0]), capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert again.returncode == 0 and "continuing after step" in again.stdout, again.stdout + again.stderr
+    assert again.stderr == ""  # no worker of an earlier loader complains
     found = call_main("simclr", *command(out[1])[2:], data=common.load_data(str(images), "", torch.device("cpu")))
     assert found.code == 0, found.err
     assert_same_run(*out, 12)
