@@ -16,7 +16,7 @@ Masks (section 4.1, Figure 6, Table 1f), each image its own: `random` patches; `
 `grid`, all but one of every 2 x 2 patches. The paper's linear probe of ViT-L, raw pixels: 73.5, 63.9, 66.0 %.
 
 Run.
-    python methods/mae.py                                                 two CPU cores, 5 minutes: emoji, 32 pixels
+    python methods/mae.py                                                 two CPU cores, 8 minutes: emoji, 32 pixels
     python methods/mae.py --data cifar10 --arch vit_tiny --decoder-dim 192 --decoder-depth 4 --batch 512 --epochs 400 \
         --lr 5e-4 --warmup 20                                             one GPU
     torchrun --nproc_per_node 8 methods/mae.py --data IMAGENET --size 224 --arch vit_base --decoder-dim 512 \
@@ -62,12 +62,12 @@ def get_args():
     p.add_argument("--decoder-dim", type=int, default=64, help="width of the decoder, a multiple of 32 (paper: 512)")
     p.add_argument("--decoder-depth", type=int, default=2, help="blocks of the decoder (paper: 8)")
     p.add_argument("--batch", type=int, default=64, help="images a step, over all processes (paper: 4096)")
-    p.add_argument("--epochs", type=int, default=30, help="passes over the training images (paper: 800, also 1600)")
+    p.add_argument("--epochs", type=int, default=40, help="passes over the training images (paper: 800, also 1600)")
     p.add_argument("--warmup", type=float, default=3, help="epochs of linear learning-rate warm-up (paper: 40)")
     p.add_argument("--lr", type=float, default=4e-3, help="learning rate per 256 images (paper: 1.5e-4)")
     p.add_argument("--weight-decay", type=float, default=0.05, help="on weights, not biases or layer-norm (paper: 0.05)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images, the views and the masks")
-    p.add_argument("--eval-every", type=int, default=10, help="epochs between kNN evaluations")
+    p.add_argument("--eval-every", type=int, default=20, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/mae-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
