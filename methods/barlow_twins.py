@@ -14,7 +14,7 @@ the N images, each view by itself. lamb is the paper's lambda. Cross-correlation
     C_ij = 1/N sum over images b of zA_bi zB_bj        L = sum over i of (1 - C_ii)^2 + lamb sum over i, j != i of C_ij^2
 
 Run.
-    python methods/barlow_twins.py                                        two CPU cores, 4 minutes: emoji, 32 pixels
+    python methods/barlow_twins.py                                        two CPU cores: emoji, 32 pixels
     python methods/barlow_twins.py --data cifar10 --arch resnet18 --dim 2048 --batch 256 --epochs 200           one GPU
     torchrun --nproc_per_node 8 methods/barlow_twins.py --data IMAGENET --size 224 --arch resnet50 --dim 8192 \
         --batch 2048 --epochs 300 --warmup 10 --lr 0.2 --weight-decay 1e-6 --blur 1 0.1 --workers 12           eight GPUs

@@ -16,7 +16,7 @@ of both, averaged over images:
     l(p, z) = || p / |p| - z / |z| ||^2 = 2 - 2 cos(p, z)        L = l(p1, z2) + l(p2, z1)
 
 Run.
-    python methods/byol.py                                                two CPU cores, 4 minutes: emoji, 32 pixels
+    python methods/byol.py                                                two CPU cores: emoji, 32 pixels
     python methods/byol.py --data cifar10 --arch resnet18 --hidden 4096 --batch 512 --epochs 200 --lr 1      one GPU
     torchrun --nproc_per_node 8 methods/byol.py --data IMAGENET --size 224 --arch resnet50 --hidden 4096 --batch 4096 \
         --epochs 1000 --warmup 10 --lr 0.2 --tau-base 0.996 --blur 1 0.1 --workers 12         eight GPUs, the paper's recipe

@@ -15,7 +15,7 @@ P_t = softmax((g_t(x) - C) / tau_t) and P_s = softmax(g_s(x) / tau_s) are distri
 m is the paper's lambda. As there, the teacher's trunk is evaluated and saved: model.backbone. A ViT's feature: its class token.
 
 Run.
-    python methods/dino.py                                                two CPU cores, 5 minutes: emoji, 32 pixels
+    python methods/dino.py                                                two CPU cores: emoji, 32 pixels
     python methods/dino.py --data cifar10 --arch vit_tiny --batch 512 --epochs 200 --small 6 16 --head 2048 4096     one GPU
     torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 \
         --warmup 10 --lr 5e-4 --m 0.996 --small 8 96 --scale 0.05 0.4 --head 2048 65536 --blur 1 0.1 0.5 --workers 12
