@@ -12,7 +12,7 @@ network sees the lightness L alone (CIE Lab, white D65: L 0 to 100, a green to r
 Y (n, 2, H/4, W/4) their ab; bins (Q, 2) the in-gamut points of a grid of 10 in ab; Z soft targets over the bins, Zhat the
 predicted distribution; p (Q,) how often the data show each bin; v weight of a place, that of its nearest bin. Eq. 2 to 5:
 
-    L = mean over places of  -v(Z) sum over q of Z_q log Zhat_q              w ~ 1 / ((1 - lambda) p + lambda / Q), E_p[w] = 1
+    loss = mean over places of  -v(Z) sum over q of Z_q log Zhat_q           w ~ 1 / ((1 - lambda) p + lambda / Q), E_p[w] = 1
     colour shown = sum over q of bin_q f_T(Zhat)_q       f_T(z) = exp(log(z) / T) / sum over q of exp(log(z_q) / T), T = 0.38
 
 Run.
@@ -93,9 +93,11 @@ def views(args):
 
 # Colour. Sums are written out, because under autocast a matrix product would be done in bfloat16.
 
+
 def mix(matrix, x):
     """The matrix (3, 3) times the channels of x (n, 3, H, W)."""
     return torch.stack([sum(m * c for m, c in zip(row, x.unbind(1))) for row in matrix], 1)
+
 
 def rgb_to_lab(x):
     """sRGB (n, 3, H, W) in [0, 1] -> CIE Lab, white D65: L in [0, 100], a and b about -110 to 110. Keeps the dtype."""
@@ -104,6 +106,7 @@ def rgb_to_lab(x):
     f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp(min=1e-6) ** (1 / 3), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
     X, Y, Z = f.unbind(1)
     return torch.stack([116 * Y - 16, 500 * (X - Y), 200 * (Y - Z)], 1)
+
 
 def lab_to_rgb(lab):
     """The inverse of rgb_to_lab; colours outside sRGB are clipped."""
@@ -114,14 +117,17 @@ def lab_to_rgb(lab):
     linear = mix(torch.tensor(FROM_RGB, dtype=torch.float64).inverse().tolist(), xyz).clamp(0, 1)
     return torch.where(linear > 0.0031308, 1.055 * linear.clamp(min=1e-6) ** (1 / 2.4) - 0.055, 12.92 * linear)
 
+
 def denormalize(x):
     """The inverse of normalize: images (n, 3, H, W) in [0, 1]."""
     mean, std = (torch.tensor(v).to(x).view(3, 1, 1) for v in (MEAN, STD))
     return (x * std + mean).clamp(0, 1)
 
+
 def lightness(x):
     """Normalised colour images -> their L in all three channels, in [0, 1] before it is normalised likewise."""
     return normalize((rgb_to_lab(denormalize(x.float()))[:, :1] / 100).expand(-1, 3, -1, -1))
+
 
 def gamut(step=10):
     """bins (Q, 2) float32: the points of a grid of `step` in ab to which at least one sRGB colour is nearest. 86 levels a
@@ -134,11 +140,13 @@ def gamut(step=10):
 
 # The loss and what it needs
 
+
 def soft_targets(ab, bins, neighbours=5, sigma=5.0):
     """Section 2.1: ab (n, 2, h, w) -> nearest (M, 5) int64 bins of each of the M = n h w places, the nearest first, and
     their weights (M, 5) in Z: a Gaussian of the distance, with sum 1."""
     distance, nearest = torch.cdist(ab.movedim(1, 3).flatten(0, 2), bins).topk(neighbours, largest=False)
     return nearest, (-distance.square() / (2 * sigma**2)).softmax(1)
+
 
 def class_weights(count, bins, lamb, sigma=5.0):
     """Eq. 4: w (Q,) from how often each bin was seen, count (Q,). p is smoothed in ab; its mass stays 1, and E_p[w] = 1."""
@@ -147,14 +155,17 @@ def class_weights(count, bins, lamb, sigma=5.0):
     w = 1 / ((1 - lamb) * p + lamb / len(p))
     return w / (p * w).sum()
 
+
 def colorization_loss(logits, nearest, z, v):
     """Eq. 2, mean over the places: logits (n, Q, h, w); nearest and z (M, 5), the bins of non-zero Z and Z there; v (M,)."""
     log_zhat = logits.movedim(1, 3).flatten(0, 2).log_softmax(1)  # (M, Q)
     return -(v * (z * log_zhat.gather(1, nearest)).sum(1)).mean()
 
+
 def annealed_mean(logits, bins, T):
     """Eq. 5: logits (n, Q, h, w) -> ab (n, 2, h, w). T to 0 is the most likely bin, T = 1 the mean of the distribution."""
     return torch.einsum("nqhw,qc->nchw", (logits / T).softmax(1), bins)
+
 
 def targets(x, bins):
     """Normalised colour images x (n, 3, H, W) -> nearest, z (M, 5) as in soft_targets, of every fourth pixel in both directions
@@ -162,6 +173,7 @@ def targets(x, bins):
     ab = rgb_to_lab(denormalize(x))[:, 1:, 2::4, 2::4]  # (n, 2, H/4, W/4)
     colourful = (ab.abs() > 5).flatten(1).any(1)  # (n,)
     return *soft_targets(ab, bins), colourful.repeat_interleave(ab[0, 0].numel())
+
 
 def count_colours(loader, bins, steps=100):
     """How many places of the first `steps` batches, over all processes, are nearest to each bin: (Q,) float32. Images without

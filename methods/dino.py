@@ -157,8 +157,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention(self, x):
-        """x (n, 3, S, S) -> (n, heads, S / p, S / p): attention of the class token to the patches in the last block, computed
-        anew, since scaled_dot_product_attention does not give it."""
+        """x (n, 3, S, S) -> (n, heads, S / p, S / p): attention of the class token to the patches in the last block."""
         last = self.blocks[-1]
         x = last.norm1(self.blocks[:-1](self.tokens(x)))  # (n, 1 + L, dim)
         q, k, _ = last.attn["qkv"](x).unflatten(2, (3, last.heads, -1)).permute(2, 0, 3, 1, 4)  # (n, heads, 1 + L, .)
@@ -232,7 +231,8 @@ def cosine(first, last, progress):
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def teacher_temperature(epoch, first, last, epochs):  # linear, reached in epoch `epochs` - 1
+def teacher_temperature(epoch, first, last, epochs):
+    """From `first` in epoch 0 to `last` in epoch `epochs` - 1, along a line; then `last`."""
     return last if epoch >= epochs else first + (last - first) * epoch / max(1, epochs - 1)
 
 

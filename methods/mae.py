@@ -10,7 +10,7 @@ Notation. N images of the global batch, n = N / processes of them on this one; x
 p x p pixels, K of them visible, P = 3 p^2 numbers in each; D width of the encoder, d of the decoder, whose output is
 pred (n, L, P). With t_i the pixels of patch i, less their mean and divided by their deviation (a variant in section 3):
 
-    L = mean over the hidden patches i of all images of  1/P ||pred_i - t_i||^2          pred = 0: (P - 1) / P, 0 where flat
+    loss = mean over the hidden patches i of all images of  1/P ||pred_i - t_i||^2       pred = 0: (P - 1) / P, 0 where flat
 
 Masks (section 4.1, Figure 6, Table 1f), each image its own: `random` patches; `block`, BEiT's blocks (arXiv 2106.08254);
 `grid`, all but one of every 2 x 2 patches. The paper's linear probe of ViT-L, raw pixels: 73.5, 63.9, 66.0 %.
@@ -27,7 +27,8 @@ Differs from the paper.
     1. Features are the mean of the patch tokens; the official code probes the class token, and appendix A.1 finds both alike.
     2. `block` tries 40 blocks an image, as large as BEiT's in proportion, and hides what then is missing at random; the paper
        does not say how it hides equally many in each image. `grid`: which of the four is visible is drawn for each image.
-    3. Defaults are scaled to small images and minutes of training (see --help), p too: 4 up to 48 pixels, 8 up to 96, else 16.
+    3. The biases of the patches' embedding start at 0; in the official code at PyTorch's small random values.
+    4. Defaults are scaled to small images and minutes of training (see --help), p too: 4 up to 48 pixels, 8 up to 96, else 16.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
@@ -95,8 +97,9 @@ def patch_side(size):
 
 
 def grid_and_keep(args):
-    grid = args.size // patch_side(args.size)  # patches along a side
-    return grid, int(grid**2 * (1 - args.mask_ratio))  # K is rounded down, as in the official code
+    """Patches along a side, and how many stay visible, K: rounded down, as in the official code."""
+    grid = args.size // patch_side(args.size)
+    return grid, int(grid**2 * (1 - args.mask_ratio))
 
 
 def draw_masks(args, rand, device):
@@ -182,7 +185,7 @@ class ViT(nn.Module):
     def tokens(self, x, ids_keep=None):
         """x (n, 3, size, size), ids_keep (n, K) the visible patches, None for all L -> (n, 1 + K, D), class token first."""
         if x.shape[2:] != (self.size, self.size):
-            raise ValueError(f"this ViT is for images of {self.size} x {self.size} pixels, not {tuple(x.shape[2:])}")
+            fail(f"this ViT is for images of {self.size} x {self.size} pixels, not {tuple(x.shape[2:])}: see --size")
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]  # (n, L, D)
         if ids_keep is not None:
             x = gather_tokens(x, ids_keep)  # (n, K, D): the encoder knows nothing of the hidden patches
@@ -218,14 +221,12 @@ class MAE(nn.Module):
 
 def patchify(x, p):
     """(n, 3, H, W) -> (n, L, P): patches in reading order, the numbers of each in the order (row, column, colour)."""
-    n, _, H, W = x.shape
-    return x.reshape(n, 3, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return rearrange(x, "n c (row p) (column q) -> n (row column) (p q c)", p=p, q=p)
 
 
 def unpatchify(t, p):
     """(n, L, P) -> (n, 3, H, H), the inverse of patchify for square images."""
-    grid = math.isqrt(t.shape[1])
-    return t.reshape(-1, grid, grid, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * p, grid * p)
+    return rearrange(t, "n (row column) (p q c) -> n c (row p) (column q)", p=p, q=p, row=math.isqrt(t.shape[1]))
 
 
 def mae_loss(pred, x, mask, p, normalize=True):
@@ -234,8 +235,7 @@ def mae_loss(pred, x, mask, p, normalize=True):
     t = patchify(x, p)  # (n, L, P)
     if normalize:
         t = (t - t.mean(2, keepdim=True)) / (t.var(2, keepdim=True) + 1e-6).sqrt()
-    loss = (pred - t).square().mean(2)  # (n, L)
-    return (loss * mask).sum() / mask.sum()
+    return ((pred - t).square().mean(2) * mask).sum() / mask.sum()
 
 
 @torch.no_grad()

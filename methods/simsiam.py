@@ -7,7 +7,7 @@ other, whose output is held constant: no gradient flows into it. There are neith
 network. Equal outputs for all images would be the best solution, and stopping the gradient is what keeps training from it.
 
 Notation. N images of the global batch, n = N / processes of them on this one; x1, x2 (n, 3, H, W) two views of each; backbone
-h (n, D) representation, projector z (n, d), the paper's f is both of them; p = predictor(z) (n, d), the paper's h. Negative
+h (n, .) representation, projector z (n, d), the paper's f is both of them; p = predictor(z) (n, d), the paper's h. Negative
 cosine (Eq. 1) and loss (Eq. 4), averaged over images:
 
     D(p, z) = - p / |p| . z / |z|        L = 1/2 D(p1, stopgrad(z2)) + 1/2 D(p2, stopgrad(z1))

@@ -99,14 +99,14 @@ def views(args):
 
 
 class SwAV(nn.Module):
-    def __init__(self, arch, size, dim, K, L):
+    def __init__(self, arch, size, dim, K, length):
         super().__init__()
         self.backbone = backbone(arch, size)
         width = self.backbone.out_dim
         self.projector = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
         self.prototypes = nn.Linear(dim, K, bias=False)
         normalize_prototypes(self.prototypes.weight)
-        self.register_buffer("queue", torch.zeros(L, 2, dim))  # z of the large views of the last L images
+        self.register_buffer("queue", torch.zeros(length, 2, dim))  # z of the large views of the newest images
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # the row of the queue that is replaced next
 
     def forward(self, views):
@@ -189,8 +189,8 @@ def main():
     device = start(args.seed)
     data = load_data(args.data, args.root, device)
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)
-    L, first_epoch = args.queue
-    model = SwAV(args.arch, args.size, 128, args.prototypes, L)
+    length, first_epoch = args.queue
+    model = SwAV(args.arch, args.size, 128, args.prototypes, length)
     C = model.prototypes.weight  # (K, d)
     encoder = nn.Sequential(model.backbone, model.projector)
     optimizer = LARS([{"params": encoder.parameters()}, {"params": [C], "weight_decay": 0.0}], lr=0.0,
@@ -207,7 +207,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z, scores = network(crops)  # (V, n, d), (V, n, K)
             # The queue is the same everywhere: each process scores its share, so that every image counts once.
-            use = epoch >= first_epoch and step * args.batch >= L
+            use = epoch >= first_epoch and step * args.batch >= length
             share = model.queue.tensor_split(world())[rank()] if use else model.queue[:0]  # (l, 2, d)
             queued = share.transpose(0, 1) @ C.detach().T  # (2, l, K)
             # The mean over this process's images; DistributedDataParallel averages the gradients of the processes.
@@ -218,7 +218,7 @@ def main():
                 C.grad.zero_()
             optimizer.step()
             normalize_prototypes(C)
-            if L:
+            if length:
                 enqueue(model.queue, model.oldest, gather(z[:2].detach().transpose(0, 1)))  # (N, 2, d)
             run.log(loss, lr)
         run.end_epoch(epoch)

@@ -317,8 +317,9 @@ def test_bad_networks_and_images_are_refused(capsys):
     with pytest.raises(SystemExit):
         mae.backbone("resnet14", 32)
     assert "--arch resnet14: choose vit_mini, vit_tiny" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"16 x 16 pixels, not \(32, 16\)"):
+    with pytest.raises(SystemExit):
         mae.backbone("tiny", 16)(torch.zeros(1, 3, 32, 16))
+    assert "16 x 16 pixels, not (32, 16): see --size" in capsys.readouterr().err
 
 
 def test_views_crop_and_flip_alone(monkeypatch):
