@@ -16,7 +16,7 @@ predicted distribution; p (Q,) how often the data show each bin; v weight of a p
     colour shown = sum over q of bin_q f_T(Zhat)_q       f_T(z) = exp(log(z) / T) / sum over q of exp(log(z_q) / T), T = 0.38
 
 Run.
-    python methods/colorization.py                                        two CPU cores: emoji, 32 pixels
+    python methods/colorization.py                                        one CPU core, 10 minutes: emoji, 32 pixels
     python methods/colorization.py --data cifar10 --arch resnet18 --batch 256 --epochs 200 --lr 2e-3            one GPU
     torchrun --nproc_per_node 8 methods/colorization.py --data IMAGENET --size 176 --arch resnet50 --batch 320 \
         --epochs 15 --lr 2e-4 --weight-decay 1e-3 --workers 12                        eight GPUs, the paper's optimizer

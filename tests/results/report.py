@@ -139,7 +139,7 @@ def draw(rows, path):
     """kNN accuracy against training time on emoji: a line a method (mean of its seeds, thin lines the seeds themselves)."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure((8, 4.2), dpi=120, layout="constrained")
+    figure = Figure((9, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="training time, s (hardware: see the table)", ylabel="kNN accuracy, % (k = 20)",
              title="emoji, from scratch")
@@ -152,7 +152,7 @@ def draw(rows, path):
         axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=e[0]["method"])
     if runs:
         axes.axhline(runs[0][0]["pixels"]["knn20"], color="gray", linestyle="--", label="raw pixels")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, which may end anywhere
     figure.savefig(path)
 
 
