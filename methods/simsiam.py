@@ -13,7 +13,7 @@ cosine (Eq. 1) and loss (Eq. 4), averaged over images:
     D(p, z) = - p / |p| . z / |z|        L = 1/2 D(p1, stopgrad(z2)) + 1/2 D(p2, stopgrad(z1))
 
 Run.
-    python methods/simsiam.py                                             one CPU core, 6 minutes: emoji, 32 pixels
+    python methods/simsiam.py                                             one CPU core, 7 minutes: emoji, 32 pixels
     python methods/simsiam.py --data cifar10 --arch resnet18 --dim 2048 --batch 512 --epochs 800 --lr 0.03       one GPU
     torchrun --nproc_per_node 8 methods/simsiam.py --data IMAGENET --size 224 --arch resnet50 --dim 2048 --batch 512 \
         --epochs 100 --lr 0.05 --weight-decay 1e-4 --blur 0.5 --workers 12              eight GPUs, the paper's recipe
