@@ -29,7 +29,7 @@ Differs from the paper.
     3. The learning rate ends at 0; in the paper at a thousandth of its peak.
     4. Gaussian blur has a kernel of a tenth of the side, as BYOL's; the official code calls Pillow's.
     5. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values. D is small,
-       because N images cannot show more than N dimensions to be uncorrelated; lamb grows as D falls.
+       because by chance alone N images show correlations of about 1 / sqrt(N) in D^2 pairs; lamb grows as D falls.
 """
 
 import argparse
