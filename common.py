@@ -22,9 +22,7 @@ import importlib
 import json
 import math
 import os
-import pickle
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -58,14 +56,11 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 SAVE_EVERY = 180  # seconds between checkpoints inside an epoch
 ADVICE = "lower --lr or lengthen the warm-up, and choose another --out; the last good state is kept in"
 
-
 def fail(message, only_first=True):
     """Ends the program with one sentence on stderr and exit code 1; by default only the first process prints it."""
     if os.environ.get("RANK", "0") == "0" or not only_first:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
-
-
 # -------- 1. Data -----------------------------------------------------------------------------------------------------
 
 class Split(NamedTuple):
@@ -675,7 +670,10 @@ class Run:
     def resume(self):
         """Continues from last.pt, or measures the baselines and begins. Refuses a folder of other settings."""
         lines = read_lines(self.metrics)
-        saved = torch.load(self.last, map_location=self.device, weights_only=True) if self.last.exists() else None
+        try:
+            saved = torch.load(self.last, map_location=self.device, weights_only=True) if self.last.exists() else None
+        except Exception:  # torch.load raises nearly anything on a damaged file
+            fail(f"{self.last} is damaged: choose another --out, or remove {self.folder} to begin again")
         there = saved["settings"] if saved else lines[0]["settings"] if lines else self.settings
         if changed := {k for k in {**there, **self.settings} if there.get(k) != self.settings.get(k)}:
             changed = ", ".join(f"{k} {there.get(k)}, now {self.settings.get(k)}" for k in sorted(changed))
@@ -815,8 +813,9 @@ def commit():
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    return f"{(model or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    model = [line.partition(": ")[2] for line in lines if line.startswith("model name")] or [platform.machine()]
+    return f"{model[0]}, {torch.get_num_threads()} threads"
 
 def save_grid(path, rows, green=()):
     """Saves rows of images (3, h, w) in [0, 1] as a picture; those at the (row, column) in green are framed so."""
@@ -886,14 +885,15 @@ def main():
     device, size = start(trained["seed"]), args.size or trained["size"]
     options = load_data(args.data, args.root, device), size, device, args.workers
     network = method.backbone(trained["arch"], trained["size"]).to(device)
+    print0("measuring the baselines")
     results = {"pixels": evaluate(pixels(size), *options), "random_init": evaluate(network, *options)}
     try:
         network.load_state_dict(torch.load(args.backbone, map_location=device, weights_only=True))
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):
+    except Exception:  # torch.load raises nearly anything on a damaged file
         fail(f"{args.backbone} is damaged, or not a {trained['arch']} made for {trained['size']} pixels")
+    print0("evaluating")
     results["evaluation"] = evaluate(network, *options)
     print0(table(results, "trained") + "\n" + json.dumps(results))
-
 
 if __name__ == "__main__":
     main()

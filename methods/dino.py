@@ -15,12 +15,12 @@ P_t = softmax((g_t(x) - C) / tau_t) and P_s = softmax(g_s(x) / tau_s) are distri
 m is the paper's lambda. As there, the teacher's trunk is evaluated and saved: model.backbone. A ViT's feature: its class token.
 
 Run.
-    python methods/dino.py                                                two CPU cores: emoji, 32 pixels
-    python methods/dino.py --data cifar10 --arch vit_tiny --batch 512 --epochs 200 --small 6 16 --head 2048 4096     one GPU
-    torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 \
-        --warmup 10 --lr 5e-4 --m 0.996 --small 8 96 --scale 0.05 0.4 --head 2048 65536 --blur 1 0.1 0.5 --workers 12
-The last is the official recipe for eight GPUs. --batch counts the images of all processes together. Of a ViT (vision
-transformer), attention.png shows where each head of the last block looks. Results: the table in README.md.
+    python methods/dino.py                                                one CPU core, 10 minutes: emoji, 32 pixels
+    python methods/dino.py --data cifar10 --arch vit_tiny --batch 512 --epochs 200 --head 2048 4096 0 --m .996 --tau-t .04 .04 0
+    torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 --lr 5e-4 \
+        --warmup 10 --m .996 --tau-t .04 .04 0 --head 2048 65536 0 --small 8 96 --scale .05 .4 --blur 1 .1 .5 --workers 12
+The second is for one GPU, the third the official recipe for eight. --batch counts the images of all processes together. Of a
+ViT (vision transformer), attention.png shows where each head of the last block looks. Results: the table in README.md.
 
 Differs from the paper.
     1. No stochastic depth in the student (official code: 0.1).
@@ -57,20 +57,21 @@ def get_args():
     p.add_argument("--data", default="emoji", help="emoji, fashion, fashion-mnist, cifar10, cifar100, stl10 or a folder")
     p.add_argument("--root", default="data", help="folder for downloaded data sets")
     p.add_argument("--size", type=int, default=32, help="side of a large view, pixels (paper: 224)")
-    p.add_argument("--arch", default="vit_micro", help=f"{', '.join(ARCHS)} or a resnet14, 18, 34, 50 (paper: vit_small)")
+    p.add_argument("--arch", default="resnet14", choices=[*(f"resnet{d}" for d in (14, 18, 34, 50)), *ARCHS],
+                   help="the trunk (paper: vit_small)")
     p.add_argument("--batch", type=int, default=128, help="images a step, over all processes (paper: 1024)")
-    p.add_argument("--epochs", type=int, default=12, help="passes over the training images (paper: 100 to 800)")
+    p.add_argument("--epochs", type=int, default=18, help="passes over the training images (paper: 100 to 800)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 5e-4)")
     p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
-    p.add_argument("--m", type=float, default=0.99, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
-    p.add_argument("--tau-t", type=float, nargs=3, default=[0.04, 0.04, 0], help="from, to, in epochs (paper: .04 .07 30)")
-    p.add_argument("--head", type=int, nargs=2, default=[512, 1024], help="width of the hidden layers, K (paper: 2048 65536)")
+    p.add_argument("--m", type=float, default=0.98, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
+    p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], help="from, to, in epochs (paper: .04 .07 30)")
+    p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], help="width, K, batch-norm or not (paper: 2048 65536 0)")
     p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (code: 8 96)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="least area, small and large (code: 0.05 0.4)")
     p.add_argument("--blur", type=float, nargs=3, default=[0.0, 0.0, 0.0], help="probability: large, small (code: 1 0.1 0.5)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
-    p.add_argument("--eval-every", type=int, default=4, help="epochs between kNN evaluations")
+    p.add_argument("--eval-every", type=int, default=6, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/dino-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
@@ -173,10 +174,10 @@ def backbone(arch, size):
 class Head(nn.Module):
     """Section 3.1, appendix C: three layers, L2-normalisation, a linear layer whose rows are normalised. (n, D) -> (n, K)."""
 
-    def __init__(self, dim, hidden, K, bottleneck=256):
+    def __init__(self, dim, hidden, K, norm, bottleneck=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
+        first, second = ([nn.Linear(width, hidden), *norm * [nn.BatchNorm1d(hidden)], nn.GELU()] for width in (dim, hidden))
+        self.mlp = nn.Sequential(*first, *second, nn.Linear(hidden, bottleneck))
         self.apply(init_weights)
         self.last_layer = nn.Linear(bottleneck, K, bias=False)
 
@@ -188,10 +189,10 @@ class Head(nn.Module):
 
 
 class DINO(nn.Module):
-    def __init__(self, arch, size, hidden, K):
+    def __init__(self, arch, size, hidden, K, norm):
         super().__init__()
         trunk = backbone(arch, size)
-        self.student = nn.ModuleDict({"backbone": trunk, "head": Head(trunk.out_dim, hidden, K)})
+        self.student = nn.ModuleDict({"backbone": trunk, "head": Head(trunk.out_dim, hidden, K, norm)})
         self.backbone = copy.deepcopy(trunk).requires_grad_(False)  # the teacher's
         self.head = copy.deepcopy(self.student["head"]).requires_grad_(False)
         self.register_buffer("center", torch.zeros(K))
@@ -249,8 +250,7 @@ def draw_attention(file, vit, data, size, device):
     images = (data.test or data.bank).images
     pick = images.__getitem__ if torch.is_tensor(images) else lambda i: Folder(images, size=size)[i][0][0]
     x = torch.stack([pick(i * len(images) // 8) for i in range(8)]).to(device).float() / 255
-    if x.shape[3] != size:
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
     maps = vit.attention(normalize(x)).float()
     maps = (maps / maps.amax((2, 3), keepdim=True)).unsqueeze(2).expand(-1, -1, 3, -1, -1)  # (8, heads, 3, grid, grid)
     save_grid(file, [[image, *heads] for image, heads in zip(x, maps)])

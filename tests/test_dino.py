@@ -15,7 +15,7 @@ from common import Data, Split
 from methods import dino
 
 BATCH, SIZE, K = 6, 16, 8
-ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--small", 2, 8, "--head", 16, K, "--epochs", 2, "--warmup", 0, "--m", 0.9]
+ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--small", 2, 8, "--head", 16, K, 1, "--epochs", 2, "--warmup", 0, "--m", 0.9]
 
 
 def noise(*shape, seed=0):
@@ -138,17 +138,24 @@ def test_positions_of_a_small_crop_span_those_of_a_large_one():
 
 
 def test_head_gives_cosines():
-    head, h = dino.Head(8, 16, K, bottleneck=4), noise(5, 8)
+    head, h = dino.Head(8, 16, K, norm=0, bottleneck=4), noise(5, 8)
     with torch.no_grad():
         head.last_layer.weight.mul_(7)  # its length means nothing
         z = F.normalize(head.mlp(h), dim=1)
         torch.testing.assert_close(head(h), torch.stack([F.cosine_similarity(z, w[None]) for w in head.last_layer.weight], 1))
 
 
+def test_batch_norm_in_the_head_keeps_the_official_names():
+    """Official DINOHead with use_bn: each hidden layer is linear, batch-norm, GELU."""
+    kinds = [type(layer) for layer in dino.Head(8, 16, K, norm=1).mlp]
+    assert kinds == 2 * [nn.Linear, nn.BatchNorm1d, nn.GELU] + [nn.Linear]
+    assert [type(layer) for layer in dino.Head(8, 16, K, norm=0).mlp] == 2 * [nn.Linear, nn.GELU] + [nn.Linear]
+
+
 @pytest.mark.parametrize("arch", ["vit_micro", "resnet14"])
 def test_teacher_starts_as_the_student_sees_large_views_alone_and_gets_no_gradient(arch):
     torch.manual_seed(0)
-    model = dino.DINO(arch, 16, 16, K)
+    model = dino.DINO(arch, 16, 16, K, norm=0)
     crops = [noise(4, 3, 16, 16), noise(4, 3, 16, 16, seed=1), noise(4, 3, 8, 8, seed=2)]
     g_s, g_t = model(crops)
     assert g_s.shape == (3, 4, K) and torch.equal(g_t, g_s[:2]) and not g_t.requires_grad
@@ -177,9 +184,9 @@ def test_views(monkeypatch):
 
 def test_small_crop_of_broken_patches_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
-        arguments("--small", 2, 18)
+        arguments("--small", 2, 18, "--arch", "vit_micro")
     assert error.value.code == 1 and "--small 18" in capsys.readouterr().err
-    assert arguments("--small", 2, 18, "--arch", "resnet14").small == [2, 18]
+    assert arguments("--small", 2, 18).small == [2, 18]  # a ResNet has no patches
 
 
 # -------- The training loop -----------------------------------------------------------------------------------------------

@@ -387,6 +387,18 @@ def test_settings_are_refused_before_the_first_checkpoint_too(short, tmp_path):
     assert found.code == 1 and "seed 0, now 1" in found.err
 
 
+@pytest.mark.parametrize("spoil", ["empty", "cut", "text"])
+def test_damaged_checkpoint_is_named_and_kept(short, tmp_path, spoil):
+    """Checkpoints are written whole or not at all; a disk may still lose one."""
+    assert short().code == 0
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes({"empty": b"", "cut": last.read_bytes()[:1000], "text": b"no weights"}[spoil])
+    before = last.read_bytes()
+    found = short()
+    assert found.code == 1 and f"{last} is damaged: choose another --out" in found.err and found.err.count("\n") == 1
+    assert last.read_bytes() == before
+
+
 def test_folder_of_another_method_is_refused(short, tmp_path):
     assert short().code == 0
     found = call_main("simclr", "--batch", 12, "--epochs", 2, "--out", tmp_path / "run")
