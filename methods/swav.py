@@ -15,19 +15,21 @@ past z, by Sinkhorn's iterations (kernels/sinkhorn.py), without gradient. Loss (
     Q = argmax over Q of sum_bk Q_bk s_bk + epsilon H(Q), the columns of Q with equal sums (3 iterations), the rows with sum 1
 
 Run.
-    python methods/swav.py                                                one CPU core, 15 minutes: emoji, 32 pixels
-    python methods/swav.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --prototypes 1000 --queue 0 0     one GPU
-    torchrun --nproc_per_node 8 methods/swav.py --data IMAGENET --size 224 --arch resnet50 --batch 256 --epochs 200 --lr 0.6 \
-        --warmup 0 --small 6 96 --scale 0.05 0.14 --prototypes 3000 --queue 3840 15 --distort 1 0.5 --workers 12
-The last is the paper's small-batch recipe for eight GPUs. --batch counts the images of all processes together. Four small
-crops of 20 pixels make a step 2.3 times as long as two large ones alone (one CPU core). Results: the table in README.md.
-There, on emoji and after 570 steps, it is below its own untrained network. The loss shows how early that is: from log K = 5.70
-it has fallen to 5.10 only, so views still tell little of each other's cluster; the paper's shortest training, 100 epochs of
-ImageNet in batches of 4096, has 31,000 steps.
+    python methods/swav.py                                                one CPU core, 9 minutes: emoji, 32 pixels
+    python methods/swav.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 5e-4 --prototypes 1000     one GPU
+    torchrun --nproc_per_node 8 methods/swav.py --data IMAGENET --size 224 --arch resnet50 --batch 256 --epochs 200 \
+        --optimizer lars --lr 0.6 --warmup 0 --small 6 96 --scale 0.05 0.14 --prototypes 3000 --epsilon 0.05 \
+        --queue 3840 15 --distort 1 0.5 --workers 12
+The last is the paper's small-batch recipe for eight GPUs. --batch counts the images of all processes together. Results: the
+table in README.md.
+
+Two things matter in minutes. Sharp assignments: untrained features are so alike that at the paper's epsilon all images get
+nearly the same assignment, from which nothing can be learned. And Adam. Linear accuracy on emoji, seed 0, 12 epochs: 56.0 with
+Adam, epsilon 0.01 and 300 prototypes; 52.8 with epsilon 0.05 and 100 prototypes; 52.4 with LARS in Adam's place.
 
 Differs from the paper.
-    1. The official LARC adapts the steps of biases and batch-norm parameters, too, and decays them. The learning rate falls to
-       0, in the paper to a thousandth of its peak.
+    1. Adam unless --optimizer lars says otherwise; the official LARC adapts the steps of biases and batch-norm parameters, too,
+       and decays them. The learning rate falls to 0, in the paper to a thousandth of its peak.
     2. The queue is filled from the start, so that it is full when it is first used. The official code begins to fill it at
        that epoch, and each process there has a queue of its own images.
     3. The hidden layer of g is as wide as h: 2048 for resnet50, as in the official code.
@@ -53,6 +55,8 @@ from common import (Crop, Loader, Run, backbone, color_jitter, distribute, fail,
 from kernels import path
 from kernels.sinkhorn import assignment_cross_entropy, sinkhorn_potentials
 
+WEIGHT_DECAY = 1e-6  # on weights; with LARS not on biases and batch-norm
+
 
 def get_args():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -60,17 +64,17 @@ def get_args():
     p.add_argument("--root", default="data", help="folder for downloaded data sets")
     p.add_argument("--size", type=int, default=32, help="side of a large view, pixels (paper: 224)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: resnet50)")
-    p.add_argument("--batch", type=int, default=256, help="images a step, over all processes (paper: 4096 or 256)")
-    p.add_argument("--epochs", type=int, default=30, help="passes over the training images (paper: 100 to 800)")
+    p.add_argument("--batch", type=int, default=128, help="images a step, over all processes (paper: 4096 or 256)")
+    p.add_argument("--epochs", type=int, default=20, help="passes over the training images (paper: 100 to 800)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10; batch 256: 0)")
-    p.add_argument("--lr", type=float, default=4.0, help="learning rate per 256 images (paper: 0.3; batch 256: 0.6)")
-    p.add_argument("--weight-decay", type=float, default=1e-6, help="on weights, not biases or batch-norm (paper: 1e-6)")
-    p.add_argument("--small", type=int, nargs=2, default=[4, 20], help="number and side, pixels, of small crops (paper: 6 96)")
+    p.add_argument("--optimizer", default="adam", choices=["adam", "lars"], help="(paper: lars)")
+    p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 0.3; batch 256: 0.6)")
+    p.add_argument("--small", type=int, nargs=2, default=[2, 20], help="number and side, pixels, of small crops (paper: 6 96)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.1, 0.3], metavar=("LEAST", "BOUND"), help="share of the image's "
                    "area: small crops from LEAST to BOUND, large ones from BOUND to 1 (paper: 0.05 0.14)")
     p.add_argument("--prototypes", type=int, default=300, help="number of prototypes, K (paper: 3000)")
-    p.add_argument("--epsilon", type=float, default=0.05, help="softness of the assignments (paper: 0.05; on collapse 0.03)")
-    p.add_argument("--queue", type=int, nargs=2, default=[1280, 5], metavar=("LENGTH", "EPOCH"), help="images in the queue and "
+    p.add_argument("--epsilon", type=float, default=0.01, help="softness of the assignments (paper: 0.05; on collapse 0.03)")
+    p.add_argument("--queue", type=int, nargs=2, default=[0, 0], metavar=("LENGTH", "EPOCH"), help="images in the queue and "
                    "epochs before it is used; 0 0: none (paper: none; batch 256: 3840 15)")
     p.add_argument("--distort", type=float, nargs=2, default=[0.5, 0.0], metavar=("STRENGTH", "BLUR"), help="of the colour "
                    "jitter; probability of Gaussian blur (paper: 1 0.5)")
@@ -196,8 +200,8 @@ def main():
     model = SwAV(args.arch, args.size, 128, args.prototypes, length)
     C = model.prototypes.weight  # (K, d)
     encoder = nn.Sequential(model.backbone, model.projector)
-    optimizer = LARS([{"params": encoder.parameters()}, {"params": [C], "weight_decay": 0.0}], lr=0.0,
-                     weight_decay=args.weight_decay)
+    groups = [{"params": encoder.parameters()}, {"params": [C], "weight_decay": 0.0}]
+    optimizer = {"adam": torch.optim.AdamW, "lars": LARS}[args.optimizer](groups, lr=0.0, weight_decay=WEIGHT_DECAY)
     run = Run("swav", args, data, loader, model, {"optimizer": optimizer}, collapse=math.log(args.prototypes))
     print0(f"assignment: {path(device)}")
     network = distribute(model, device, args.compile)

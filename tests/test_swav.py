@@ -16,7 +16,7 @@ from methods import swav
 
 BATCH, SIZE, K, QUEUE = 12, 16, 8, 17  # a queue that two batches overrun and that no number of processes divides
 ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--small", 2, 16, "--prototypes", K, "--queue", QUEUE, 1, "--epochs", 2,
-             "--lr", 10, "--warmup", 0, "--epsilon", 0.2]
+             "--optimizer", "lars", "--lr", 10, "--warmup", 0, "--epsilon", 0.2]
 
 
 def noise(*shape, seed=0):
