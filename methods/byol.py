@@ -16,7 +16,7 @@ of both, averaged over images:
     l(p, z) = || p / |p| - z / |z| ||^2 = 2 - 2 cos(p, z)        L = l(p1, z2) + l(p2, z1)
 
 Run.
-    python methods/byol.py                                                one CPU core, 8 minutes: emoji, 32 pixels
+    python methods/byol.py                                                two CPU cores, 10 minutes: emoji, 32 pixels
     python methods/byol.py --data cifar10 --arch resnet18 --hidden 4096 --batch 512 --epochs 200 --lr 1      one GPU
     torchrun --nproc_per_node 8 methods/byol.py --data IMAGENET --size 224 --arch resnet50 --hidden 4096 --batch 4096 \
         --epochs 1000 --warmup 10 --lr 0.2 --tau-base 0.996 --blur 1 0.1 --workers 12         eight GPUs, the paper's recipe
@@ -65,7 +65,7 @@ def get_args():
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 224)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: resnet50)")
     p.add_argument("--batch", type=int, default=64, help="images a step, over all processes (paper: 4096)")
-    p.add_argument("--epochs", type=int, default=20, help="passes over the training images (paper: 1000)")
+    p.add_argument("--epochs", type=int, default=44, help="passes over the training images (paper: 1000)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
     p.add_argument("--lr", type=float, default=1.2, help="learning rate per 256 images (paper: 0.2)")
     p.add_argument("--weight-decay", type=float, default=1.5e-6, help="on weights, not biases or batch-norm (paper: 1.5e-6)")
@@ -75,7 +75,7 @@ def get_args():
     p.add_argument("--dim", type=int, default=256, help="dimensions of projection and prediction (paper: 256)")
     p.add_argument("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability of blur in each view (paper: 1 0.1)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
-    p.add_argument("--eval-every", type=int, default=5, help="epochs between kNN evaluations")
+    p.add_argument("--eval-every", type=int, default=11, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/byol-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")

@@ -15,7 +15,7 @@ P_t = softmax((g_t(x) - C) / tau_t) and P_s = softmax(g_s(x) / tau_s) are distri
 m is the paper's lambda. As there, the teacher's trunk is evaluated and saved: model.backbone. A ViT's feature: its class token.
 
 Run.
-    python methods/dino.py                                                one CPU core, 10 minutes: emoji, 32 pixels
+    python methods/dino.py                                                two CPU cores, 10 minutes: emoji, 32 pixels
     python methods/dino.py --data cifar10 --arch vit_tiny --batch 512 --epochs 200 --head 2048 4096 0 --m .996 --tau-t .04 .04 0
     torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 --lr 5e-4 \
         --warmup 10 --m .996 --tau-t .04 .04 0 --head 2048 65536 0 --small 8 96 --scale .05 .4 --blur 1 .1 .5 --workers 12
@@ -60,7 +60,7 @@ def get_args():
     p.add_argument("--arch", default="resnet14", choices=[*(f"resnet{d}" for d in (14, 18, 34, 50)), *ARCHS],
                    help="the trunk (paper: vit_small)")
     p.add_argument("--batch", type=int, default=128, help="images a step, over all processes (paper: 1024)")
-    p.add_argument("--epochs", type=int, default=18, help="passes over the training images (paper: 100 to 800)")
+    p.add_argument("--epochs", type=int, default=40, help="passes over the training images (paper: 100 to 800)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 5e-4)")
     p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
@@ -71,7 +71,7 @@ def get_args():
     p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="least area, small and large (code: 0.05 0.4)")
     p.add_argument("--blur", type=float, nargs=3, default=[0.0, 0.0, 0.0], help="probability: large, small (code: 1 0.1 0.5)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
-    p.add_argument("--eval-every", type=int, default=6, help="epochs between kNN evaluations")
+    p.add_argument("--eval-every", type=int, default=8, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/dino-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")

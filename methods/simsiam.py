@@ -13,7 +13,7 @@ cosine (Eq. 1) and loss (Eq. 4), averaged over images:
     D(p, z) = - p / |p| . z / |z|        L = 1/2 D(p1, stopgrad(z2)) + 1/2 D(p2, stopgrad(z1))
 
 Run.
-    python methods/simsiam.py                                             one CPU core, 7 minutes: emoji, 32 pixels
+    python methods/simsiam.py                                             two CPU cores, 10 minutes: emoji, 32 pixels
     python methods/simsiam.py --data cifar10 --arch resnet18 --dim 2048 --batch 512 --epochs 800 --lr 0.03       one GPU
     torchrun --nproc_per_node 8 methods/simsiam.py --data IMAGENET --size 224 --arch resnet50 --dim 2048 --batch 512 \
         --epochs 100 --lr 0.05 --weight-decay 1e-4 --blur 0.5 --workers 12              eight GPUs, the paper's recipe
@@ -54,14 +54,14 @@ def get_args():
     p.add_argument("--size", type=int, default=32, help="side of a view, pixels (paper: 224)")
     p.add_argument("--arch", default="resnet14", help="resnet14, resnet18, resnet34 or resnet50 (paper: resnet50)")
     p.add_argument("--batch", type=int, default=64, help="images a step, over all processes (paper: 512)")
-    p.add_argument("--epochs", type=int, default=24, help="passes over the training images (paper: 100 to 800)")
+    p.add_argument("--epochs", type=int, default=64, help="passes over the training images (paper: 100 to 800)")
     p.add_argument("--warmup", type=float, default=0, help="epochs of linear learning-rate warm-up (paper: 0)")
-    p.add_argument("--lr", type=float, default=0.4, help="learning rate per 256 images (paper: 0.05; CIFAR-10: 0.03)")
+    p.add_argument("--lr", type=float, default=0.1, help="learning rate per 256 images (paper: 0.05; CIFAR-10: 0.03)")
     p.add_argument("--weight-decay", type=float, default=5e-4, help="on all parameters (paper: 1e-4; CIFAR-10: 5e-4)")
     p.add_argument("--dim", type=int, default=512, help="dimensions of z and p; the predictor has a quarter (paper: 2048)")
     p.add_argument("--blur", type=float, default=0.0, help="probability of Gaussian blur (paper: 0.5; CIFAR-10: 0)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
-    p.add_argument("--eval-every", type=int, default=6, help="epochs between kNN evaluations")
+    p.add_argument("--eval-every", type=int, default=16, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/simsiam-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
