@@ -139,6 +139,7 @@ def test_quoted_commands_run_from_training_to_the_readme(monkeypatch, capsys, tm
     figure = f"{json.loads(lines[-1])['evaluation']['linear']:.1f}"
     for block in ("quickstart", "emoji"):  # the block shows what this run reached
         assert figure in re.search(f"<!-- {block} -->(.*)<!-- /{block} -->", written, re.S)[1]
+    assert "| **simclr** `--size 16 --warmup 0.0`, resnet14 |" in written  # what differs from the defaults
     assert (tmp_path / "knn.png").is_file()
     with pytest.raises(SystemExit) as caught:
         call(monkeypatch, report, "--check")

@@ -10,6 +10,7 @@ evaluation beside its two baselines, and kNN accuracy over time. Rows of equal s
 
 import argparse
 import ast
+import importlib
 import json
 import re
 import statistics
@@ -66,6 +67,18 @@ def entries(rows):
     return list(groups.values())
 
 
+def label(row):
+    """'**swav** `--optimizer lars`, resnet14': the flags that are not today's defaults, but for those of other columns."""
+    before, sys.argv = sys.argv, [row["method"]]  # no flags: the defaults
+    defaults = vars(importlib.import_module(f"methods.{row['method']}").get_args())
+    sys.argv = before
+    changed = {k: v for k, v in row["settings"].items() if k in defaults and v != defaults[k]}
+    flags = [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in changed.items()
+             if k not in ("data", "arch", "batch", "epochs", "eval_every", "seed")]
+    flags = f" `{' '.join(flags)}`" if flags else ""
+    return f"**{row['method']}**{flags}, {row['settings']['arch']}"
+
+
 def spread(runs, part, key):
     """'59.2 ± 0.4' over the seeds, without the spread for one seed or none to report."""
     values = [run[part][key] for run in runs if key in run[part]]
@@ -101,8 +114,8 @@ def result_table(rows, data):
         s, seconds = e[0]["settings"], statistics.mean(run["train_seconds"] for run in e)
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
         figures = [spread(e, "evaluation", k) for k in keys] + [spread(e, "random_init", k) for k in ("knn20", "linear")]
-        lines.append(f"| **{e[0]['method']}**, {s['arch']} | " + " | ".join(figures) + f" | {s['epochs']} × {s['batch']}, "
-                     f"{len(e)} | {seconds:.0f} s | {e[0]['device']} | {commits} |")
+        lines.append(f"| {label(e[0])} | " + " | ".join(figures) + f" | {s['epochs']} × {s['batch']}, {len(e)} | "
+                     f"{seconds:.0f} s | {e[0]['device']} | {commits} |")
     done = {e[0]["method"] for e in runs}
     for path in sorted((ROOT / "methods").glob("*.py")):
         if path.stem not in done:
@@ -149,7 +162,7 @@ def draw(rows, path):
         for curve in curves:
             axes.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
         mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
-        axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=e[0]["method"])
+        axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=re.sub("[*`]", "", label(e[0]).split(",")[0]))
     if runs:
         axes.axhline(runs[0][0]["pixels"]["knn20"], color="gray", linestyle="--", label="raw pixels")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, which may end anywhere
