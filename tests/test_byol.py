@@ -17,8 +17,8 @@ from methods import byol
 
 CPU = torch.device("cpu")
 BATCH, SIZE, STEPS, LR, DECAY, TAU, TRUST = 12, 16, 3, 40.0, 1e-3, 0.9, 1e-3
-ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--hidden", 24, "--dim", 8, "--epochs", 1, "--warmup", 0, "--lr", LR,
-             "--weight-decay", DECAY, "--tau-base", TAU]
+ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--hidden", 24, "--dim", 8, "--epochs", 1, "--warmup", 0,
+             "--optimizer", "lars", "--lr", LR, "--weight-decay", DECAY, "--tau-base", TAU]
 
 
 def noise(*shape, seed=0):
