@@ -671,9 +671,9 @@ class Run:
         """Continues from last.pt, or measures the baselines and begins. Refuses a folder of other settings."""
         lines = read_lines(self.metrics)
         try:
-            saved = torch.load(self.last, map_location=self.device, weights_only=True) if self.last.exists() else None
-        except Exception:  # torch.load raises nearly anything on a damaged file
-            fail(f"{self.last} is damaged: choose another --out, or remove {self.folder} to begin again")
+            saved = torch.load(self.last, map_location="cpu", weights_only=True) if self.last.exists() else None
+        except Exception as error:  # torch.load raises nearly anything on a damaged file
+            fail(f"{self.last} cannot be read ({type(error).__name__}): remove it to begin again, or choose another --out")
         there = saved["settings"] if saved else lines[0]["settings"] if lines else self.settings
         if changed := {k for k in {**there, **self.settings} if there.get(k) != self.settings.get(k)}:
             changed = ", ".join(f"{k} {there.get(k)}, now {self.settings.get(k)}" for k in sorted(changed))

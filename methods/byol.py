@@ -21,7 +21,7 @@ Run.
     torchrun --nproc_per_node 8 methods/byol.py --data IMAGENET --size 224 --arch resnet50 --hidden 4096 --batch 4096 \
         --epochs 1000 --warmup 10 --optimizer lars --lr 0.2 --tau-base 0.996 --blur 1 0.1 --workers 12
     python methods/byol.py --target random                                the paper's experiment of a fixed random target
-The last is the paper's recipe for eight GPUs. --batch counts the images of all processes together. Results: the table in
+The third is the paper's recipe for eight GPUs. --batch counts the images of all processes together. Results: the table in
 README.md.
 
 Notes. The experiment that led the authors to BYOL (section 3; tau = 1 in Table 5a): a target that keeps its random initial
@@ -68,9 +68,9 @@ def get_args():
     p.add_argument("--batch", type=int, default=128, help="images a step, over all processes (paper: 4096)")
     p.add_argument("--epochs", type=int, default=44, help="passes over the training images (paper: 1000)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
-    p.add_argument("--optimizer", default="adam", choices=["adam", "lars"], help="(paper: lars)")
-    p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 0.2)")
-    p.add_argument("--weight-decay", type=float, default=1.5e-6, help="LARS: not on biases or batch-norm (paper: 1.5e-6)")
+    p.add_argument("--optimizer", default="adam", choices=["adam", "lars"], help="lars, the paper's, needs another --lr")
+    p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper, with LARS: 0.2)")
+    p.add_argument("--weight-decay", type=float, default=1.5e-6, help="with LARS not on biases or batch-norm (paper: 1.5e-6)")
     p.add_argument("--target", default="ema", choices=["ema", "random"], help="moving average, or fixed at its random start")
     p.add_argument("--tau-base", type=float, default=0.99, help="tau at the first step (paper: 0.996; 300 epochs: 0.99)")
     p.add_argument("--hidden", type=int, default=1024, help="hidden units of projector and predictor (paper: 4096)")
@@ -153,7 +153,7 @@ class LARS(torch.optim.Optimizer):  # copy of: methods/barlow_twins.py::LARS
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in group["params"]:
+            for w in (w for w in group["params"] if w.grad is not None):  # None: frozen
                 update = w.grad
                 if w.ndim > 1:
                     update = update + group["weight_decay"] * w

@@ -16,18 +16,18 @@ m is the paper's lambda. As there, the teacher's trunk is evaluated and saved: m
 
 Run.
     python methods/dino.py                                                two CPU cores, 10 minutes: emoji, 32 pixels
-    python methods/dino.py --data cifar10 --arch vit_tiny --batch 512 --epochs 200 --head 2048 4096 0 --m .996 --tau-t .04 .04 0
+    python methods/dino.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 5e-4 --m 0.99
     torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 --lr 5e-4 \
         --warmup 10 --m .996 --tau-t .04 .04 0 --head 2048 65536 0 --small 8 96 --scale .05 .4 --blur 1 .1 .5 --workers 12
 The second is for one GPU, the third the official recipe for eight. --batch counts the images of all processes together. Of a
 ViT (vision transformer), attention.png shows where each head of the last block looks. Results: the table in README.md.
 
 Differs from the paper.
-    1. No stochastic depth in the student (official code: 0.1).
+    1. No stochastic depth in the student (official code: 0.1). The blur kernel is size / 10.
     2. A ResNet is trained by the same AdamW as a ViT; officially by SGD with a weight decay of 1e-4, on other crops.
     3. The learning rate falls to 0, officially to 1e-6. The last layer of the head, normalised, is computed in float32.
-    4. Positions are resized to exactly a small crop's patches (official code: plus 0.1). The blur kernel is size / 10.
-    5. Defaults are scaled to small images and minutes of training (see --help), patches too: 4 pixels for images up to 48.
+    4. Positions are resized to exactly a small crop's patches (official code: plus 0.1). Patches: 4 pixels for images up to 48.
+    5. Defaults are for minutes on small images: a ResNet; batch-norm in the head, officially off; a sharper and faster teacher.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def get_args():
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 5e-4)")
     p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
     p.add_argument("--m", type=float, default=0.98, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
-    p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], help="from, to, in epochs (paper: .04 .07 30)")
+    p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], help="from, to, epochs between (paper: .04 .07 30)")
     p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], help="width, K, batch-norm or not (paper: 2048 65536 0)")
     p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (code: 8 96)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="least area, small and large (code: 0.05 0.4)")
@@ -176,14 +176,14 @@ class Head(nn.Module):
 
     def __init__(self, dim, hidden, K, norm, bottleneck=256):
         super().__init__()
-        first, second = ([nn.Linear(width, hidden), *norm * [nn.BatchNorm1d(hidden)], nn.GELU()] for width in (dim, hidden))
+        first, second = ([nn.Linear(d, hidden), *bool(norm) * [nn.BatchNorm1d(hidden)], nn.GELU()] for d in (dim, hidden))
         self.mlp = nn.Sequential(*first, *second, nn.Linear(hidden, bottleneck))
         self.apply(init_weights)
         self.last_layer = nn.Linear(bottleneck, K, bias=False)
 
     def forward(self, h):
         z = self.mlp(h)
-        with torch.autocast(z.device.type, enabled=False):  # the softmax divides these cosines by 0.04
+        with torch.autocast(z.device.type, enabled=False):  # the softmax divides these cosines by tau_t
             C = F.normalize(self.last_layer.weight, dim=1)
             return F.normalize(z.to(C.dtype), dim=1) @ C.T
 

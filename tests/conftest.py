@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["OMP_NUM_THREADS"] = "1"  # two processes at most share the cores, and small tensors gain nothing from threads
+os.environ["OMP_NUM_THREADS"] = "1"  # several processes share the cores, and small tensors gain nothing from threads
 
 import torch  # noqa: E402
 
@@ -45,7 +45,7 @@ def worker(pipe, paths):
         rank, world, file, function, args = job
         try:
             dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world,
-                                    timeout=datetime.timedelta(seconds=60))  # a process that waits in vain for a failed one
+                                    timeout=datetime.timedelta(seconds=120))  # a process that waits in vain for a failed one
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

@@ -17,8 +17,7 @@ from methods import simsiam
 
 CPU = torch.device("cpu")
 BATCH, SIZE, DIM, STEPS, LR, DECAY = 12, 16, 8, 3, 2.0, 1e-2
-ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--dim", DIM, "--epochs", 1, "--optimizer", "sgd", "--lr", LR,
-             "--weight-decay", DECAY]
+ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--dim", DIM, "--epochs", 1, "--lr", LR, "--weight-decay", DECAY]
 
 
 def noise(*shape, seed=0):

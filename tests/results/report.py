@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -69,12 +70,11 @@ def entries(rows):
 
 def label(row):
     """'**swav** `--optimizer lars`, resnet14': the flags that are not today's defaults, but for those of other columns."""
-    before, sys.argv = sys.argv, [row["method"]]  # no flags: the defaults
-    defaults = vars(importlib.import_module(f"methods.{row['method']}").get_args())
-    sys.argv = before
+    with mock.patch.object(sys, "argv", [row["method"]]):  # no flags: the defaults
+        defaults = vars(importlib.import_module(f"methods.{row['method']}").get_args())
     changed = {k: v for k, v in row["settings"].items() if k in defaults and v != defaults[k]}
-    flags = [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in changed.items()
-             if k not in ("data", "arch", "batch", "epochs", "eval_every", "seed")]
+    flags = [f"--{k.replace('_', '-')}" + (f" {' '.join(map(str, v)) if isinstance(v, list) else v}" if v is not True else "")
+             for k, v in changed.items() if k not in ("data", "arch", "batch", "epochs", "eval_every", "seed")]
     flags = f" `{' '.join(flags)}`" if flags else ""
     return f"**{row['method']}**{flags}, {row['settings']['arch']}"
 
