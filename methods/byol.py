@@ -29,9 +29,8 @@ weights for ever. Predicting it gave 18.8 % on ImageNet, where such a random net
 repeats it: the row "random init" of the table is a network like that target, the row "byol" what predicting one has taught.
 What it measured: not run.
 With the moving average, the table shows accuracies below those of the untrained network. It has not collapsed, it is slow: kNN
-accuracy falls from 51.8 to 45.2 in the first quarter of the epochs, where the network forgets what it need not predict, and has
-come back to 48.2 when the learning rate ends; the loss still falls. These are 1,716 steps; the paper's shortest training has
-93,000. With LARS at another rate, in 20 epochs, linear accuracy was lower still.
+accuracy falls from 51.8 to 45.2 in the first quarter of the epochs and has come back to 48.2 when the learning rate ends; the
+loss still falls. These are 1,716 steps; the paper's shortest training has 93,000. A run with LARS, shorter, did worse.
 
 Batch-norm of the target: train mode, by the statistics of its own batch; the moving average covers weights, biases, and
 batch-norm's scales and offsets, but not its running statistics. So it is in the official code.
