@@ -21,9 +21,10 @@ Run.
 
 Has it collapsed? The loss cannot tell: it goes to its least value, -1, in a good network as in a collapsed one. After every
 epoch the standard deviation of z / |z| over images is printed (section 4.1, Fig. 2): 1 / sqrt(d) if the outputs are spread
-evenly, 0 if they are all the same. On emoji, in minutes, it does not collapse (0.040, where even is 0.044), but it
-beats neither raw pixels nor its own untrained network (table in README.md): kNN falls in the first epochs and has just come
-back when the learning rate ends. The paper trains for 100 epochs of ImageNet at least.
+evenly, 0 if they are all the same. On emoji it does not collapse (0.042, where even is 0.044). It learns slowly: in 64 epochs
+kNN accuracy rises from 51.8 to 55.6, above raw pixels, but linear accuracy stays where the untrained network has it (table in
+README.md). These are 4,992 steps; the paper's shortest training, 100 epochs of ImageNet, has 250,000. A rate four times as
+high, in 24 epochs, gave less.
 
 Differs from the paper.
     1. The residual branches do not start at zero, so that all methods start from the same network.

@@ -133,8 +133,9 @@ def tiny_data():
 
 
 def train(*flags):
-    """After main() on tiny data, the network in float64: the losses of this process, the rows of the queue in use,
-    the prototypes and the gradients (of all parameters in a row) at every step, and the model's state. Nothing is evaluated."""
+    """After main() on tiny data, the network in float64: the losses of this process, the rows of the queue in use, the
+    prototypes and the gradients (of all parameters in a row, 0 where there is none) at every step, and the model's state.
+    Nothing is evaluated."""
     def record(name, args, data, loader, model, state, collapse):
         assert name == "swav" and collapse == pytest.approx(math.log(K))
         run.model = model
@@ -143,7 +144,8 @@ def train(*flags):
     def log(loss, lr):
         run.losses.append(loss.detach())
         run.prototypes.append(run.model.prototypes.weight.detach().clone())
-        run.gradients.append(torch.cat([w.grad.flatten() for w in run.model.parameters()]))
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in run.model.parameters()]
+        run.gradients.append(torch.cat([grad.flatten() for grad in grads]))
 
     def count(scores, queued, tau, epsilon):
         run.queued.append(queued.shape[1])
@@ -189,3 +191,11 @@ def test_training_is_the_same_on_any_number_of_processes(processes):
 def test_training_without_queue_and_small_crops_on_two_processes(processes):
     for losses, queued, *_ in processes(2, train, "--queue", 0, 0, "--small", 0, 16):
         assert losses.isfinite().all() and queued == [0] * 6
+
+
+def test_adam_does_not_count_the_steps_in_which_prototypes_are_frozen(processes):
+    """Adam's first step moves every coordinate by the learning rate; after three steps with a gradient of 0 by 0.58 of it."""
+    lr = 0.01
+    prototypes = processes(1, train, "--optimizer", "adam", "--lr", lr)[0][2]
+    step = (prototypes[3] - prototypes[2]).abs().median() / (lr * BATCH / 256 * 0.5)  # half of the cosine is over
+    assert 0.9 < step < 1.1  # their length is reset to 1, which undoes a little of it
