@@ -30,7 +30,8 @@ repeats it: the row "random init" of the table is a network like that target, th
 What it measured: not run.
 With the moving average, the table shows accuracies below those of the untrained network. It has not collapsed, it is slow: kNN
 accuracy falls from 51.8 to 45.2 in the first quarter of the epochs and has come back to 48.2 when the learning rate ends; the
-loss still falls. These are 1,716 steps; the paper's shortest training has 93,000. A run with LARS, shorter, did worse.
+loss still falls. These are 1,716 steps; the paper's shortest training has 93,000. A lower rate and
+LARS (in a shorter run) are in the table, too, and do no better.
 
 Batch-norm of the target: train mode, by the statistics of its own batch; the moving average covers weights, biases, and
 batch-norm's scales and offsets, but not its running statistics. So it is in the official code.
