@@ -65,7 +65,7 @@ def get_args():
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 5e-4)")
     p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
     p.add_argument("--m", type=float, default=0.98, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
-    p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], help="from, to, epochs between (paper: .04 .07 30)")
+    p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], help="tau_t: from, to, epochs (paper: .04 .07 30)")
     p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], help="width, K, batch-norm or not (paper: 2048 65536 0)")
     p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (code: 8 96)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="least area, small and large (code: 0.05 0.4)")

@@ -172,7 +172,9 @@ class LARS(torch.optim.Optimizer):  # copy of: methods/barlow_twins.py::LARS
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in (w for w in group["params"] if w.grad is not None):  # None: frozen
+            for w in group["params"]:
+                if w.grad is None:  # frozen
+                    continue
                 update = w.grad
                 if w.ndim > 1:
                     update = update + group["weight_decay"] * w

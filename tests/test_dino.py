@@ -145,7 +145,7 @@ def test_head_gives_cosines():
         torch.testing.assert_close(head(h), torch.stack([F.cosine_similarity(z, w[None]) for w in head.last_layer.weight], 1))
 
 
-def test_batch_norm_in_the_head_keeps_the_official_names():
+def test_batch_norm_in_the_head_stands_where_the_official_one_does():
     """Official DINOHead with use_bn: each hidden layer is linear, batch-norm, GELU."""
     kinds = [type(layer) for layer in dino.Head(8, 16, K, norm=1).mlp]
     assert kinds == 2 * [nn.Linear, nn.BatchNorm1d, nn.GELU] + [nn.Linear]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import Data, Split
+from common import Data, Loader, Split, load_data
 from kernels.sinkhorn import sinkhorn_reference
 from methods import swav
 
@@ -199,3 +199,15 @@ def test_adam_does_not_count_the_steps_in_which_prototypes_are_frozen(processes)
     prototypes = processes(1, train, "--optimizer", "adam", "--lr", lr)[0][2]
     step = (prototypes[3] - prototypes[2]).abs().median() / (lr * BATCH / 256 * 0.5)  # half of the cosine is over
     assert 0.9 < step < 1.1  # their length is reset to 1, which undoes a little of it
+
+
+def test_how_many_prototypes_an_untrained_network_spreads_an_image_over():
+    """The figures in the file's docstring: exponential of the mean entropy of the assignments of a batch of emoji."""
+    data, args = load_data("emoji", "data", torch.device("cpu")), arguments()
+    _, crops = next(Loader(data.train, swav.views(args), args.batch, 0, torch.device("cpu"))(0))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        _, scores = swav.SwAV(args.arch, args.size, 128, args.prototypes, 0)(crops)
+    for epsilon, low, high in ((0.05, 100, 120), (args.epsilon, 5, 7)):
+        Q = sinkhorn_reference(scores[0], epsilon, 3)
+        assert low < torch.exp(-(Q * Q.clamp(min=1e-30).log()).sum(1).mean()) < high
