@@ -69,13 +69,18 @@ def entries(rows):
 
 
 def label(row):
-    """'**swav** `--optimizer lars`, resnet14': the flags that are not today's defaults, but for those of other columns."""
+    """'**swav** `--optimizer lars`, resnet14': the flags that are not today's defaults, but for those of other columns and
+    those that change no result; a flag that is newer than the row has a question mark."""
     with mock.patch.object(sys, "argv", [row["method"]]):  # no flags: the defaults
         defaults = vars(importlib.import_module(f"methods.{row['method']}").get_args())
-    changed = {k: v for k, v in row["settings"].items() if k in defaults and v != defaults[k]}
-    flags = [f"--{k.replace('_', '-')}" + (f" {' '.join(map(str, v)) if isinstance(v, list) else v}" if v is not True else "")
-             for k, v in changed.items() if k not in ("data", "arch", "batch", "epochs", "eval_every", "seed")]
-    flags = f" `{' '.join(flags)}`" if flags else ""
+    flags = []
+    elsewhere = {"data", "arch", "batch", "epochs", "eval_every", "seed", "out", "root", "workers", "compile"}
+    for name in defaults.keys() - elsewhere:
+        value = row["settings"].get(name, "?")
+        if value != defaults[name]:
+            words = [] if value is True else value if isinstance(value, list) else [value]
+            flags.append(" ".join(map(str, [f"--{name.replace('_', '-')}", *words])))
+    flags = f" `{' '.join(sorted(flags))}`" if flags else ""
     return f"**{row['method']}**{flags}, {row['settings']['arch']}"
 
 
