@@ -4,8 +4,9 @@ Valko, NeurIPS 2020. https://arxiv.org/abs/2006.07733
 Official code (JAX): https://github.com/google-deepmind/deepmind-research/tree/master/byol
 
 Idea. From one view of an image, an online network predicts what a target network makes of another view. The target is a
-slowly moving average of the online network and gets no gradient, so it always offers something slightly better to predict.
-There are no negatives: a constant output would make the loss 0, but the predictor and the moving target keep training from it.
+slowly moving average of the online network and gets no gradient; as the online network improves, so does what it predicts.
+There are no negatives: were all outputs the same, the loss would be 0, but in practice the predictor and the moving target
+keep training from it (so the paper's head, --head 4096 256 0; by default a batch-norm does its part, see difference 6).
 
 Notation. N images of the global batch, n = N / processes of them on this one; x1, x2 (n, 3, H, W) two views of each. Online
 network theta: h = f(x) (n, D) representation (y in the paper), g(h) its projection, p = q(g(h)) (n, d) prediction. Target
@@ -21,32 +22,35 @@ Run.
     torchrun --nproc_per_node 8 methods/byol.py --data IMAGENET --size 224 --arch resnet50 --head 4096 256 0 --min-crop 0.08 \
         --batch 4096 --epochs 1000 --warmup 10 --optimizer lars --lr 0.2 --weight-decay 1.5e-6 --tau-base 0.996 --blur 1 0.1 \
         --workers 12
-    python methods/byol.py --target random                                the paper's experiment of a fixed random target
-The third is the paper's recipe for eight GPUs. --batch counts the images of all processes together. Results: the table in
-README.md.
+    python methods/byol.py --target random --epochs 12                    the paper's experiment of a fixed random target
+The third is the paper's recipe for eight GPUs; neither it nor the second has been run. --batch counts the images of all
+processes together. Results: the table in README.md.
 
 Notes. The experiment that led the authors to BYOL (section 3; tau = 1 in Table 5a): a target that keeps its random initial
 weights for ever. Predicting it gave 18.8 % on ImageNet, where such a random network itself gives 1.4 %. `--target random`
-repeats it: the row "random init" of the table is a network like that target, the row "byol" what predicting one has taught.
-On emoji (12 epochs, seed 0) linear accuracy is then 53.4, less than the 55.2 of the untrained network, and kNN 52.6 instead of
-51.8: unlike ImageNet's, these images are told apart by random features fairly well, and predicting them adds little. With the
-moving average the same network reaches 57.5 and 53.9 in 52 epochs.
+repeats it: in the table printed at the end, "random init" is a network like that target, "byol" what predicting one taught.
+On emoji (12 epochs, seed 0) it teaches nothing that shows: linear accuracy is 53.4 (untrained 55.2), kNN 52.6 (51.8), R@1 54.8
+(61.7). Unlike ImageNet's, these images are told apart by random features fairly well. The moving average reaches 57.5, 53.9
+and 64.8, but in 52 epochs; a random target has not been predicted for as long.
 
 Batch-norm of the target: train mode, by the statistics of its own batch; the moving average covers weights, biases, and
 batch-norm's scales and offsets, but not its running statistics. So it is in the official code.
 
 Differs from the paper.
     1. Colour operations are torchvision's: brightness is multiplied, the official code adds; contrast turns around the mean
-       grey level, there around each channel's own mean. Blur reflects the borders, there they are padded with zeros.
-    2. The residual branches do not start at zero, so that all methods start from the same network; linear layers start
-       from PyTorch's uniform weights, there from a truncated normal.
+       grey level, there around each channel's own mean; saturation blends with the grey image, there it scales that of HSV.
+       Blur reflects the borders, there they are padded with zeros. A crop that does not fit is drawn anew, there it is cut.
+    2. Weights start as PyTorch's do, in the official code from a truncated normal. Residual branches do not start at zero; so
+       it was for the paper's results, says the README of the official code, whose branches do start at zero.
     3. The official code also trains a linear classifier on the labels, without gradient to the network, to watch progress.
     4. No blur by default: at 32 pixels its kernel, a tenth of the side, has but 3 taps, and detail is scarce. Solarization
        treats each pixel by itself, at any size, and is the paper's.
-    5. SGD with momentum unless --optimizer lars is given.
-    6. The projectors end in a batch-norm without scale and offset (third number of --head; 0 is the paper's). It removes the
-       part that the projections of all images have in common, whose prediction would make the loss small before anything
-       that tells images apart has been learned; on emoji, learning is faster with it.
+    5. SGD with momentum, and weight decay on all parameters, unless --optimizer lars is given. The warm-up's first step has a
+       rate above 0, in the official code 0.
+    6. The projectors end in a batch-norm without scale and offset, as SimSiam's does (third number of --head; 0 is the
+       paper's). It removes what the projections of all images have in common, whose prediction would make the loss small
+       before anything that tells images apart has been learned. It also rules out that all images get the same target: that
+       predictor and moving average alone prevent this, as in the paper, is seen only without it.
     7. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values.
 """
 
@@ -73,9 +77,9 @@ def get_args():
     p.add_argument("--batch", type=int, default=64, help="images a step, over all processes (paper: 4096)")
     p.add_argument("--epochs", type=int, default=52, help="passes over the training images (paper: 1000)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
-    p.add_argument("--optimizer", default="sgd", choices=["sgd", "lars"], help="lars, the paper's, needs another --lr")
+    p.add_argument("--optimizer", default="sgd", choices=["sgd", "lars"], help="lars, the paper's: other --lr, --weight-decay")
     p.add_argument("--lr", type=float, default=0.1, help="learning rate per 256 images (paper, with LARS: 0.2)")
-    p.add_argument("--weight-decay", type=float, default=5e-4, help="with LARS not on biases or batch-norm (paper: 1.5e-6)")
+    p.add_argument("--weight-decay", type=float, default=5e-4, help="LARS spares biases and batch-norm (paper: 1.5e-6)")
     p.add_argument("--target", default="ema", choices=["ema", "random"], help="moving average, or fixed at its random start")
     p.add_argument("--tau-base", type=float, default=0.99, help="tau at the first step (paper: 0.996; 300 epochs: 0.99)")
     p.add_argument("--head", type=int, nargs=3, default=[1024, 256, 1], metavar=("HIDDEN", "DIM", "NORM"),
@@ -107,7 +111,7 @@ def views(args):
 
 
 def mlp(width, hidden, dim):
-    """Projector and predictor: one hidden layer with batch-norm, none at the output."""
+    """One hidden layer with batch-norm, none at the output: the predictor, and the projector but for difference 6."""
     return nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim, bias=False))
 
 
@@ -119,10 +123,10 @@ class BYOL(nn.Module):
 
         def projector():
             head = mlp(width, hidden, dim)
-            return head.append(nn.BatchNorm1d(dim, affine=False)) if norm else head
+            return head.append(nn.BatchNorm1d(dim, affine=False)) if norm else head  # difference 6
 
         self.projector = projector()
-        self.predictor = mlp(dim, hidden, dim)  # without it the outputs collapse (Table 5b)
+        self.predictor = mlp(dim, hidden, dim)  # without it the paper's outputs collapse (Table 5b)
         # Not a copy: as in the official code the target starts from random weights of its own.
         self.target = nn.Sequential(backbone(arch, size), projector()).requires_grad_(False)
 

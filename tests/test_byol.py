@@ -103,15 +103,18 @@ def test_heads_have_one_hidden_batch_norm_and_none_at_the_output():
     assert len(model.target) == 2  # backbone and projector: no predictor
 
 
-def test_batch_norm_at_the_end_of_both_projectors_gives_every_dimension_mean_0_and_variance_1():
-    model = tiny_model(norm=1)
-    x = noise(BATCH, 3, SIZE, SIZE, seed=1)
-    for head, trunk in ((model.projector, model.backbone), (model.target[1], model.target[0])):
-        assert isinstance(head[4], nn.BatchNorm1d) and not head[4].affine
-        z = head(trunk(x))
+def test_batch_norm_at_the_end_of_both_projectors_gives_every_dimension_of_a_view_mean_0_and_variance_1():
+    model, projected = tiny_model(norm=1), []
+    plain = ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert [type(m).__name__ for m in model.predictor] == plain
+    for head in (model.projector, model.target[1]):
+        assert [type(m).__name__ for m in head] == [*plain, "BatchNorm1d"] and not head[4].affine
+    model.predictor.register_forward_pre_hook(lambda _, inputs: projected.append(inputs[0]))
+    _, _, z1, z2 = model(noise(BATCH, 3, SIZE, SIZE, seed=1), 3 + noise(BATCH, 3, SIZE, SIZE, seed=2))
+    assert len(projected) == 2
+    for z in (*projected, z1, z2):
         torch.testing.assert_close(z.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
         torch.testing.assert_close(z.var(0, correction=0), torch.ones(8), atol=0.02, rtol=0)  # eps 1e-5 beside small variances
-    assert len(model.predictor) == 4  # without
 
 
 def test_target_starts_from_weights_of_its_own():
@@ -203,10 +206,10 @@ def train(*flags):
     return torch.stack(run.losses), run.model.state_dict()
 
 
-def official_procedure():
-    """The same training by the official code's formulas, all images in one process, ordinary batch-norm, everything in float64.
-    Returns losses, online network and target."""
-    args = arguments()
+def official_procedure(*flags):
+    """The same training by the official code's formulas, all images in one process, ordinary batch-norm, everything in float64;
+    with --optimizer sgd its steps in place of LARS's. Returns losses, online network and target."""
+    args = arguments(*flags)
     torch.manual_seed(args.seed)
     model = byol.BYOL(args.arch, SIZE, *args.head).double()  # for its initial weights
     online, predictor, target = nn.Sequential(model.backbone, model.projector), model.predictor, model.target
@@ -221,11 +224,13 @@ def official_procedure():
         cosine = (1 + math.cos(math.pi * step / STEPS)) / 2
         with torch.no_grad():
             for w, g, m in zip(weights, gradients, momenta):
-                if w.ndim > 1:
+                if args.optimizer == "sgd":
+                    g = g + DECAY * w
+                elif w.ndim > 1:
                     g = g + DECAY * w
                     g = g * TRUST * w.norm() / g.norm()
                 m.copy_(0.9 * m + g)
-                w -= LR * BATCH / 256 * cosine * m
+                w -= args.lr * BATCH / 256 * cosine * m
             tau = 1 - (1 - TAU) * cosine
             for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
                 xi += (1 - tau) * (theta - xi)
@@ -239,10 +244,11 @@ def official_procedure():
 TRAINED = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def test_training_is_the_official_procedure_on_any_number_of_processes(processes):
-    losses, expected = official_procedure()
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "sgd", "--lr", 0.4, "--head", 24, 8, 1)], ids=["paper", "default"])
+def test_training_is_the_official_procedure_on_any_number_of_processes(processes, flags):
+    losses, expected = official_procedure(*flags)
     for count in (1, 2, 3):
-        results = processes(count, train)
+        results = processes(count, train, *flags)
         torch.testing.assert_close(torch.stack([found for found, _ in results]).mean(0).double(), losses, **TRAINED)
         for _, state in results:
             for name, value in state.items():
