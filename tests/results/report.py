@@ -167,7 +167,8 @@ def draw(rows, path):
         for curve in curves:
             axes.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
         mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
-        axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=re.sub("[*`]", "", label(e[0]).split(",")[0]))
+        name = re.sub("[*`]", "", label(e[0]).split(",")[0])
+        axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=f"{name}, {e[0]['settings']['epochs']} epochs")
     if runs:
         axes.axhline(runs[0][0]["pixels"]["knn20"], color="gray", linestyle="--", label="raw pixels")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, which may end anywhere
