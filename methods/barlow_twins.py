@@ -69,7 +69,7 @@ def get_args():
     return p.parse_args()
 
 
-def views(args):  # copy of: methods/byol.py::views
+def views(args):
     """BYOL's recipe: both views alike but for the probability of blur, and for solarization, in the second view alone."""
     def augmentation(blur, solarized):
         def augment(x, rand):
