@@ -351,14 +351,15 @@ class Loader:
     """Batches of random views: loader(epoch, done) yields (step, [view, ...]), each (batch / world, 3, size, size).
 
     views: a (Crop, augment) for each; augment(x, rand) takes crops (n, 3, size, size) in [0, 1] and returns what the network is
-    shown. Images in memory are cropped on their device; those of a folder by `workers` processes that only decode and crop.
+    shown. Images in memory are cropped on their device, those of a folder by `workers` processes that only decode and crop.
     batch counts the images of all processes; an incomplete last batch is dropped."""
-
     def __init__(self, split, views, batch, seed, device, workers=0):
         self.images, self.views, self.batch, self.seed, self.device = split.images, views, batch, seed, device
         self.count, self.in_memory, self.shown = len(split.images), torch.is_tensor(split.images), None
         if not 0 < batch <= self.count or batch % world():
             fail(f"--batch {batch}: choose a multiple of {world()} (the processes) up to {self.count} (the images)")
+        if bad := [crop.scale for crop, _ in views if not 0 < crop.scale[0] <= crop.scale[1] <= 1]:
+            fail(f"crops from {bad[0][0]} to {bad[0][1]} of the image: choose a --min-crop (or --scale) above 0, up to 1")
         self.steps, share = self.count // batch, batch // world()  # steps per epoch, images per process
         self.rows = slice(rank() * share, (rank() + 1) * share)
         if not self.in_memory:
@@ -391,8 +392,7 @@ class Loader:
                          for (crop, _), u in zip(self.views, batch[1])]
             else:
                 crops = [x.to(self.device, non_blocking=True).float().div_(255) for x in self.folder.check(*batch)]
-            views = [augment(x, self.random(epoch, step, v, 2))
-                     for v, (x, (_, augment)) in enumerate(zip(crops, self.views))]
+            views = [augment(x, self.random(epoch, step, v, 2)) for v, (x, (_, augment)) in enumerate(zip(crops, self.views))]
             if self.shown is None:
                 self.shown = [view[:8].float().cpu() for view in views]  # for views.png
             yield epoch * self.steps + step, views

@@ -163,6 +163,13 @@ def test_views_differ_in_blur_and_solarization(monkeypatch):
     assert second[3:] == [("gaussian_blur", {"p": 0.1, "sigma": (0.1, 2.0)}), ("solarize", {"p": 0.2})]
 
 
+@pytest.mark.parametrize("share", [0, 2])
+def test_impossible_crops_are_refused_in_one_sentence(share, capsys):
+    with pytest.raises(SystemExit) as stop:
+        Loader(tiny_data().train, byol.views(arguments("--min-crop", share)), BATCH, 0, CPU)
+    assert stop.value.code and "--min-crop" in f"{stop.value.code} {capsys.readouterr()}"
+
+
 # -------- The training loop -----------------------------------------------------------------------------------------------
 
 def arguments(*flags):
