@@ -309,7 +309,8 @@ def pull_op(x: Tensor, y: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, w
 def contrast_op(x: Tensor, y: Tensor, target: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, wide: bool, first: int,
                 weight: float) -> Tensor:
     """-> (): weight times the mean over rows of lse_x - scale x . target. lse_y and y are for the backward."""
-    return weight * (lse_x - scale * (x.to(lse_x.dtype) * target).sum(1)).mean()
+    losses = lse_x - scale * (x.to(lse_x.dtype) * target).sum(1)  # (R,)
+    return weight * losses.clamp(min=0).mean()  # below 0 only by rounding: this product and lse_x sum in different orders
 
 
 def contrast_setup(ctx, inputs, output):

@@ -212,6 +212,16 @@ def test_collapsed_and_opposite_embeddings_are_finite(kernels, loss, tau):
         assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_no_loss_is_negative(loss, dtype):
+    """Equal views, far from all others, at temperature 0.01: the loss vanishes, and its rounding must not go below 0."""
+    for seed in range(20):
+        x = unit(8, 128, seed=seed, dtype=dtype)
+        arguments = {"simclr": (x, x, 0.01), "clip": (x, x, 100.0), "moco": (x, x, unit(8, 128, seed=99, dtype=dtype), 0.01)}
+        assert pick(loss)(*arguments[loss]) >= 0
+
+
 # Many processes.
 
 def on_process(loss, tensors, rest):
