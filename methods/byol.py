@@ -64,8 +64,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
-from common import (Crop, Loader, Run, backbone, color_jitter, distribute, gaussian_blur, load_data, normalize, random_flip,
-                    random_grayscale, solarize, start)
+from common import (Crop, Loader, Run, backbone, color_jitter, distribute, fail, gaussian_blur, load_data, normalize,
+                    random_flip, random_grayscale, solarize, start)
 
 
 def get_args():
@@ -91,7 +91,10 @@ def get_args():
     p.add_argument("--out", default=None, help="run folder (default: runs/byol-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.head[2] not in (0, 1):
+        fail(f"--head {' '.join(map(str, args.head))}: the third number is 1 (batch-norm at the end of the projector) or 0")
+    return args
 
 
 def views(args):

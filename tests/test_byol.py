@@ -170,6 +170,12 @@ def test_impossible_crops_are_refused_in_one_sentence(share, capsys):
     assert stop.value.code and "--min-crop" in f"{stop.value.code} {capsys.readouterr()}"
 
 
+def test_a_head_whose_third_number_is_no_switch_is_refused_in_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments("--head", 24, 8, 2)
+    assert stop.value.code and "--head 24 8 2: the third number" in f"{stop.value.code} {capsys.readouterr()}"
+
+
 # -------- The training loop -----------------------------------------------------------------------------------------------
 
 def arguments(*flags):
