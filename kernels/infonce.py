@@ -17,7 +17,8 @@ Forward, as plain loops over tiles of the logits that never leave the chip:
     for a block of rows i:  m = -inf, l = 0
         for a block of columns j:  s = a x_i y_j^T;  new = max(m, max s);  l = l exp(m - new) + sum exp(s - new);  m = new
     lse_i = m + log l
-where a <= 43, exp(a s) neither overflows nor vanishes for |s| <= 1, and the maximum is left out. MoCo keeps one more sum,
+where a <= 43, exp(a s) neither overflows nor vanishes for |s| <= 1, and the maximum is left out. Elsewhere the kernel rounds
+it to a whole power of two, so that exp(m - new) only shifts bits and each logit costs one power. MoCo keeps one more sum,
 o_i = sum_j p_ij y_j: it is the gradient already, so that the queue is read once.
 
 Backward. An anchor is also a candidate of others. Row i of the gradient of the GLOBAL mean takes both parts, and needs no more
@@ -133,6 +134,7 @@ def pull_torch(x, y, lse_x, lse_y, scale, wide, first):
 if triton is not None:
     TO2 = tl.constexpr(LOG2E)
     GAIN = tl.constexpr(UNIT)
+    ROUND = tl.constexpr(1.5 * 2**23)  # x + ROUND has no binary digits left behind the point, so that it holds x rounded
 
     @triton.jit
     def span(tiles, per, own, BM: tl.constexpr, BN: tl.constexpr):
@@ -159,9 +161,11 @@ if triton is not None:
         if MASKED:
             s = tl.where((columns[None, :] != itself[:, None]) & (columns[None, :] < C), s, -float("inf"))
         if WIDE:
-            new = tl.maximum(top, tl.max(s, 1))
-            shrink = tl.exp2(top - new)
-            e = tl.exp2(s - new[:, None])
+            new = tl.maximum(top, tl.max(s, 1) + ROUND)
+            # 2^(top - new), an integer power: its bits are made by shifting, which leaves one exp2 for each logit
+            shrink = tl.maximum(top.to(tl.int32, bitcast=True) - new.to(tl.int32, bitcast=True) + 127, 0) << 23
+            shrink = shrink.to(tl.float32, bitcast=True)
+            e = tl.exp2(s - (new - ROUND)[:, None])
             total = total * shrink + tl.sum(e, 1)
             if MEAN:
                 mean = tl.dot((e * GAIN).to(yj.dtype), yj, mean * shrink[:, None], input_precision="ieee")
@@ -180,7 +184,7 @@ if triton is not None:
         low, a, b, high = span(tl.cdiv(C, BN), per, first + tl.program_id(0) * BM, BM, BN)
         xi = tl.load(x + row[:, None].to(tl.int64) * D + d[None, :], mask=row[:, None] < R, other=0.0)
         scale2 = tl.load(scale) * TO2
-        top, total = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32)
+        top, total = tl.full((BM,), ROUND - 1024, tl.float32), tl.zeros((BM,), tl.float32)
         sums = tl.zeros((BM, D if MEAN else 1), tl.float32)
         for j in range(low, a):
             top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
@@ -193,7 +197,7 @@ if triton is not None:
             top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
                                         D, WIDE, MEAN, True)
         out = tl.program_id(1) * R + row
-        tl.store(lse + out, ((top if WIDE else 0.0) + tl.log2(total)) / TO2, mask=row < R)
+        tl.store(lse + out, ((top - ROUND if WIDE else 0.0) + tl.log2(total)) / TO2, mask=row < R)
         if MEAN:
             tl.store(mean + out[:, None].to(tl.int64) * D + d[None, :], sums / (total * GAIN)[:, None], mask=row[:, None] < R)
 

@@ -319,7 +319,10 @@ def test_against_pytorch_metric_learning():
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     a, b = unit(12, 16, seed=1), unit(12, 16, seed=2)
     other = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.1))
-    for f, e in zip(value_and_gradients(simclr_loss, [a, b], [0.1]), value_and_gradients(other, [a, b], []), strict=True):
+    def ours(x, y):  # it normalises inside, so that its gradient has no part along the embedding
+        return simclr_loss(F.normalize(x, dim=1), F.normalize(y, dim=1), 0.1)
+
+    for f, e in zip(value_and_gradients(ours, [a, b], []), value_and_gradients(other, [a, b], []), strict=True):
         torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
 
 
@@ -348,8 +351,8 @@ def compiled_kernels():
 
 
 def test_machine_code():
-    """No register is spilled, the shared memory can be had, products run on tensor cores, and a logit costs one power of two
-    (the online maximum adds one for each row of a tile; in Ampere's layout of the products, one for each of four threads)."""
+    """No register is spilled, the shared memory can be had, products run on tensor cores, and a logit costs one power of two:
+    the online maximum adds none."""
     pytest.importorskip("triton")
     specs = list(compiled_kernels())
     for spec, report in zip(specs, compile_ahead(specs), strict=True):
@@ -360,4 +363,4 @@ def test_machine_code():
         elements = spec.constexprs["BM"] * spec.constexprs["BN"] / (32 * spec.num_warps)  # of a tile, for each thread
         assert len(report.loops) == 3, spec  # before the diagonal, after it, and the masked tiles
         for loop in range(3):
-            assert 1 <= report.count("MUFU.EX2", loop) / elements <= (1.1 if spec.arch == 90 else 1.25), spec
+            assert report.count("MUFU.EX2", loop) == elements, spec
