@@ -76,7 +76,7 @@ def take_backward_reference(grad, ids, N, dtype):
     B, K, D = grad.shape
     placed = grad.new_zeros(B, max(N, K), D)
     placed.flatten(0, 1).index_copy_(0, flat(ids, max(N, K)), grad.flatten(0, 1))
-    return placed[:, :N].to(dtype, copy=True), placed[:, N:].sum((0, 1))
+    return placed[:, :N].to(dtype).contiguous(), placed[:, N:].sum((0, 1))
 
 
 def patch_mse_reference(pred, images, patch, normalize):
