@@ -815,7 +815,7 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     model = [line.partition(": ")[2] for line in lines if line.startswith("model name")] or [platform.machine()]
-    return f"{model[0]}, {torch.get_num_threads()} threads"
+    return f"{model[0]}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 def save_grid(path, rows, green=()):
     """Saves rows of images (3, h, w) in [0, 1] as a picture; those at the (row, column) in green are framed so."""
