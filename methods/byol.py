@@ -17,7 +17,7 @@ of both, averaged over images:
     l(p, z) = || p / |p| - z / |z| ||^2 = 2 - 2 cos(p, z)        L = l(p1, z2) + l(p2, z1)
 
 Run.
-    python methods/byol.py                                                two CPU cores, 11 minutes: emoji, 32 pixels
+    python methods/byol.py                                                two CPU cores, 5 to 11 minutes: emoji, 32 pixels
     python methods/byol.py --data cifar10 --arch resnet18 --head 4096 256 1 --batch 512 --epochs 200 --lr 0.03   one GPU
     torchrun --nproc_per_node 8 methods/byol.py --data IMAGENET --size 224 --arch resnet50 --head 4096 256 0 --min-crop 0.08 \
         --batch 4096 --epochs 1000 --warmup 10 --optimizer lars --lr 0.2 --weight-decay 1.5e-6 --tau-base 0.996 --blur 1 0.1 \

@@ -15,7 +15,7 @@ P_t = softmax((g_t(x) - C) / tau_t) and P_s = softmax(g_s(x) / tau_s) are distri
 m is the paper's lambda. As there, the teacher's trunk is evaluated and saved: model.backbone. A ViT's feature: its class token.
 
 Run.
-    python methods/dino.py                                                two CPU cores, 10 minutes: emoji, 32 pixels
+    python methods/dino.py                                                two CPU cores, 4 to 10 minutes: emoji, 32 pixels
     python methods/dino.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 5e-4 --m 0.99
     torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 --lr 5e-4 \
         --warmup 10 --m .996 --tau-t .04 .04 0 --head 2048 65536 0 --small 8 96 --scale .05 .4 --blur 1 .1 .5 --workers 12

@@ -5,7 +5,7 @@
     python tests/results/report.py --check                          fails if README's tables are not those of the rows
 
 A row holds what metrics.jsonl of the run folder says: command, commit, versions, device, settings, training seconds, the
-evaluation beside its two baselines, and kNN accuracy over time. Rows of equal settings but for the seed form one entry.
+evaluation beside its two baselines, and kNN accuracy over time. Rows of equal settings, whatever seed and device, form one entry.
 """
 
 import argparse
@@ -60,12 +60,22 @@ def add(folders):
 
 
 def entries(rows):
-    """[[row of each seed], ...]: runs that differ by nothing but the seed."""
+    """[[row of each run], ...]: runs that differ by nothing but the seed and the device."""
     groups = {}
     for row in rows:
         settings = {k: v for k, v in row["settings"].items() if k != "seed"}
-        groups.setdefault((row["method"], json.dumps(settings, sort_keys=True), row["device"]), []).append(row)
+        groups.setdefault((row["method"], json.dumps(settings, sort_keys=True)), []).append(row)
     return list(groups.values())
+
+
+def by_device(runs):
+    """{device: its runs}, the fastest first."""
+    devices = {device: [run for run in runs if run["device"] == device] for device in {run["device"] for run in runs}}
+    return dict(sorted(devices.items(), key=lambda item: seconds(item[1])))
+
+
+def seconds(runs):
+    return statistics.mean(run["train_seconds"] for run in runs)
 
 
 def label(row):
@@ -85,7 +95,7 @@ def label(row):
 
 
 def spread(runs, part, key):
-    """'59.2 ± 0.4' over the seeds, without the spread for one seed or none to report."""
+    """'59.2 ± 0.4' over the runs, without the spread for one run or none to report."""
     values = [run[part][key] for run in runs if key in run[part]]
     if not values:
         return "–"
@@ -111,16 +121,16 @@ def result_table(rows, data):
     retrieval = any("retrieval1" in e[0]["evaluation"] for e in runs)
     keys = ["knn20", "knn200", "linear"] + ["retrieval1", "retrieval5"] * retrieval
     heads = ["kNN, k = 20", "kNN, k = 200", "linear"] + ["retrieval R@1", "R@5"] * retrieval
-    lines = ["| features | " + " | ".join([*heads, "untrained kNN, k = 20", "untrained linear", "epochs × batch, seeds",
+    lines = ["| features | " + " | ".join([*heads, "untrained kNN, k = 20", "untrained linear", "epochs × batch, runs",
                                            "training time", "hardware", "commit"]) + " |", "|---" * (len(heads) + 7) + "|"]
     if runs:
         lines.append("| raw pixels | " + " | ".join(spread(runs[0][:1], "pixels", k) for k in keys) + " | | | | | | |")
     for e in sorted(runs, key=lambda e: -statistics.mean(run["evaluation"]["linear"] for run in e)):
-        s, seconds = e[0]["settings"], statistics.mean(run["train_seconds"] for run in e)
+        s, devices = e[0]["settings"], by_device(e)
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
         figures = [spread(e, "evaluation", k) for k in keys] + [spread(e, "random_init", k) for k in ("knn20", "linear")]
         lines.append(f"| {label(e[0])} | " + " | ".join(figures) + f" | {s['epochs']} × {s['batch']}, {len(e)} | "
-                     f"{seconds:.0f} s | {e[0]['device']} | {commits} |")
+                     f"{', '.join(f'{seconds(runs):.0f} s' for runs in devices.values())} | {'; '.join(devices)} | {commits} |")
     done = {e[0]["method"] for e in runs}
     for path in sorted((ROOT / "methods").glob("*.py")):
         if path.stem not in done:
@@ -129,9 +139,9 @@ def result_table(rows, data):
 
 
 def quick_start(rows):
-    """What the default command prints at its end, from the recorded run with seed 0."""
+    """What the default command prints at its end, from the last recorded run with seed 0."""
     runs = [r for r in rows if r["method"] == "simclr" and r["settings"]["data"] == "emoji" and r["settings"]["seed"] == 0]
-    return ["```", *table(runs[0], "simclr").splitlines(), "```"] if runs else ["not run"]
+    return ["```", *table(runs[-1], "simclr").splitlines(), "```"] if runs else ["not run"]
 
 
 def kernel_table():
@@ -154,7 +164,8 @@ def readme(rows):
 
 
 def draw(rows, path):
-    """kNN accuracy against training time on emoji: a line a method (mean of its seeds, thin lines the seeds themselves)."""
+    """kNN accuracy against training time on emoji: a line a method, the mean of its runs on the fastest device; thin
+    lines are the runs themselves."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     figure = Figure((9, 4.2), dpi=120, layout="constrained")
@@ -163,7 +174,7 @@ def draw(rows, path):
              title="emoji, from scratch")
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji"]
     for e, color in zip(runs, map(colormaps["tab20"], range(20))):
-        curves = [run["curve"] for run in e]
+        curves = [run["curve"] for run in next(iter(by_device(e).values()))]
         for curve in curves:
             axes.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
         mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
