@@ -5,7 +5,7 @@
     python tests/results/report.py --check                          fails if README's tables are not those of the rows
 
 A row holds what metrics.jsonl of the run folder says: command, commit, versions, device, settings, training seconds, the
-evaluation beside its two baselines, and kNN accuracy over time. Rows of equal settings, whatever seed and device, form one entry.
+evaluation beside its two baselines, and kNN accuracy over time. Rows of equal settings, whatever the seed, form one entry.
 """
 
 import argparse
