@@ -358,8 +358,8 @@ class Loader:
         self.count, self.in_memory, self.shown = len(split.images), torch.is_tensor(split.images), None
         if not 0 < batch <= self.count or batch % world():
             fail(f"--batch {batch}: choose a multiple of {world()} (the processes) up to {self.count} (the images)")
-        if bad := [crop.scale for crop, _ in views if not 0 < crop.scale[0] <= crop.scale[1] <= 1]:
-            fail(f"crops from {bad[0][0]} to {bad[0][1]} of the image: choose a --min-crop (or --scale) above 0, up to 1")
+        if bad := [crop for crop, _ in views if crop.size < 1 or not 0 < crop.scale[0] <= crop.scale[1] <= 1]:
+            fail(f"views like {bad[0]}: choose a positive side (--size, --small), a --min-crop (or --scale) above 0, up to 1")
         self.steps, share = self.count // batch, batch // world()  # steps per epoch, images per process
         self.rows = slice(rank() * share, (rank() + 1) * share)
         if not self.in_memory:
@@ -660,8 +660,8 @@ class Run:
         self.settings = {k: v for k, v in vars(args).items() if k not in ("out", "root", "workers", "compile")}
         self.settings["train_images"] = loader.count
         self.step, self.seconds, self.clock, self.pending, self.knn = 0, 0.0, 0.0, [], {}
-        if args.epochs < 1:
-            fail(f"--epochs {args.epochs}: choose 1 or more")
+        if args.epochs < 1 or args.batch < 2:  # batch-norm needs two
+            fail(f"--epochs {args.epochs}, --batch {args.batch}: choose at least 1 epoch and 2 images")
         self.resume()
         self.bar = tqdm(total=args.epochs * loader.steps, initial=self.step, unit="step", smoothing=0.05,
                         disable=rank() > 0 or not sys.stderr.isatty())

@@ -7,11 +7,12 @@ images. Pulling the diagonal of that matrix towards 1 makes the projection indep
 makes its dimensions say different things, so that they cannot all become constant. No negatives, no second network, no
 stop-gradient: nothing but the two goals keeps the network from collapse.
 
-Notation. N images of the global batch, n = N / processes of them on this one; xA, xB (n, 3, H, W) two views of each;
-h = f(x) (n, .) representation; z = g(h) (n, D) projection, of which each dimension is normalised to mean 0 and variance 1 over
-the N images, each view by itself. lamb is the paper's lambda. Cross-correlation matrix C (D, D) (Eq. 2) and loss (Eq. 1):
+Notation. N images of the global batch, n = N / processes of them on this one; x1, x2 (n, 3, H, W) two views of each, the
+paper's A and B; h = f(x) (n, .) representation; z = g(h) (n, D) projection, of which each dimension is normalised to mean 0 and
+variance 1 over the N images, each view by itself. lamb is the paper's lambda. Cross-correlation matrix C (D, D) (Eq. 2) and
+loss (Eq. 1):
 
-    C_ij = 1/N sum over images b of zA_bi zB_bj        L = sum over i of (1 - C_ii)^2 + lamb sum over i, j != i of C_ij^2
+    C_ij = 1/N sum over images b of z1_bi z2_bj        L = sum over i of (1 - C_ii)^2 + lamb sum over i, j != i of C_ij^2
 
 Run.
     python methods/barlow_twins.py                                        one CPU core, 8 minutes: emoji, 32 pixels

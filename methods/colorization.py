@@ -30,9 +30,9 @@ Differs from the paper.
        initialisation in the tables sees the same; the raw pixels there are in colour.
     3. Q = 261: the bins to which at least one 8-bit sRGB colour is nearest. The official list of 313 also has points
        outside, such as (100, 0), to which no sRGB colour is nearest.
-    4. p is counted on the crops of the first 100 training steps, by nearest bin, and then smoothed as in the paper (Gaussian of
-       5 in ab); the official code ships ImageNet's. As in the official code, images without colour (no |ab| above 5) teach
-       nothing. Soft targets have the paper's 5 nearest bins; the official code takes 10.
+    4. p is counted on the crops of the first epoch, of at most 100 steps, by nearest bin, and then smoothed as in the paper
+       (Gaussian of 5 in ab); the official code ships ImageNet's. As in the official code, images without colour (no |ab|
+       above 5) teach nothing. Soft targets have the paper's 5 nearest bins; the official code takes 10.
     5. The loss is the mean over places and is reported with its weights; the paper sums, and the official code gives the
        weights to the gradient alone.
     6. Adam's learning rate has a warm-up and a cosine to zero; the paper divides it twice. Crops are random resized crops.
@@ -78,8 +78,9 @@ def get_args():
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = p.parse_args()
-    if args.size % 4:
-        fail(f"--size {args.size}: choose a multiple of 4, because colours are predicted at a quarter of the side")
+    if args.size % 4 or args.temperature <= 0:
+        fail(f"--size {args.size}: choose a multiple of 4, because colours are predicted at a quarter of the side"
+             if args.size % 4 else f"--temperature {args.temperature}: choose a number above 0")
     return args
 
 
@@ -176,8 +177,8 @@ def targets(x, bins):
 
 
 def count_colours(loader, bins, steps=100):
-    """How many places of the first `steps` batches, over all processes, are nearest to each bin: (Q,) float32. Images without
-    colour do not count."""
+    """How many places of the first epoch (at most `steps` batches), over all processes, are nearest to each bin: (Q,), float32.
+    Images without colour do not count."""
     count = torch.zeros(len(bins), device=loader.device)
     for _, (x,) in itertools.islice(loader(0), steps):
         nearest, _, colourful = targets(x, bins)

@@ -66,10 +66,10 @@ def get_args():
     p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
     p.add_argument("--m", type=float, default=0.98, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
     p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], help="tau_t: from, to, epochs (paper: .04 .07 30)")
-    p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], help="width, K, batch-norm or not (paper: 2048 65536 0)")
+    p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], help="width, K, batch-norm? 0: no (paper: 2048 65536 0)")
     p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (code: 8 96)")
-    p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="least area, small and large (code: 0.05 0.4)")
-    p.add_argument("--blur", type=float, nargs=3, default=[0.0, 0.0, 0.0], help="probability: large, small (code: 1 0.1 0.5)")
+    p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="area: small 1st-2nd, large above (code: .05 .4)")
+    p.add_argument("--blur", type=float, nargs=3, default=[0.0] * 3, help="probability: large, large, small (code: 1 .1 .5)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=8, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/dino-DATA-SEED); a run found there is continued")
@@ -99,7 +99,7 @@ def views(args):
 def patch_side(size):  # copy of: methods/mae.py::patch_side
     """Pixels: 4 for images of up to 48 pixels, 8 up to 96, above 16 as in the paper: 7 patches along a side or more."""
     p = 4 if size <= 48 else 8 if size <= 96 else 16
-    if size % p:
+    if size < p or size % p:
         fail(f"--size {size}: choose a multiple of {p}, the side of a patch")
     return p
 
@@ -184,8 +184,8 @@ class Head(nn.Module):
     def forward(self, h):
         z = self.mlp(h)
         with torch.autocast(z.device.type, enabled=False):  # the softmax divides these cosines by tau_t
-            C = F.normalize(self.last_layer.weight, dim=1)
-            return F.normalize(z.to(C.dtype), dim=1) @ C.T
+            w = F.normalize(self.last_layer.weight, dim=1)
+            return F.normalize(z.to(w.dtype), dim=1) @ w.T
 
 
 class DINO(nn.Module):

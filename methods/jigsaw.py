@@ -28,7 +28,8 @@ Differs from the paper.
     2. Each channel of a tile is standardised, and that inside backbone(...), so that whole images are when it is evaluated; the
        random initialisation in the tables sees the same. The official code has this switched off.
     3. Colour shifts stay inside the tile's cell; in the official code they reach up to two pixels into the next. 30 % of the
-       puzzles are grey, as in the paper; in the official code 50 %, and half of the others lose their green-magenta axis.
+       puzzles are grey, as in the paper, by the mean of the shifted channels; in the official code 50 %, and half of the others
+       lose their green-magenta axis.
     4. The first permutation is the identity, in the paper a random one. Ties go to the one of the largest smallest distance.
     5. Images are random resized crops, half of them mirrored; the official code takes the central square, as it is.
     6. Learning rate: cosine to zero with a warm-up; the official code divides it by ten every 100,000 of 350,000 steps.
@@ -73,6 +74,8 @@ def get_args():
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = p.parse_args()
+    if args.tile < 1 or args.shift < 0:
+        fail(f"--tile {args.tile}, --shift {args.shift}: choose at least 1 and 0 pixels")
     if args.tile + args.shift > args.size // 3:
         fail(f"--tile {args.tile}: with --shift {args.shift}, a cell of {args.size // 3} pixels (a third of --size) is too "
              f"small: choose at most {args.size // 3 - args.shift}")
@@ -179,7 +182,7 @@ def main():
     loader = Loader(data.train, views(args, P), args.batch, args.seed, device, args.workers)
     model = Jigsaw(args.arch, args.size, args.dim, args.perms)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    run = Run("jigsaw", args, data, loader, model, {"optimizer": optimizer})
+    run = Run("jigsaw", args, data, loader, model, {"optimizer": optimizer}, collapse=math.log(args.perms))
     network = distribute(model, device, args.compile)
 
     for epoch in range(run.step // loader.steps, args.epochs):

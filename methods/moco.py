@@ -89,6 +89,8 @@ def get_args():
         args.tau = 0.07 if args.recipe == "v1" else 0.2
     if args.queue < args.batch:
         fail(f"--queue {args.queue}: choose at least the {args.batch} keys that a step adds (--batch)")
+    if args.tau < 0.006:
+        fail(f"--tau {args.tau}: choose at least 0.006, below which the loss's powers overflow")
     if args.group < 2:
         fail(f"--group {args.group}: batch statistics need 2 images at least")
     return args
@@ -215,6 +217,8 @@ def main():
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run = Run("moco", args, data, loader, model, {"optimizer": optimizer}, collapse=math.log(1 + args.queue))
     print0(f"loss: {path(device)}")
+    if args.batch < 2 * args.group:
+        print0(f"warning: --batch {args.batch} is one group of --group {args.group}: shuffling has no effect")
     network = distribute(model, device, args.compile)
     in_order = torch.arange(args.batch)
 

@@ -107,7 +107,7 @@ def main():
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)
     model = RotNet(args.arch, args.size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
-    run = Run("rotnet", args, data, loader, model, {"optimizer": optimizer})
+    run = Run("rotnet", args, data, loader, model, {"optimizer": optimizer}, collapse=math.log(4))
     network = distribute(model, device, args.compile)
 
     for epoch in range(run.step // loader.steps, args.epochs):

@@ -22,10 +22,12 @@ Run.
 Differs from the paper.
     1. Inputs are normalised by ImageNet's mean and standard deviation; the official code feeds pixels in [0, 1].
     2. The loss is the paper's mean over 2N; the official code adds the means of the two directions, twice as much. LARS
-       divides by the gradient's norm, so that only biases and batch-norm parameters notice.
+       divides by the gradient's norm, so that only weight decay, biases and batch-norm notice.
     3. Colour operations are torchvision's (as in most reimplementations): contrast around the mean grey level, saturation
        by blending with grey; TensorFlow's differ slightly. Crops: torchvision's ten tries instead of 100.
-    4. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values.
+    4. Residual branches do not start at zero, so that all methods start from the same network; the projector starts as
+       PyTorch's layers do, officially from a normal distribution of deviation 0.01.
+    5. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values.
 """
 
 import argparse
@@ -38,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
-from common import (Crop, Loader, Run, backbone, color_jitter, distribute, gaussian_blur, load_data, normalize, print0,
+from common import (Crop, Loader, Run, backbone, color_jitter, distribute, fail, gaussian_blur, load_data, normalize, print0,
                     random_flip, random_grayscale, start)
 from kernels import path
 from kernels.infonce import simclr_loss
@@ -64,7 +66,10 @@ def get_args():
     p.add_argument("--out", default=None, help="run folder (default: runs/simclr-DATA-SEED); a run found there is continued")
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.tau < 0.006:
+        fail(f"--tau {args.tau}: choose at least 0.006, below which the loss's powers overflow")
+    return args
 
 
 def views(args):

@@ -9,7 +9,7 @@ all images look the same, so no negatives are needed. Small crops, which are che
 Notation. N images of the global batch, n = N / processes of them on this one; V views of each, two large and V - 2 small;
 h = f(x) (n, D) representation; z = g(h) / ||g(h)|| (n, d) projection; prototypes C (K, d), rows of length 1; scores
 s_v = z_v C^T (n, K). Assignments q_i (n, K) of the two large views i, from the scores of all processes and of a queue of
-past z, by Sinkhorn's iterations (kernels/sinkhorn.py), without gradient. Loss (Eqs. 2 and 6, where the mean is a sum; Eq. 3):
+past z, by Sinkhorn's iterations (kernels/sinkhorn.py), without gradient. Loss (Eqs. 2 and 6, there a sum) and Q (Eq. 3):
 
     l(s, q) = -mean over images of sum_k q_k log softmax(s / tau)_k        L = mean over i = 1, 2 and v != i of l(s_v, q_i)
     Q = argmax over Q of sum_bk Q_bk s_bk + epsilon H(Q), the columns of Q with equal sums (3 iterations), the rows with sum 1
@@ -55,7 +55,7 @@ from common import (Crop, Loader, Run, backbone, color_jitter, distribute, fail,
 from kernels import path
 from kernels.sinkhorn import assignment_cross_entropy, sinkhorn_potentials
 
-WEIGHT_DECAY = 1e-6  # the paper's; not on prototypes, with LARS nor on biases and batch-norm; next to nothing with Adam
+WEIGHT_DECAY = 1e-6  # the paper's; never on prototypes, with LARS not on biases and batch-norm either
 
 
 def get_args():
@@ -84,7 +84,9 @@ def get_args():
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = p.parse_args()
-    if 0 < args.queue[0] < args.batch:
+    if args.epsilon <= 0:
+        fail(f"--epsilon {args.epsilon}: choose a number above 0")
+    if args.queue[0] < 0 or 0 < args.queue[0] < args.batch:
         fail(f"--queue {args.queue[0]}: choose at least the {args.batch} images that a step adds (--batch), or 0 for no queue")
     return args
 

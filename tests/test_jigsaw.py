@@ -188,7 +188,7 @@ def arguments(monkeypatch, *flags):
 
 def train(lr=0.01):
     """The losses of this process and the model's state after main() on tiny data; nothing is evaluated or written."""
-    def record(name, args, data, loader, model, state):
+    def record(name, args, data, loader, model, state, collapse):
         run.model = model
         return run
 

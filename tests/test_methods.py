@@ -243,6 +243,24 @@ def test_help_of_the_program(program, tmp_path):
     assert "--tau" in found.stdout and not found.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name, flags, words", [
+    *((name, "--batch 1", "--batch 1: choose") for name in METHODS),
+    *((name, "--size 0", "--size") for name in METHODS),
+    ("simclr", "--tau 0.001", "--tau 0.001: choose at least"), ("moco", "--tau 0.001", "--tau 0.001: choose at least"),
+    ("swav", "--epsilon 0", "--epsilon 0.0: choose"), ("swav", "--queue -1 0", "--queue -1: choose"),
+    ("swav", "--small 2 0", "--small"), ("dino", "--small 2 0", "--small"), ("jigsaw", "--shift -1", "--shift -1: choose"),
+    ("jigsaw", "--tile 0", "--tile 0"), ("colorization", "--temperature 0", "--temperature 0.0: choose")])
+def test_a_flag_that_makes_no_sense_ends_in_one_sentence_before_anything_is_written(name, flags, words, monkeypatch, capsys,
+                                                                                    tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"methods.{name}").main()
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and error.startswith("error: ") and words in error and "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
 @EVERY_METHOD
 def test_flags(name):
     flags, pattern = flags_of(name), flags_of("simclr")
