@@ -56,6 +56,14 @@ def worker(pipe, paths):
                 dist.destroy_process_group()
 
 
+def answer(pipe):
+    """(outcome, result) of a process of the pool. Gloo gives up after 120 s, so one that is silent for longer hangs."""
+    try:
+        return pipe.recv() if pipe.poll(300) else ("not connected", "no answer within 300 s")
+    except EOFError:
+        return "failed", "the process has died"
+
+
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     """processes(world, function, *args): calls a module-level function in `world` gloo processes and returns their results in
@@ -67,11 +75,12 @@ def processes(tmp_path_factory):
             ours, theirs = context.Pipe()
             process = context.Process(target=worker, args=(theirs, sys.path[:2]), daemon=True)
             process.start()
+            theirs.close()  # so that the death of the process is the end of the pipe
             pool.append((process, ours))
         calls.append(folder / f"rendezvous{len(calls)}")
         for rank, (_, pipe) in enumerate(pool[:world]):
             pipe.send((rank, world, str(calls[-1]), function, args))
-        answers = [pipe.recv() for _, pipe in pool[:world]]
+        answers = [answer(pipe) for _, pipe in pool[:world]]
         if any(outcome != "passed" for outcome, _ in answers):  # their processes may be unable to form another group
             for process, _ in pool:
                 process.kill()
