@@ -512,8 +512,7 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
 
 def fit_logistic(x, y, variance, decay, weight, bias):
     """argmin of mean cross-entropy + decay / 2 ||weight||^2 by L-BFGS, from (weight (C, D), bias (C,)), to a gradient of 1e-4.
-    x (N, D) decorrelated, with the given variance per column: scaling each by about the inverse root of its curvature shortens
-    the way to the minimum without moving it."""
+    x (N, D) decorrelated, with the given variance per column: scaled by it, the way to the minimum is shorter."""
     scale = (0.1 * variance + decay).rsqrt()  # 0.1: about p (1 - p), the curvature of the softmax
     x, penalty = x * scale, decay * scale.double().square()
     weight, bias = (weight / scale).double().requires_grad_(), bias.double().requires_grad_()
@@ -547,8 +546,7 @@ def collapse_panel(x, x1, x2):
     """Signs of collapse. x (N, D): features; x1, x2 (M, D): features of two random crops of the same M images. feature_std, of
     normalised features over images: 1/sqrt(D) if spread evenly, 0 if collapsed. rankme, exp(entropy of the singular values): 1
     to min(N, D) (Garrido et al. 2023, arXiv 2210.02885). alignment, mean ||u1 - u2||^2 of normalised pairs: 0 is best;
-    uniformity, log mean exp(-2 ||u - v||^2) over different images: -4 is best, 0 collapsed (Wang and Isola 2020, arXiv
-    2005.10242)."""
+    uniformity, log mean exp(-2 ||u - v||^2) over images: -4 is best, 0 collapsed (Wang, Isola 2020, arXiv 2005.10242)."""
     p = torch.linalg.svdvals(x)
     p = p / p.sum().clamp(min=1e-12) + 1e-7  # 1e-12: all features 0
     u, u1, u2 = (F.normalize(v, dim=1) for v in (x, x1, x2))
@@ -572,8 +570,7 @@ def print0(*words):
         print(*words, flush=True)
 
 def start(seed):
-    """Joins the process group that torchrun describes (nccl on GPUs, gloo on CPUs; none without torchrun), seeds the initial
-    weights, and returns the device of this process."""
+    """Joins torchrun's process group, if any (nccl on GPUs, gloo on CPUs), seeds the initial weights, returns the device."""
     if seed < 0:
         fail(f"--seed {seed}: a seed cannot be negative")
     device = torch.device("cpu")
@@ -758,6 +755,10 @@ class Run:
             self.knn = {"knn20": f"{found['knn20']:.1f}"}
         self.flush(**found)
         self.save()
+        if not self.loader.in_memory and world() > 1:  # files that another process could not read count, too
+            dist.all_gather_object(broken := [None] * world(), self.loader.folder.broken)
+            self.loader.folder.broken.update(*broken)
+            self.loader.folder.check((), ())
         if self.bar.disable:
             print0(f"epoch {done}/{self.args.epochs}  loss {self.row['loss']:.3f}  {self.row['images_per_s']:.0f} images/s  "
                    f"{self.seconds:.0f} s" + (f"  knn20 {found['knn20']:.1f}" if found else ""))
@@ -834,8 +835,7 @@ def draw_views(path, views):
     save_grid(path, list(zip(*(part.clamp(0, 1) for part in parts))))
 
 def draw_neighbours(path, run):
-    """Twelve test images, each followed by the eight nearest other ones (on data with drawings: the nearest by other artists),
-    framed green where they show the same emoji or have the same label."""
+    """Twelve test images and the eight nearest to each (drawings: by other artists), framed green if of one emoji or label."""
     split = run.data.test or run.data.bank
     x, _ = features(run.model.backbone, split, run.args.size, run.device, run.args.workers)
     if rank() == 0:

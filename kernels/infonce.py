@@ -40,8 +40,8 @@ instead must divide by the number of processes. The order of the candidates is t
 Limits. Rows must have length 1 (checked under torch.autograd.set_detect_anomaly only), a <= 170. Kernels: float16 and bfloat16
 on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range: prefer it to bfloat16. Everything
 else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for float64). Deterministic: no atomics,
-sums in a fixed order. First derivatives only. On a CPU clip_loss, which computes the logits in each direction, takes up to
-twice the plain formula's time below 1000 rows. Measured speed: not run on a GPU.
+sums in a fixed order. First derivatives only. On a CPU the plain formula of CLIP is faster where its logits fit the
+cache, because clip_loss computes them in each direction (table in README.md). Measured speed: not run on a GPU.
 """
 
 import torch

@@ -78,9 +78,10 @@ def get_args():
     p.add_argument("--workers", type=int, default=4, help="processes that decode the images of a folder")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = p.parse_args()
-    if args.size % 4 or args.temperature <= 0:
-        fail(f"--size {args.size}: choose a multiple of 4, because colours are predicted at a quarter of the side"
-             if args.size % 4 else f"--temperature {args.temperature}: choose a number above 0")
+    if args.size % 4:
+        fail(f"--size {args.size}: choose a multiple of 4, because colours are predicted at a quarter of the side")
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature}: choose a number above 0")
     return args
 
 

@@ -57,9 +57,10 @@ def worker(pipe, paths):
 
 
 def answer(pipe):
-    """(outcome, result) of a process of the pool. Gloo gives up after 120 s, so one that is silent for longer hangs."""
+    """(outcome, result) of a process of the pool. Gloo gives up after 120 s, so one that is silent for longer hangs. Not
+    tried again: it may be the code under test."""
     try:
-        return pipe.recv() if pipe.poll(300) else ("not connected", "no answer within 300 s")
+        return pipe.recv() if pipe.poll(300) else ("failed", "no answer within 300 s")
     except EOFError:
         return "failed", "the process has died"
 

@@ -4,6 +4,8 @@ every method in 1, 2 and 3 gloo processes, each of which sees other images."""
 import hashlib
 import json
 import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +232,26 @@ def write_images(folder, count):
     for i, image in enumerate(tiny_data(count).train.images):
         save_image(image / 255, folder / f"{i:03}.png")
     return folder
+
+
+def end_of_epoch(met):
+    """The indices of unreadable files that a process knows after an epoch in which it met met[rank], and how it ended."""
+    paths = [Path(f"{i}.png") for i in range(300)]
+    loader = common.Loader(common.Split(paths), [(common.Crop(4), lambda x, rand: x)], 20, 0, torch.device("cpu"))
+    loader.folder.broken = set(met[rank()])
+    run = SimpleNamespace(args=SimpleNamespace(epochs=3, eval_every=1), data=SimpleNamespace(test=None), loader=loader,
+                          flush=lambda **found: None, save=lambda: None, bar=SimpleNamespace(disable=False))
+    try:
+        common.Run.end_epoch(run, 0)
+    except SystemExit as stop:
+        return loader.folder.broken, stop.code
+    return loader.folder.broken, 0
+
+
+def test_unreadable_files_of_all_processes_count_together(processes):
+    """Two in 300 for each process are allowed alone; together they are more than 1 in 100."""
+    assert processes(2, end_of_epoch, [{0, 1}, {1, 2}]) == [({0, 1, 2}, 0)] * 2
+    assert processes(2, end_of_epoch, [{0, 1}, {2, 3}]) == [({0, 1, 2, 3}, 1)] * 2
 
 
 def run_folder(folder):

@@ -319,6 +319,7 @@ def test_against_pytorch_metric_learning():
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     a, b = unit(12, 16, seed=1), unit(12, 16, seed=2)
     other = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.1))
+
     def ours(x, y):  # it normalises inside, so that its gradient has no part along the embedding
         return simclr_loss(F.normalize(x, dim=1), F.normalize(y, dim=1), 0.1)
 
