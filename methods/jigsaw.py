@@ -166,6 +166,12 @@ class Jigsaw(nn.Module):
         return self.fc8(self.fc7(h))  # (n, |P|)
 
 
+def permutation_loss(logits, y):
+    """Section 3.2: mean over the puzzles of -log softmax(logits)[y], in nats. logits (n, |P|), y (n,) the index in P of the
+    permutation that shuffled each."""
+    return F.cross_entropy(logits, y)
+
+
 def learning_rate(step, args, steps):  # copy of: methods/simclr.py::learning_rate
     """Base rate x batch / 256, linear warm-up, then cosine to 0. step counts from 0, `steps` are those of an epoch."""
     peak, warmup, total = args.lr * args.batch / 256, args.warmup * steps, args.epochs * steps
@@ -195,7 +201,7 @@ def main():
             # The numbers that views() shuffled the tiles by: of this step of the epoch, view 0, stream 2 (the augmentation).
             y = draw_puzzles(loader.random(epoch, step % loader.steps, 0, 2), args.perms).to(device)
             # The mean over this process's images; DistributedDataParallel averages the gradients of the processes.
-            loss = F.cross_entropy(logits.float(), y)
+            loss = permutation_loss(logits.float(), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
