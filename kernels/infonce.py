@@ -39,9 +39,10 @@ instead must divide by the number of processes. The order of the candidates is t
 
 Limits. Rows must have length 1 (checked under torch.autograd.set_detect_anomaly only), a <= 170. Kernels: float16 and bfloat16
 on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range: prefer it to bfloat16. Everything
-else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for float64). Deterministic: no atomics,
-sums in a fixed order. First derivatives only. On a CPU the plain formula of CLIP is faster where its logits fit the
-cache, because clip_loss computes them in each direction (table in README.md). Measured speed: not run on a GPU.
+else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for float64). There clip_loss on one
+process finds its gradients along with the loss, as moco_loss does everywhere. On a CPU, calling operators takes about 0.1 ms, which
+shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First derivatives only. Measured speed: not run on
+a GPU.
 """
 
 import torch
@@ -335,24 +336,46 @@ def contrast_backward(ctx, grad):
 
 @library.custom_op("ssl_kernels::infonce_moco", mutates_args=())
 def moco_op(q: Tensor, k: Tensor, lse: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """lse (n,) and mean (n, D) over the queue -> loss (), and its gradient to q but for the factor scale / n, (n, D)."""
+    """lse (n,) and mean (n, D) over the queue -> loss (), and its gradient to q (n, D)."""
     positive = scale * (q.to(lse.dtype) * k).sum(1)
     total = torch.logaddexp(lse, positive)
     p = (positive - total).exp()[:, None]  # (n, 1), of the positive
-    return (total - positive).mean(), (lse - total).exp()[:, None] * mean + (p - 1) * k
+    return (total - positive).mean(), ((lse - total).exp()[:, None] * mean + (p - 1) * k) * (scale / len(q))
 
 
-def moco_setup(ctx, inputs, output):
+@library.custom_op("ssl_kernels::infonce_clip", mutates_args=())
+def clip_op(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CLIP where no kernel runs and one process has all rows: both directions take the same logits, a block of rows at a time.
+    -> loss (), and its gradients to x, y and scale."""
+    N, x, y = len(x), x.to(scale.dtype), y.to(scale.dtype)
+    lse_y, loss, dx, dy = x.new_full((N,), -torch.inf), 0.0, torch.empty_like(x), torch.zeros_like(y)
+    for rows, s in row_blocks(x * scale, y):
+        if len(s) < N:
+            lse_y = torch.logaddexp(lse_y, s.logsumexp(0))
+    for rows, s in row_blocks(x * scale, y) if len(s) < N else [(rows, s)]:  # where one block was enough, it is still there
+        p = s.log_softmax(1)
+        q = s.sub_(lse_y) if len(s) < N else s.log_softmax(0)
+        loss -= p.diagonal(rows.start).sum() + q.diagonal(rows.start).clamp(max=0).sum()
+        g = p.exp_().add_(q.exp_())  # (rows, N)
+        g.diagonal(rows.start).sub_(2)
+        dx[rows] = g @ y
+        dy.addmm_(g.T, x[rows])
+    dx, dy = dx.mul_(scale / (2 * N)), dy.mul_(scale / (2 * N))
+    return loss / (2 * N), dx, dy, (dx * x).sum() / scale
+
+
+def keep_gradients(ctx, inputs, output):
+    """For operators that return the loss and its gradients to their first inputs."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], inputs[4])
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [x.dtype for x, _ in zip(inputs, output[1:])]
+    ctx.others = len(inputs) - len(ctx.dtypes)
 
 
-def moco_backward(ctx, grad, of_direction):
-    if of_direction is not None:
+def scale_gradients(ctx, grad, *second):
+    if any(g is not None for g in second):
         no_second_derivative(ctx)
-    direction, scale = ctx.saved_tensors
-    return (direction * (grad * scale / len(direction))).to(ctx.dtype), None, None, None, None
+    return *((x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)), *[None] * ctx.others
 
 
 def no_second_derivative(ctx, *grads):
@@ -364,18 +387,24 @@ mean_op.register_fake(lambda q, *_: (q.new_empty(q.shape[0], dtype=math_dtype(q)
 pull_op.register_fake(lambda x, *_: x.new_empty(x.shape, dtype=math_dtype(x)))
 contrast_op.register_fake(lambda x, y, target, lse, *_: lse.new_empty(()))
 moco_op.register_fake(lambda q, k, lse, mean, scale: (lse.new_empty(()), torch.empty_like(mean)))
+clip_op.register_fake(lambda x, y, scale: tuple(scale.new_empty(shape) for shape in ((), x.shape, y.shape, ())))
 contrast_op.register_autograd(contrast_backward, setup_context=contrast_setup)
-moco_op.register_autograd(moco_backward, setup_context=moco_setup)
+moco_op.register_autograd(scale_gradients, setup_context=keep_gradients)
+clip_op.register_autograd(scale_gradients, setup_context=keep_gradients)
 pull_op.register_autograd(no_second_derivative)
+
+
+def processes(group):
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather(x, group):
     """-> (processes x n, ...) in the order of the processes, without gradient; and the first row of this one. All processes
     must hold equally many rows: to compare would cost a round of messages at every step."""
     x = x.detach()
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if processes(group) == 1:
         return x, 0
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    parts = [torch.empty_like(x) for _ in range(processes(group))]
     dist.all_gather(parts, x, group)
     return torch.cat(parts), dist.get_rank(group) * len(x)
 
@@ -433,6 +462,8 @@ def clip_loss(x, y, scale, group=None):
         raise ValueError(f"scale must be one floating-point number, not {scale.dtype} of shape {tuple(scale.shape)}")
     scale = scale.to(math_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
+        if processes(group) == 1 and not use_kernel(x):
+            return clip_op(x, y, scale)[0]
         (all_x, _), (all_y, _) = gather(x, group), gather(y, group)  # (N, D)
         nobody = len(all_x)  # no row meets itself
         lse_x = lse_op(x.detach(), all_y, scale.detach(), True, nobody)

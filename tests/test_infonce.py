@@ -274,7 +274,8 @@ def test_operators_pass_torchs_own_check(loss):
     x.requires_grad_()
     checks = {"simclr": [(infonce.lse_op, (x.detach(), y, scale, False, 9)),
                          (infonce.contrast_op, (x, y, y[:6], lse_x, lse_y, scale.requires_grad_(), False, 9, 1.0))],
-              "clip": [(infonce.pull_op, (x.detach(), y, lse_x, lse_y, scale.detach(), True, 9))],
+              "clip": [(infonce.pull_op, (x.detach(), y, lse_x, lse_y, scale.detach(), True, 9)),
+                       (infonce.clip_op, (x, y[:6], scale))],
               "moco": [(infonce.mean_op, (x.detach(), y, scale.detach())),
                        (infonce.moco_op, (x, y[:6], lse_x, torch.zeros(6, 16), scale.detach()))]}
     for operator, arguments in checks[loss]:
