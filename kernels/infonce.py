@@ -40,9 +40,9 @@ instead must divide by the number of processes. The order of the candidates is t
 Limits. Rows must have length 1 (checked under torch.autograd.set_detect_anomaly only), a <= 170. Kernels: float16 and bfloat16
 on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range: prefer it to bfloat16. Everything
 else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for float64). There clip_loss on one
-process finds its gradients along with the loss, as moco_loss does everywhere. On a CPU, calling operators takes about 0.1 ms, which
-shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First derivatives only. Measured speed: not run on
-a GPU.
+process finds its gradients along with the loss, as moco_loss does everywhere. On a CPU, calling operators takes about 0.1 ms,
+which shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First derivatives only. Measured speed: not
+run on a GPU.
 """
 
 import torch

@@ -166,7 +166,7 @@ def test_tiles_are_encoded_apart_and_joined_in_order():
 
 
 def test_permutation_loss_by_hand():
-    """Two puzzles, three permutations. Odds of 1 : 2 : 3 give the second log 3; equal odds always log 3; so the mean is log 3."""
+    """Two puzzles, three permutations. Odds of 1 : 2 : 3 give the second log 3, equal odds log 3 always: so the mean is it."""
     logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], dtype=torch.float64).log().requires_grad_()
     loss = jigsaw.permutation_loss(logits, torch.tensor([1, 2]))
     torch.testing.assert_close(loss, torch.tensor(3.0, dtype=torch.float64).log())
