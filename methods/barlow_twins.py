@@ -16,9 +16,9 @@ loss (Eq. 1):
 
 Run.
     python methods/barlow_twins.py                                        one CPU core, 8 minutes: emoji, 32 pixels
-    python methods/barlow_twins.py --data cifar10 --arch resnet18 --dim 2048 --lamb 0.0051 --batch 256 --epochs 200 \
+    python methods/barlow_twins.py --data cifar10 --arch resnet18 --dim 2048 --lambda 0.0051 --batch 256 --epochs 200 \
         --lr 2                                                                                                  one GPU
-    torchrun --nproc_per_node 8 methods/barlow_twins.py --data IMAGENET --size 224 --arch resnet50 --dim 8192 --lamb 0.0051 \
+    torchrun --nproc_per_node 8 methods/barlow_twins.py --data IMAGENET --size 224 --arch resnet50 --dim 8192 --lambda 0.0051 \
         --batch 2048 --epochs 300 --warmup 10 --lr 0.2 --blur 1 0.1 --workers 12           eight GPUs, the recipe of the code
 --batch counts the images of all processes together. Results: the table in README.md.
 
@@ -58,7 +58,7 @@ def get_args():
     p.add_argument("--lr", type=float, default=4.0, help="learning rate per 256 images, of weights (paper: 0.2)")
     p.add_argument("--bias-lr", type=float, default=0.0015, help="share of --lr for biases, batch-norm (paper: 0.024, see 1)")
     p.add_argument("--weight-decay", type=float, default=1e-6, help="on weights, not biases or batch-norm (paper: 1.5e-6)")
-    p.add_argument("--lamb", type=float, default=0.04, help="weight of the off-diagonal terms (paper: 0.005; code: 0.0051)")
+    p.add_argument("--lambda", dest="lamb", type=float, default=0.04, help="weight off the diagonal (paper: .005; code: .0051)")
     p.add_argument("--dim", type=int, default=128, help="width of the three layers of the projector (paper: 8192)")
     p.add_argument("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability of blur in each view (paper: 1 0.1)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")

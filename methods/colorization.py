@@ -50,8 +50,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
 import common
-from common import (MEAN, STD, Crop, Folder, Loader, Run, all_reduce_sum, distribute, fail, load_data, normalize, random_flip,
-                    rank, save_grid, start)
+from common import (MEAN, STD, Crop, Loader, Run, all_reduce_sum, distribute, fail, load_data, normalize, random_flip,
+                    rank, save_grid, start, world)
 
 FROM_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))  # to XYZ
 WHITE = (0.95047, 1.0, 1.08883)  # XYZ of D65
@@ -140,6 +140,36 @@ def gamut(step=10):
     return step * (ab / step).round().unique(dim=0).float()
 
 
+def backbone(arch, size):
+    """common.backbone that looks at lightness: whatever normalised images it is given, its first convolution gets their L."""
+    net = common.backbone(arch, size)
+    net.conv1.register_forward_pre_hook(lambda conv, inputs: (lightness(*inputs),))
+    return net
+
+
+class Colorizer(nn.Module):
+    def __init__(self, arch, size, bins, width=128):
+        super().__init__()
+        self.backbone, self.side = backbone(arch, size), size // 4
+        D = self.backbone.out_dim
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in (D // 8, D // 4, D // 2, D))  # the four stages' channels
+        self.head = nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, len(bins), 1))
+        self.register_buffer("bins", bins)  # (Q, 2)
+        self.register_buffer("weights", torch.ones(len(bins)))  # w (Q,), set before training
+
+    def forward(self, x):
+        net = self.backbone
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        total = 0
+        for stage, lateral in zip((net.layer1, net.layer2, net.layer3, net.layer4), self.lateral):
+            x = stage(x)
+            total = total + F.adaptive_avg_pool2d(lateral(x), self.side)  # repeats pixels where the stage is smaller
+        return self.head(total)  # (n, Q, H/4, W/4)
+
+
 # The loss and what it needs
 
 
@@ -187,36 +217,6 @@ def count_colours(loader, bins, steps=100):
     return all_reduce_sum(count)
 
 
-def backbone(arch, size):
-    """common.backbone that looks at lightness: whatever normalised images it is given, its first convolution gets their L."""
-    net = common.backbone(arch, size)
-    net.conv1.register_forward_pre_hook(lambda conv, inputs: (lightness(*inputs),))
-    return net
-
-
-class Colorizer(nn.Module):
-    def __init__(self, arch, size, bins, width=128):
-        super().__init__()
-        self.backbone, self.side = backbone(arch, size), size // 4
-        D = self.backbone.out_dim
-        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in (D // 8, D // 4, D // 2, D))  # the four stages' channels
-        self.head = nn.Sequential(
-            nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, len(bins), 1))
-        self.register_buffer("bins", bins)  # (Q, 2)
-        self.register_buffer("weights", torch.ones(len(bins)))  # w (Q,), set before training
-
-    def forward(self, x):
-        net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        total = 0
-        for stage, lateral in zip((net.layer1, net.layer2, net.layer3, net.layer4), self.lateral):
-            x = stage(x)
-            total = total + F.adaptive_avg_pool2d(lateral(x), self.side)  # repeats pixels where the stage is smaller
-        return self.head(total)  # (n, Q, H/4, W/4)
-
-
 def learning_rate(step, args, steps):  # copy of: methods/simclr.py::learning_rate
     """Base rate x batch / 256, linear warm-up, then cosine to 0. step counts from 0, `steps` are those of an epoch."""
     peak, warmup, total = args.lr * args.batch / 256, args.warmup * steps, args.epochs * steps
@@ -228,14 +228,9 @@ def learning_rate(step, args, steps):  # copy of: methods/simclr.py::learning_ra
 @torch.no_grad()
 def draw_colorized(path, run):
     """Twelve test images in three rows: without colour, as the network colours them, and as they are."""
-    split, size = run.data.test or run.data.bank, run.args.size
-    some = torch.linspace(0, len(split.images) - 1, 12).long()
-    if run.loader.in_memory:
-        x = split.images[some.to(run.device)].float() / 255
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    else:
-        folder = Folder(split.images, size=size)
-        x = torch.stack([folder[i][0][0] for i in some.tolist()]).to(run.device).float() / 255
+    size, split = run.args.size, run.data.test or run.data.bank
+    whole = Crop(size, scale=(1, 1), ratio=(1, 1)), lambda x, rand: x
+    _, (x,) = next(Loader(split, [whole], min(12, len(split.images) // world()) * world(), run.args.seed, run.device)(0))
     run.model.eval()
     ab = annealed_mean(run.model(normalize(x)), run.model.bins, run.args.temperature)  # (12, 2, H/4, W/4)
     run.model.train()

@@ -25,7 +25,7 @@ ViT (vision transformer), attention.png shows where each head of the last block 
 Differs from the paper.
     1. No stochastic depth in the student (official code: 0.1). The blur kernel is size / 10.
     2. A ResNet is trained by the same AdamW as a ViT; officially by SGD with a weight decay of 1e-4, on other crops.
-    3. The learning rate falls to 0, officially to 1e-6. The last layer of the head, normalised, is computed in float32.
+    3. The learning rate falls to 0, officially to 1e-6. Rows of the last layer have length 1 (a flag there, off for vit_small).
     4. Positions are resized to exactly a small crop's patches (official code: plus 0.1). Patches: 4 pixels for images up to 48.
     5. Defaults are for minutes on small images: a ResNet; batch-norm in the head, officially off; a sharper and faster teacher.
 """
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common.py is found from any working directory
-from common import (Crop, Folder, Loader, Run, all_reduce_sum, color_jitter, distribute, fail, gaussian_blur, load_data,
+from common import (Crop, Loader, Run, all_reduce_sum, color_jitter, distribute, fail, gaussian_blur, load_data,
                     normalize, random_flip, random_grayscale, rank, save_grid, solarize, start, world)
 from common import backbone as resnet
 
@@ -65,11 +65,14 @@ def get_args():
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 5e-4)")
     p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
     p.add_argument("--m", type=float, default=0.98, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
-    p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], help="tau_t: from, to, epochs (paper: .04 .07 30)")
-    p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], help="width, K, batch-norm? 0: no (paper: 2048 65536 0)")
+    p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], metavar=("FIRST", "LAST", "EPOCHS"),
+                   help="temperature of the teacher: first, last, and the epochs between (paper: 0.04 0.07 30)")
+    p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], metavar=("HIDDEN", "K", "NORM"),
+                   help="hidden units, outputs, batch-norm in the hidden layers 0 or 1 (paper: 2048 65536 0)")
     p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (code: 8 96)")
-    p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], help="area: small 1st-2nd, large above (code: .05 .4)")
-    p.add_argument("--blur", type=float, nargs=3, default=[0.0] * 3, help="probability: large, large, small (code: 1 .1 .5)")
+    p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], metavar=("LEAST", "BOUND"), help="share of the image's "
+                   "area: small crops from LEAST to BOUND, large ones from BOUND to 1 (code: 0.05 0.4)")
+    p.add_argument("--blur", type=float, nargs=3, default=[0.0] * 3, help="in the 1st, 2nd large, small crops (code: 1 .1 .5)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=8, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/dino-DATA-SEED); a run found there is continued")
@@ -197,13 +200,13 @@ class DINO(nn.Module):
         self.head = copy.deepcopy(self.student["head"]).requires_grad_(False)
         self.register_buffer("center", torch.zeros(K))
 
-    def forward(self, views):
-        """views: two large (n, 3, S, S), then small ones (n, 3, s, s) -> g_s (V, n, K) of all, g_t (2, n, K) of the large."""
-        h = [self.student["backbone"](torch.cat(same)) for same in (views[:2], views[2:]) if same]  # a pass for each size
+    def forward(self, crops):
+        """crops: two large (n, 3, S, S), then small ones (n, 3, s, s) -> g_s (V, n, K) of all, g_t (2, n, K) of the large."""
+        h = [self.student["backbone"](torch.cat(same)) for same in (crops[:2], crops[2:]) if same]  # a pass for each size
         student = self.student["head"](torch.cat(h))  # (V n, K)
         with torch.no_grad():
-            teacher = self.head(self.backbone(torch.cat(views[:2])))  # (2 n, K)
-        return student.unflatten(0, (len(views), -1)), teacher.unflatten(0, (2, -1))
+            teacher = self.head(self.backbone(torch.cat(crops[:2])))  # (2 n, K)
+        return student.unflatten(0, (len(crops), -1)), teacher.unflatten(0, (2, -1))
 
 
 def dino_loss(student, teacher, center, tau_s, tau_t):
@@ -245,15 +248,13 @@ def learning_rate(step, args, steps):  # copy of: methods/simclr.py::learning_ra
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def draw_attention(file, vit, data, size, device):
+def draw_attention(path, run):
     """Eight test images, each followed by one map a head: white where the class token's attention is largest."""
-    images = (data.test or data.bank).images
-    pick = images.__getitem__ if torch.is_tensor(images) else lambda i: Folder(images, size=size)[i][0][0]
-    x = torch.stack([pick(i * len(images) // 8) for i in range(8)]).to(device).float() / 255
-    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
-    maps = vit.attention(normalize(x)).float()
+    split, whole = run.data.test or run.data.bank, (Crop(run.args.size, scale=(1, 1), ratio=(1, 1)), lambda x, rand: x)
+    _, (x,) = next(Loader(split, [whole], min(8, len(split.images) // world()) * world(), run.args.seed, run.device)(0))
+    maps = run.model.backbone.attention(normalize(x)).float()
     maps = (maps / maps.amax((2, 3), keepdim=True)).unsqueeze(2).expand(-1, -1, 3, -1, -1)  # (8, heads, 3, grid, grid)
-    save_grid(file, [[image, *heads] for image, heads in zip(x, maps)])
+    save_grid(path, [[image, *heads] for image, heads in zip(x, maps)])
 
 
 def main():
@@ -263,7 +264,6 @@ def main():
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)
     model = DINO(args.arch, args.size, *args.head)
     teacher = nn.ModuleDict({"backbone": model.backbone, "head": model.head})
-    last_layer = model.student["head"].last_layer.weight
     optimizer = torch.optim.AdamW([{"params": [w for w in model.student.parameters() if (w.ndim == 1) == plain],
                                     "weight_decay": 0.0} for plain in (False, True)], lr=0.0)  # plain: biases and norms
     run = Run("dino", args, data, loader, model, {"optimizer": optimizer}, collapse=math.log(args.head[1]))
@@ -285,14 +285,14 @@ def main():
             for w in model.student.parameters():
                 nn.utils.clip_grad_norm_(w, CLIP)  # each by itself, as in the official code
             if epoch == 0:  # the last layer is frozen
-                last_layer.grad = None
+                model.student["head"].last_layer.weight.grad = None
             optimizer.step()
             update_center(model.center, all_reduce_sum(g_t.mean((0, 1))) / world(), CENTER_MOMENTUM)
             ema_update(teacher, model.student, cosine(args.m, 1.0, progress))
             run.log(loss, lr)
         run.end_epoch(epoch)
     if args.arch in ARCHS and rank() == 0:
-        draw_attention(run.folder / "attention.png", model.backbone, data, args.size, device)
+        draw_attention(run.folder / "attention.png", run)
     run.finish()
 
 

@@ -238,29 +238,29 @@ def mae_loss(pred, x, mask, p, normalize=True):
     return ((pred - t).square().mean(2) * mask).sum() / mask.sum()
 
 
-@torch.no_grad()
-def draw_reconstructions(file, model, data, args, device):
-    """A picture of twelve images held out, four a row: what the encoder sees, the reconstruction, the image. A prediction of
-    normalised pixels lacks the mean and the contrast of each patch, which are taken from the image."""
-    split, p = data.test or data.bank, patch_side(args.size)
-    whole = Crop(args.size, scale=(1, 1), ratio=(1, 1)), lambda x, rand: normalize(x)
-    loader = Loader(split, [whole], min(12, len(split.images) // world()) * world(), args.seed, device)
-    _, (x,) = next(loader(0))
-    t, (ids_keep, ids_restore, mask) = patchify(x, p), draw_masks(args, loader.random(0, 0, 0, 4), device)
-    pred, mask = model(x, ids_keep, ids_restore), mask[:, :, None]
-    if not args.raw_pixels:
-        pred = pred * (t.var(2, keepdim=True) + 1e-6).sqrt() + t.mean(2, keepdim=True)
-    shown = torch.stack([unpatchify(t * (1 - mask), p), unpatchify(torch.lerp(t, pred, mask), p), x], 1)  # (n, 3, 3, H, W)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-    save_grid(file, [list(row.flatten(0, 1)) for row in (shown * std + mean).clamp(0, 1).split(4)])
-
-
 def learning_rate(step, args, steps):  # copy of: methods/simclr.py::learning_rate
     """Base rate x batch / 256, linear warm-up, then cosine to 0. step counts from 0, `steps` are those of an epoch."""
     peak, warmup, total = args.lr * args.batch / 256, args.warmup * steps, args.epochs * steps
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@torch.no_grad()
+def draw_reconstructions(path, run):
+    """A picture of twelve images held out, four a row: what the encoder sees, the reconstruction, the image. A prediction of
+    normalised pixels lacks the mean and the contrast of each patch, which are taken from the image."""
+    args, split, p = run.args, run.data.test or run.data.bank, patch_side(run.args.size)
+    whole = Crop(args.size, scale=(1, 1), ratio=(1, 1)), lambda x, rand: normalize(x)
+    loader = Loader(split, [whole], min(12, len(split.images) // world()) * world(), args.seed, run.device)
+    _, (x,) = next(loader(0))  # (12, 3, H, W) on each process
+    t, (ids_keep, ids_restore, mask) = patchify(x, p), draw_masks(args, loader.random(0, 0, 0, 4), run.device)
+    pred, mask = run.model(x, ids_keep, ids_restore), mask[:, :, None]
+    if not args.raw_pixels:
+        pred = pred * (t.var(2, keepdim=True) + 1e-6).sqrt() + t.mean(2, keepdim=True)
+    shown = torch.stack([unpatchify(t * (1 - mask), p), unpatchify(torch.lerp(t, pred, mask), p), x], 1)  # (n, 3, 3, H, W)
+    mean, std = (torch.tensor(v, device=run.device).view(3, 1, 1) for v in (MEAN, STD))
+    save_grid(path, [list(row.flatten(0, 1)) for row in (shown * std + mean).clamp(0, 1).split(4)])
 
 
 def main():
@@ -292,7 +292,7 @@ def main():
             run.log(loss, lr)
         run.end_epoch(epoch)
     if rank() == 0:
-        draw_reconstructions(run.folder / "reconstruction.png", model, data, args, device)
+        draw_reconstructions(run.folder / "reconstruction.png", run)
     run.finish()
 
 

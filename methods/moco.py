@@ -25,7 +25,7 @@ processes. With eight processes and --group a process's share, this is the paper
 Run.
     python methods/moco.py                                                one CPU core, 9 minutes: emoji, 32 pixels
     python methods/moco.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 0.03 --weight-decay 5e-4 \
-        --tau 0.1 --queue 4096 --group 64 --no-head-norm                  one GPU, about the official CIFAR-10 demo
+        --tau 0.1 --queue 4096 --group 64 --no-head-norm                  one GPU, in size as the official CIFAR-10 demo
     torchrun --nproc_per_node 8 methods/moco.py --data IMAGENET --size 224 --arch resnet50 --batch 256 --epochs 200 \
         --lr 0.03 --m 0.999 --queue 65536 --no-head-norm --blur 0.5       eight GPUs, the recipe of v2; v1: add --recipe v1
 --batch counts the images of all processes together. Results: the table in README.md.
@@ -191,8 +191,8 @@ def ema_update(target, online, m):
 
 @torch.no_grad()
 def enqueue(queue, oldest, keys):
-    """Replaces the N oldest keys of the queue (K, d) by keys (N, d), those of all processes, so that the queue is the same on
-    each. It is a ring: `oldest` is where the next ones go, and any N up to K will do."""
+    """Replaces the N oldest rows of the queue (l, ...) by keys (N, ...), those of all processes, so that the queue is the same
+    on each. It is a ring: `oldest` is where the next ones go, and any N up to l will do."""
     rows = (oldest + torch.arange(len(keys), device=queue.device)) % len(queue)
     queue[rows] = keys
     oldest.copy_((oldest + len(keys)) % len(queue))

@@ -9,7 +9,8 @@ all images look the same, so no negatives are needed. Small crops, which are che
 Notation. N images of the global batch, n = N / processes of them on this one; V views of each, two large and V - 2 small;
 h = f(x) (n, D) representation; z = g(h) / ||g(h)|| (n, d) projection; prototypes C (K, d), rows of length 1; scores
 s_v = z_v C^T (n, K). Assignments q_i (n, K) of the two large views i, from the scores of all processes and of a queue of
-past z, by Sinkhorn's iterations (kernels/sinkhorn.py), without gradient. Loss (Eqs. 2 and 6, there a sum) and Q (Eq. 3):
+past z, by Sinkhorn's iterations (kernels/sinkhorn.py), without gradient. tau temperature of the predictions, epsilon that of
+the assignments, H(Q) their entropy. Loss (Eqs. 2 and 6, there a sum) and Q (Eq. 3):
 
     l(s, q) = -mean over images of sum_k q_k log softmax(s / tau)_k        L = mean over i = 1, 2 and v != i of l(s_v, q_i)
     Q = argmax over Q of sum_bk Q_bk s_bk + epsilon H(Q), the columns of Q with equal sums (3 iterations), the rows with sum 1
@@ -29,7 +30,8 @@ epsilon against a loss stuck at log K.
 
 Differs from the paper.
     1. AdamW unless --optimizer lars is given. The official LARC adapts the steps of biases and batch-norm parameters, too,
-       and decays them. The learning rate falls to 0, in the paper to a thousandth of its peak.
+       and decays them; it divides by |gradient| + decay |w|, here by |gradient + decay w|. The learning rate falls to 0, in
+       the paper to a thousandth of its peak; the official warm-up for large batches starts at 0.3, here near 0.
     2. The queue is filled from the start, so that it is full when it is first used. The official code begins to fill it at
        that epoch, and each process there has a queue of its own images.
     3. The hidden layer of g is as wide as h: 2048 for resnet50, as in the official code.
@@ -55,6 +57,7 @@ from common import (Crop, Loader, Run, backbone, color_jitter, distribute, fail,
 from kernels import path
 from kernels.sinkhorn import assignment_cross_entropy, sinkhorn_potentials
 
+TAU, DIM = 0.1, 128  # temperature and d, the paper's
 WEIGHT_DECAY = 1e-6  # the paper's; never on prototypes, with LARS not on biases and batch-norm either
 
 
@@ -67,7 +70,7 @@ def get_args():
     p.add_argument("--batch", type=int, default=128, help="images a step, over all processes (paper: 4096 or 256)")
     p.add_argument("--epochs", type=int, default=20, help="passes over the training images (paper: 100 to 800)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10; batch 256: 0)")
-    p.add_argument("--optimizer", default="adam", choices=["adam", "lars"], help="lars, the paper's, needs another --lr")
+    p.add_argument("--optimizer", default="adam", choices=["adam", "lars"], help="AdamW, or the paper's (other --lr)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper, LARS: 0.3; batch 256: 0.6)")
     p.add_argument("--small", type=int, nargs=2, default=[2, 20], help="number and side, pixels, of small crops (paper: 6 96)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.1, 0.3], metavar=("LEAST", "BOUND"), help="share of the image's "
@@ -118,14 +121,14 @@ class SwAV(nn.Module):
         self.register_buffer("queue", torch.zeros(length, 2, dim))  # z of the large views of the newest images
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # the row of the queue that is replaced next
 
-    def forward(self, views):
-        """views: the two large ones (n, 3, S, S), then the small ones (n, 3, s, s) -> z (V, n, d), scores (V, n, K)."""
-        h = [self.backbone(torch.cat(same)) for same in (views[:2], views[2:]) if same]  # a pass for each size
+    def forward(self, crops):
+        """crops: the two large ones (n, 3, S, S), then the small ones (n, 3, s, s) -> z (V, n, d), scores (V, n, K)."""
+        h = [self.backbone(torch.cat(same)) for same in (crops[:2], crops[2:]) if same]  # a pass for each size
         z = self.projector(torch.cat(h))  # (V n, d)
         with torch.autocast(z.device.type, enabled=False):  # exp(score / epsilon) needs the digits of float32
             z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)
             scores = self.prototypes(z)
-        return z.unflatten(0, (len(views), -1)), scores.unflatten(0, (len(views), -1))
+        return z.unflatten(0, (len(crops), -1)), scores.unflatten(0, (len(crops), -1))
 
 
 def swapped_prediction(scores, assignments, tau):
@@ -156,8 +159,8 @@ def normalize_prototypes(C):
 
 @torch.no_grad()
 def enqueue(queue, oldest, keys):  # copy of: methods/moco.py::enqueue
-    """Replaces the N oldest keys of the queue (K, d) by keys (N, d), those of all processes, so that the queue is the same on
-    each. It is a ring: `oldest` is where the next ones go, and any N up to K will do."""
+    """Replaces the N oldest rows of the queue (l, ...) by keys (N, ...), those of all processes, so that the queue is the same
+    on each. It is a ring: `oldest` is where the next ones go, and any N up to l will do."""
     rows = (oldest + torch.arange(len(keys), device=queue.device)) % len(queue)
     queue[rows] = keys
     oldest.copy_((oldest + len(keys)) % len(queue))
@@ -201,7 +204,7 @@ def main():
     data = load_data(args.data, args.root, device)
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)
     length, first_epoch = args.queue
-    model = SwAV(args.arch, args.size, 128, args.prototypes, length)
+    model = SwAV(args.arch, args.size, DIM, args.prototypes, length)
     C = model.prototypes.weight  # (K, d)
     encoder = nn.Sequential(model.backbone, model.projector)
     groups = [{"params": encoder.parameters()}, {"params": [C], "weight_decay": 0.0}]
@@ -222,7 +225,7 @@ def main():
             share = model.queue.tensor_split(world())[rank()] if use else model.queue[:0]  # (l, 2, d)
             queued = share.transpose(0, 1) @ C.detach().T  # (2, l, K)
             # The mean over this process's images; DistributedDataParallel averages the gradients of the processes.
-            loss = fused_swapped_prediction(scores, queued, 0.1, args.epsilon)
+            loss = fused_swapped_prediction(scores, queued, TAU, args.epsilon)
             optimizer.zero_grad()
             loss.backward()
             if epoch == 0:  # the prototypes are frozen

@@ -17,7 +17,7 @@ from methods import barlow_twins
 CPU = torch.device("cpu")
 BATCH, SIZE, DIM, STEPS, LR, SHARE, DECAY, LAMB, TRUST = 12, 16, 8, 3, 40.0, 0.01, 1e-3, 0.0051, 1e-3
 ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--dim", DIM, "--epochs", 1, "--warmup", 0, "--lr", LR, "--bias-lr", SHARE,
-             "--weight-decay", DECAY, "--lamb", LAMB]
+             "--weight-decay", DECAY, "--lambda", LAMB]
 
 
 def noise(*shape, seed=0):

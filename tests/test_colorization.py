@@ -3,6 +3,7 @@ computed by hand, what the network may see, and one training step for any number
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -273,6 +274,37 @@ def test_grey_data_are_refused(monkeypatch, capsys):
     assert error.value.code == 1 and "its images are grey" in capsys.readouterr().err
 
 
+def test_main_weighs_places_by_the_rarity_of_their_colour(monkeypatch):
+    """The loss gets w of each place's nearest bin, w from the counts of the first epoch, and 0 where an image has no colour."""
+    images = tiny_data().train.images.clone()
+    images[::2] = images[::2, :1]  # every second image is grey
+    data, seen, loss = Data("tiny", Split(images), Split(images), None), [], colorization.colorization_loss
+
+    def record(name, args, data, loader, model, state):
+        run.model, run.loader = model, loader
+        return run
+
+    def see(logits, nearest, z, v):
+        seen.append((nearest, v))
+        return loss(logits, nearest, z, v)
+
+    run = SimpleNamespace(step=0, folder=Path(), log=lambda loss, lr: None, end_epoch=lambda epoch: None, finish=lambda: None)
+    arguments(monkeypatch, "--size", SIZE, "--batch", BATCH, "--epochs", 1)
+    for name, value in {"load_data": lambda *_: data, "Run": record, "colorization_loss": see,
+                        "draw_colorized": lambda *_: None}.items():
+        monkeypatch.setattr(colorization, name, value)
+    colorization.main()
+    bins = run.model.bins
+    weights = colorization.class_weights(colorization.count_colours(run.loader, bins), bins, 0.5)
+    torch.testing.assert_close(run.model.weights, weights)
+    assert len(seen) == 3 and len(weights[seen[0][0][:, 0]].unique()) > 3
+    for (nearest, v), (_, (x,)) in zip(seen, run.loader(0), strict=True):
+        colourful = torch.tensor([bool((image[0] != image[1]).any()) for image in colorization.denormalize(x).mul(255).round()])
+        assert 0 < colourful.sum() < BATCH
+        places = len(v) // BATCH
+        torch.testing.assert_close(v, weights[nearest[:, 0]] * colourful.repeat_interleave(places))
+
+
 def test_size_must_be_a_multiple_of_four(monkeypatch, capsys):
     arguments(monkeypatch, "--size", 30)
     with pytest.raises(SystemExit):
@@ -294,8 +326,8 @@ def test_picture_shows_grey_prediction_and_truth(tmp_path, in_memory):
             large = image.movedim(0, 2).repeat_interleave(2, 0).repeat_interleave(2, 1)
             Image.fromarray(large.numpy()).save(tmp_path / f"{i:02}.png")
     split = Split(x if in_memory else sorted(tmp_path.glob("*.png")))
-    run = SimpleNamespace(data=Data("tiny", split, split, None), args=SimpleNamespace(size=SIZE, temperature=0.38), device=CPU,
-                          loader=SimpleNamespace(in_memory=in_memory), model=Red())
+    run = SimpleNamespace(data=Data("tiny", split, split, None), args=SimpleNamespace(size=SIZE, temperature=0.38, seed=0),
+                          device=CPU, model=Red())
     colorization.draw_colorized(tmp_path / "colorized.png", run)
     picture = torch.from_numpy(np.array(Image.open(tmp_path / "colorized.png"))).permute(2, 0, 1)
     rows = picture.view(3, 3, 72, 12, 72)[:, :, 4:68, :, 4:68]  # (channel, row, y, column, x): cells of 64 in frames of 4
@@ -303,5 +335,6 @@ def test_picture_shows_grey_prediction_and_truth(tmp_path, in_memory):
     assert (channels[:, 0] - channels[:1, 0]).abs().max() <= 1  # grey, but for the rounding of the published matrix and white
     assert (channels[0, 1] - channels[1:, 1].float().mean(0)).mean() > 50  # coloured red
     if in_memory:
-        assert torch.equal(rows[:, 2, ::4, 0, ::4], x[0]) and torch.equal(rows[:, 2, ::4, 11, ::4], x[-1])
+        shown = rows[:, 2, ::4, :, ::4].movedim(2, 0)  # (12, 3, SIZE, SIZE): different ones of the images
+        assert (shown[:, None] == x).flatten(2).all(2).sum(1).tolist() == [1] * 12 and len(shown.unique(dim=0)) == 12
     assert run.model.training

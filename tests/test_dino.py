@@ -1,6 +1,7 @@
 """DINO: the loss, the centre, the schedules and the vision transformer against values computed by hand, by plain torch and by
 lightly, and the whole training loop for any number of processes."""
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -197,23 +198,33 @@ def tiny_data():
     return Data("tiny", split, split, None)
 
 
-def train(folder, arch):
+def train(folder, arch, seen=None):
     """After main() on tiny data, the network in float64: the losses of this process; at every step the last layer, weight
     decays and the gradients of the student in a row, without the last layer's; the model's state. Nothing is evaluated; a ViT's
-    attention is drawn into folder."""
+    attention is drawn into folder. A list `seen` gets a line before the first step and one after each: student, teacher,
+    centre, and what the teacher's head gave in that step."""
     def record(name, args, data, loader, model, state, collapse):
         assert name == "dino" and collapse == pytest.approx(math.log(K))
-        run.model, run.optimizer = model, state["optimizer"]
+        run.model, run.optimizer, run.args, run.data, run.device = model, state["optimizer"], args, data, loader.device
+        model.head.register_forward_hook(lambda head, inputs, output: outputs.append(output.detach()))
+        see()
         return run
 
+    def see():
+        if seen is not None:
+            parts = run.model.student.parameters(), [*run.model.backbone.parameters(), *run.model.head.parameters()]
+            student, teacher = (torch.cat([w.detach().flatten() for w in part]) for part in parts)
+            seen.append(SimpleNamespace(student=student, teacher=teacher, center=run.model.center.clone(), out=outputs[-1:]))
+
     def log(loss, lr):
+        see()
         run.losses.append(loss.detach())
         run.last.append(run.model.student["head"].last_layer.weight.detach().clone())
         run.gradients.append(torch.cat([w.grad.flatten() for name, w in run.model.student.named_parameters()
                                         if name != "head.last_layer.weight"]))
         run.decays.append([group["weight_decay"] for group in run.optimizer.param_groups])
 
-    run = SimpleNamespace(step=0, losses=[], last=[], decays=[], gradients=[], log=log, folder=folder)
+    outputs, run = [], SimpleNamespace(step=0, losses=[], last=[], decays=[], gradients=[], log=log, folder=folder)
     run.end_epoch, run.finish = lambda epoch: None, lambda: None
     make, normalize = dino.DINO, dino.normalize
     with pytest.MonkeyPatch.context() as patch:
@@ -224,6 +235,23 @@ def train(folder, arch):
         patch.setattr(dino, "Run", record)
         dino.main()
     return torch.stack(run.losses), torch.stack(run.last), run.decays, torch.stack(run.gradients), run.model.state_dict()
+
+
+@pytest.mark.parametrize("arch", ["vit_micro", "resnet14"])
+def test_teacher_and_center_follow_in_every_step(tmp_path, arch):
+    """By section 3.1: theta_t <- m theta_t + (1 - m) theta_s with the student after its update, m from 0.9 to 1 by a cosine;
+    and by Eq. 4 with the mean of both large views."""
+    seen = []
+    train(tmp_path, arch, seen)
+    assert len(seen) == 5
+    for step, (before, after) in enumerate(itertools.pairwise(seen)):
+        m = 1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
+        moved = after.teacher - before.teacher
+        assert moved.abs().max() > 1e-6
+        torch.testing.assert_close(moved, (1 - m) * (after.student - before.teacher), rtol=1e-9, atol=1e-14)
+        outputs, = after.out
+        assert outputs.shape == (2 * BATCH, K)
+        torch.testing.assert_close(after.center, 0.9 * before.center + 0.1 * outputs.mean(0), rtol=1e-9, atol=1e-14)
 
 
 # Float64 in another order of summation: differences near 1e-15, which batch-norm among 6 images of noise enlarges about tenfold

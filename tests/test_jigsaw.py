@@ -224,6 +224,24 @@ def test_training_is_the_same_for_any_number_of_processes(processes):
             torch.testing.assert_close(found[0][1][name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
+def test_main_asks_for_the_permutation_that_it_shows(monkeypatch):
+    """The labels that the loss gets are those of the tiles that were cut, in both epochs."""
+    cut_tiles, loss, shown, asked = jigsaw.cut_tiles, jigsaw.permutation_loss, [], []
+
+    def see_tiles(x, top, left, tile):
+        shown.append(top[..., 0] // (SIZE // 3) * 3 + left[..., 0] // (SIZE // 3))
+        return cut_tiles(x, top, left, tile)
+
+    def see_labels(logits, y):
+        asked.append(jigsaw.permutation_set(5)[y])
+        return loss(logits, y)
+
+    monkeypatch.setattr(jigsaw, "cut_tiles", see_tiles)
+    monkeypatch.setattr(jigsaw, "permutation_loss", see_labels)
+    train()
+    assert len(shown) == 4 and all(torch.equal(*both) for both in zip(shown, asked, strict=True))
+
+
 def test_labels_of_the_loop_are_those_of_the_views(monkeypatch, P):
     """In every step of every epoch, resumed or not, also where each process has but a share of the batch."""
     args, seen, cut_tiles = SimpleNamespace(**RECIPE), {}, jigsaw.cut_tiles

@@ -347,7 +347,7 @@ def test_reconstructions(monkeypatch, tmp_path, raw):
     args = SimpleNamespace(size=SIZE, mask="random", mask_ratio=0.75, raw_pixels=raw, seed=0)
     saved = []
     monkeypatch.setattr(mae, "save_grid", lambda file, rows: saved.append((file, rows)))
-    mae.draw_reconstructions(tmp_path / "r.png", knows, tiny_data(10), args, CPU)
+    mae.draw_reconstructions(tmp_path / "r.png", SimpleNamespace(model=knows, data=tiny_data(10), args=args, device=CPU))
     (file, rows), = saved
     assert file == tmp_path / "r.png" and [len(row) for row in rows] == [12, 12, 6]  # ten images of three pictures
     originals = {tuple(image.flatten().tolist()) for image in tiny_data(10).bank.images}

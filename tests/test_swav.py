@@ -132,13 +132,14 @@ def tiny_data():
     return Data("tiny", split, split, None)
 
 
-def train(*flags):
+def train(*flags, seen=None):
     """After main() on tiny data, the network in float64: the losses of this process, the rows of the queue in use, the
     prototypes and the gradients (of all parameters in a row, 0 where there is none) at every step, and the model's state.
-    Nothing is evaluated."""
+    Nothing is evaluated. A list `seen` gets of every step z of the large views (n, 2, d) and the scores of the queue in use."""
     def record(name, args, data, loader, model, state, collapse):
         assert name == "swav" and collapse == pytest.approx(math.log(K))
         run.model = model
+        model.register_forward_hook(lambda model, inputs, output: z.append(output[0][:2].detach().transpose(0, 1)))
         return run
 
     def log(loss, lr):
@@ -149,9 +150,11 @@ def train(*flags):
 
     def count(scores, queued, tau, epsilon):
         run.queued.append(queued.shape[1])
+        if seen is not None:
+            seen.append((z[-1], queued.clone(), run.model.prototypes.weight.detach().clone()))
         return fused(scores, queued, tau, epsilon)
 
-    run = SimpleNamespace(step=0, losses=[], prototypes=[], gradients=[], queued=[], log=log)
+    z, run = [], SimpleNamespace(step=0, losses=[], prototypes=[], gradients=[], queued=[], log=log)
     run.end_epoch, run.finish = lambda epoch: None, lambda: None
     fused, make, normalize = swav.fused_swapped_prediction, swav.SwAV, swav.normalize
     with pytest.MonkeyPatch.context() as patch:
@@ -186,6 +189,20 @@ def test_training_is_the_same_on_any_number_of_processes(processes):
             for name, value in values.items():
                 assert torch.equal(value, results[0][-1][name]), name  # the processes agree to the last bit
                 torch.testing.assert_close(value, state[name], msg=name, **TRAINED)
+
+
+def test_queue_holds_the_newest_projections():
+    """Of the large views of the last images, the oldest replaced first; the scores in use are those of its rows."""
+    seen = []
+    *_, state = train(seen=seen)
+    ring, at = torch.zeros(QUEUE, 2, 128, dtype=torch.float64), 0
+    for step, (z, queued, C) in enumerate(seen):
+        if step >= 3:
+            torch.testing.assert_close(queued, torch.stack([ring[:, view] @ C.T for view in (0, 1)]), rtol=0, atol=1e-12)
+        for image in z:
+            ring[at] = image
+            at = (at + 1) % QUEUE
+    torch.testing.assert_close(state["queue"], ring, rtol=0, atol=0)
 
 
 def test_training_without_queue_and_small_crops_on_two_processes(processes):
