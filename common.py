@@ -311,11 +311,10 @@ def shift_hue(x, shift):
     ramps = torch.cat([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], 1)  # of r, g, b
     return ramps.clamp_(0, 1).mul_(chroma).add_(least)
 
-def gaussian_blur(x, rand, p, sigma=(0.1, 2.0), kernel=None):
-    """With probability p: Gaussian blur, sigma uniform in `sigma` pixels, `kernel` taps (odd; default about a tenth of the
-    side, as SimCLR), borders reflected. torchvision's GaussianBlur."""
-    size = x.shape[3]
-    radius = (kernel or size // 10 | 1) // 2
+def gaussian_blur(x, rand, p, sigma=(0.1, 2.0)):
+    """With probability p: Gaussian blur, sigma uniform in `sigma` pixels, an odd number of taps, about a tenth of the side as
+    in SimCLR, borders reflected. torchvision's GaussianBlur."""
+    size, radius = x.shape[3], x.shape[3] // 20
     on, sigma = rand.uniform() < p, rand.uniform(*sigma)
     i, offset = chosen(on, x), torch.arange(-radius, radius + 1)
     taps = torch.exp(-0.5 * (offset / sigma[on][:, None]) ** 2)  # (k, taps) for the k chosen images
@@ -325,10 +324,10 @@ def gaussian_blur(x, rand, p, sigma=(0.1, 2.0), kernel=None):
     matrix = torch.zeros(len(taps), size, size).scatter_add_(2, source, taps).to(x)[:, None]
     return x.index_copy(0, i, matrix @ x[i] @ matrix.transpose(2, 3))
 
-def solarize(x, rand, p, threshold=128 / 255):
-    """With probability p: pixels at or above the threshold are inverted. torchvision's RandomSolarize."""
+def solarize(x, rand, p):
+    """With probability p: pixels at or above 128 / 255 are inverted. torchvision's RandomSolarize."""
     i = chosen(rand.uniform() < p, x)
-    return x.index_copy(0, i, torch.where(x[i] >= threshold, 1 - x[i], x[i]))
+    return x.index_copy(0, i, torch.where(x[i] >= 128 / 255, 1 - x[i], x[i]))
 
 def normalize(x):
     """[0, 1] to about zero mean and unit variance, by ImageNet's statistics: for all methods and their evaluation."""
@@ -775,15 +774,15 @@ class Run:
             lines.append({"evaluation": self.evaluate(), **self.baselines, "train_seconds": round(self.seconds, 1),
                           "unreadable_files": 0 if self.loader.in_memory else len(self.loader.folder.broken)})
             weights = {name: w.cpu() for name, w in self.model.backbone.state_dict().items()}
-            if rank() == 0:
-                replace_file(self.folder / "backbone.pt", lambda file: torch.save(weights, file))
             draw_neighbours(self.folder / "neighbours.png", self)
             if rank() == 0:
+                replace_file(self.folder / "backbone.pt", lambda file: torch.save(weights, file))
                 with open(self.metrics, "a") as file:  # the line that ends a run: what comes before it is there
                     file.write(json.dumps(lines[-1]) + "\n")
         if rank() == 0:
             draw_curve(self.folder / "curve.png", self)
-        print0(f"{table(lines[-1], self.name)}\n{self.folder}: metrics.jsonl, backbone.pt, {{views,curve,neighbours}}.png")
+        pictures = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
+        print0(f"{table(lines[-1], self.name)}\n{self.folder}: metrics.jsonl, backbone.pt, {pictures}")
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ loss (Eq. 1):
     C_ij = 1/N sum over images b of z1_bi z2_bj        L = sum over i of (1 - C_ii)^2 + lamb sum over i, j != i of C_ij^2
 
 Run.
-    python methods/barlow_twins.py                                        one CPU core, 8 minutes: emoji, 32 pixels
+    python methods/barlow_twins.py                                        two CPU cores, 2 minutes: emoji, 32 pixels
     python methods/barlow_twins.py --data cifar10 --arch resnet18 --dim 2048 --lambda 0.0051 --batch 256 --epochs 200 \
         --lr 2                                                                                                  one GPU
     torchrun --nproc_per_node 8 methods/barlow_twins.py --data IMAGENET --size 224 --arch resnet50 --dim 8192 --lambda 0.0051 \

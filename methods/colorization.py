@@ -16,11 +16,11 @@ predicted distribution; p (Q,) how often the data show each bin; v weight of a p
     colour shown = sum over q of bin_q f_T(Zhat)_q       f_T(z) = exp(log(z) / T) / sum over q of exp(log(z_q) / T), T = 0.38
 
 Run.
-    python methods/colorization.py                                        one CPU core, 10 minutes: emoji, 32 pixels
+    python methods/colorization.py                                        two CPU cores, 3 minutes: emoji, 32 pixels
     python methods/colorization.py --data cifar10 --arch resnet18 --batch 256 --epochs 200 --lr 2e-3            one GPU
     torchrun --nproc_per_node 8 methods/colorization.py --data IMAGENET --size 176 --arch resnet50 --batch 320 \
         --epochs 15 --lr 2e-4 --weight-decay 1e-3 --workers 12                        eight GPUs, the paper's optimizer
---batch counts the images of all processes together. Results: the table in README.md.
+--batch counts the images of all processes together. Pictures: colorized.png. Results: the table in README.md.
 
 Differs from the paper.
     1. The network is a ResNet whose four stages, brought to a quarter of the image's side, are added (a hypercolumn) before
@@ -31,8 +31,9 @@ Differs from the paper.
     3. Q = 261: the bins to which at least one 8-bit sRGB colour is nearest. The official list of 313 also has points
        outside, such as (100, 0), to which no sRGB colour is nearest.
     4. p is counted on the crops of the first epoch, of at most 100 steps, by nearest bin, and then smoothed as in the paper
-       (Gaussian of 5 in ab); the official code ships ImageNet's. As in the official code, images without colour (no |ab|
-       above 5) teach nothing. Soft targets have the paper's 5 nearest bins; the official code takes 10.
+       (Gaussian of 5 in ab); the official code ships ImageNet's, and its uniform part covers only the bins that occur. As in
+       the official code, images without colour (no |ab| above 5) teach nothing. Soft targets have the paper's 5 nearest bins;
+       the official code takes 10.
     5. The loss is the mean over places and is reported with its weights; the paper sums, and the official code gives the
        weights to the gradient alone.
     6. Adam's learning rate has a warm-up and a cosine to zero; the paper divides it twice. Crops are random resized crops.

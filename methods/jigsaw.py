@@ -32,7 +32,8 @@ Differs from the paper.
        lose their green-magenta axis.
     4. The first permutation is the identity, in the paper a random one. Ties go to the one of the largest smallest distance.
     5. Images are random resized crops, half of them mirrored; the official code takes the central square, as it is.
-    6. Learning rate: cosine to zero with a warm-up; the official code divides it by ten every 100,000 of 350,000 steps.
+    6. Learning rate: cosine to zero with a warm-up; the official code divides it by ten every 100,000 of 350,000 steps, and
+       gives biases twice the rate and no weight decay.
 """
 
 import argparse

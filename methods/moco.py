@@ -23,7 +23,7 @@ permutation decides the groups of the keys. Rather than images, group numbers ar
 processes. With eight processes and --group a process's share, this is the paper's computation.
 
 Run.
-    python methods/moco.py                                                one CPU core, 9 minutes: emoji, 32 pixels
+    python methods/moco.py                                                two CPU cores, 2 minutes: emoji, 32 pixels
     python methods/moco.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 0.03 --weight-decay 5e-4 \
         --tau 0.1 --queue 4096 --group 64 --no-head-norm                  one GPU, in size as the official CIFAR-10 demo
     torchrun --nproc_per_node 8 methods/moco.py --data IMAGENET --size 224 --arch resnet50 --batch 256 --epochs 200 \
@@ -37,8 +37,8 @@ Differs from the paper.
     3. Crops are resized by bicubic interpolation, in the official code by bilinear; the blur kernel is a tenth of the side.
     4. The head ends in a batch-norm without scale and offset, as MoCo v3's does. Without it, in the few hundred steps that
        five thousand images allow, all queries of a step move away from the older keys of the queue together, in one direction,
-       and nothing is learned (--no-head-norm --lr 0.06 --epochs 20 on emoji: the loss fell to 7.33, then rose to 7.62, which is
-       log(1 + K)). --no-head-norm is the paper's head; the commands for larger data use it.
+       and nothing is learned: on emoji the loss falls a little, then rises to log(1 + K). --no-head-norm is the paper's head;
+       the commands for larger data use it.
     5. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values.
 """
 

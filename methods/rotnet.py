@@ -12,7 +12,7 @@ each, y = 0..3 for 0, 90, 180, 270 degrees counter-clockwise; h = f(x) (4n, D) r
     L = mean over images of  -1/4  sum over y of  log softmax(logits(g(X | y)))[y]                     chance: log 4 = 1.386
 
 Run.
-    python methods/rotnet.py                                              two CPU cores, 3 minutes: emoji, 32 pixels
+    python methods/rotnet.py                                              two CPU cores, 1 to 3 minutes: emoji, 32 pixels
     python methods/rotnet.py --data cifar10 --arch resnet18 --batch 128 --epochs 200                            one GPU
     torchrun --nproc_per_node 8 methods/rotnet.py --data IMAGENET --size 224 --arch resnet50 --batch 256 \
         --epochs 100 --min-crop 0.08 --workers 12                                                             eight GPUs
@@ -21,7 +21,7 @@ Run.
 Differs from the paper.
     1. The network is a ResNet and, before the classifier, two hidden layers that are thrown away. The paper uses
        Network-in-Network (CIFAR-10; it keeps the features of block 2 of 4) and AlexNet (ImageNet; middle layers are best):
-       the last layers know about turns rather than things. Without the hidden layers, features are no better than untrained.
+       the last layers know about turns rather than things, and the hidden layers take their place.
     2. Crops are random resized crops on every data set; on CIFAR-10 the official code shifts by up to four pixels.
     3. Learning rate: cosine to zero with a warm-up; the official code divides it by five at epochs 60, 120 and 160 of 200.
     4. Inputs are normalised by ImageNet's mean and standard deviation on every data set.

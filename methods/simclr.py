@@ -24,7 +24,8 @@ Differs from the paper.
     2. The loss is the paper's mean over 2N; the official code adds the means of the two directions, twice as much. LARS
        divides by the gradient's norm, so that only weight decay, biases and batch-norm notice.
     3. Colour operations are torchvision's (as in most reimplementations): contrast around the mean grey level, saturation
-       by blending with grey; TensorFlow's differ slightly. Crops: torchvision's ten tries instead of 100.
+       by blending with grey; TensorFlow's differ slightly, and the official version 1 adds brightness, instead of multiplying
+       by it. Blur reflects the borders, officially they are padded with zeros. Crops: torchvision's ten tries, not 100.
     4. Residual branches do not start at zero, so that all methods start from the same network; the projector starts as
        PyTorch's layers do, officially from a normal distribution of deviation 0.01.
     5. Defaults are scaled to 32-pixel images and minutes of training; --help gives the paper's values.

@@ -16,7 +16,7 @@ the assignments, H(Q) their entropy. Loss (Eqs. 2 and 6, there a sum) and Q (Eq.
     Q = argmax over Q of sum_bk Q_bk s_bk + epsilon H(Q), the columns of Q with equal sums (3 iterations), the rows with sum 1
 
 Run.
-    python methods/swav.py                                                two CPU cores, 5 minutes: emoji, 32 pixels
+    python methods/swav.py                                                two CPU cores, 2 to 5 minutes: emoji, 32 pixels
     python methods/swav.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 5e-4 --prototypes 1000 --epsilon 0.05
     torchrun --nproc_per_node 8 methods/swav.py --data IMAGENET --size 224 --arch resnet50 --batch 256 --epochs 200 \
         --optimizer lars --lr 0.6 --warmup 0 --small 6 96 --scale 0.05 0.14 --prototypes 3000 --epsilon 0.05 \

@@ -4,10 +4,10 @@
     python tests/bench_steps.py simclr --batch 512 --steps 50     one of them; the same for 4096
 
 Columns, in percent of the step: `data`, the views, made on the device; `forward` and `backward` of the networks, a teacher's
-forward included; `loss`, forward and backward; `update`, the rest: optimiser, moving averages, queue, logging. `outside` is
-what is neither forward nor backward of the networks. Each boundary between two parts waits for the device, so on a GPU a step
-takes a little longer here than in training. The method's own main() runs, with its baselines left out, and the first steps are
-not counted.
+forward included; `loss`, forward and backward; `update`, the rest: targets, masks, groups of images, optimiser, moving
+averages, queue, logging. `outside` is what is neither forward nor backward of the networks. Each boundary between two parts
+waits for the device, so on a GPU a step takes a little longer here than in training. The method's own main() runs, with its
+baselines left out, and the first steps are not counted.
 """
 
 import argparse

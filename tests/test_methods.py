@@ -123,15 +123,16 @@ def test_docstring_has_its_parts_in_order(name):
 
 @EVERY_METHOD
 def test_sections_are_in_order(name):
-    """get_args, views, then classes and functions in any order, learning_rate, main, and the guard; at top level nothing but
-    imports, the line that finds common.py, and constants: importing a method has no effect and needs nothing."""
+    """get_args, views, then classes and functions in any order, learning_rate, pictures, main, and the guard; at top level
+    nothing but imports, the line that finds common.py, and constants: importing a method has no effect and needs nothing."""
     tree = ast.parse(source(name))
     names = [node.name for node in definitions(tree)]
     assert names[0] == "get_args" and names[-1] == "main"
     classes = [node for node in definitions(tree) if isinstance(node, ast.ClassDef)]
     model = [node.name for node in classes if re.search(r"self\.backbone\b.* = ", ast.unparse(node))]
     assert len(model) == 1, "one class has the backbone"
-    order = ["get_args", "views", model[0], "learning_rate", "main"]
+    pictures = [n for n in names if n.startswith("draw_") and n not in ("draw_masks", "draw_puzzles")]
+    order = ["get_args", "views", model[0], "learning_rate", *pictures, "main"]
     assert [n for n in names if n in order] == order
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    main()"
     for node in tree.body[1:-1]:
@@ -396,7 +397,9 @@ def test_checkpoint_holds_everything(finished):
 
 
 def test_pictures(finished):
-    for name in ("views.png", "curve.png", "neighbours.png"):
+    own = {"mae": ["reconstruction.png"], "colorization": ["colorized.png"]}.get(finished.name, [])  # dino's: test_dino.py
+    for name in ("views.png", "curve.png", "neighbours.png", *own):
+        assert name in finished.first.out
         picture = np.asarray(Image.open(io.BytesIO(finished.left[name])).convert("RGB"))
         assert min(picture.shape[:2]) >= 64 and picture.std() > 1, name
 

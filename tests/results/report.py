@@ -60,10 +60,10 @@ def add(folders):
 
 
 def entries(rows):
-    """[[row of each run], ...]: runs that differ by nothing but the seed and the device."""
+    """[[row of each run], ...]: runs that differ by nothing but the seed, the device, and how often they were looked at."""
     groups = {}
     for row in rows:
-        settings = {k: v for k, v in row["settings"].items() if k != "seed"}
+        settings = {k: v for k, v in row["settings"].items() if k not in ("seed", "eval_every")}
         groups.setdefault((row["method"], json.dumps(settings, sort_keys=True)), []).append(row)
     return list(groups.values())
 
@@ -119,22 +119,27 @@ def result_table(rows, data):
     """The measured figures on one data set, accuracies in percent, beside raw pixels and the untrained networks."""
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == data]
     retrieval = any("retrieval1" in e[0]["evaluation"] for e in runs)
-    keys = ["knn20", "knn200", "linear"] + ["retrieval1", "retrieval5"] * retrieval
-    heads = ["kNN, k = 20", "kNN, k = 200", "linear"] + ["retrieval R@1", "R@5"] * retrieval
-    lines = ["| features | " + " | ".join([*heads, "untrained kNN, k = 20", "untrained linear", "epochs × batch, runs",
-                                           "training time", "hardware", "commit"]) + " |", "|---" * (len(heads) + 7) + "|"]
+    heads = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear"}
+    heads |= {"retrieval1": "retrieval R@1", "retrieval5": "R@5"} if retrieval else {}
+    heads |= {"rankme": "RankMe"}
+    before = {"knn20": "untrained kNN, k = 20", "linear": "untrained linear"}
+    before |= {"retrieval1": "untrained R@1"} if retrieval else {}
+    before |= {"rankme": "untrained RankMe"}
+    heading = ["features", *heads.values(), *before.values(), "epochs × batch, runs", "training time", "hardware", "commit"]
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     if runs:
-        lines.append("| raw pixels | " + " | ".join(spread(runs[0][:1], "pixels", k) for k in keys) + " | | | | | | |")
+        figures = [spread(runs[0][:1], "pixels", k) for k in heads] + [""] * (len(before) + 4)
+        lines.append("| raw pixels | " + " | ".join(figures) + " |")
     for e in sorted(runs, key=lambda e: -statistics.mean(run["evaluation"]["linear"] for run in e)):
         s, devices = e[0]["settings"], by_device(e)
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
-        figures = [spread(e, "evaluation", k) for k in keys] + [spread(e, "random_init", k) for k in ("knn20", "linear")]
+        figures = [spread(e, "evaluation", k) for k in heads] + [spread(e, "random_init", k) for k in before]
         lines.append(f"| {label(e[0])} | " + " | ".join(figures) + f" | {s['epochs']} × {s['batch']}, {len(e)} | "
                      f"{', '.join(f'{seconds(runs):.0f} s' for runs in devices.values())} | {'; '.join(devices)} | {commits} |")
     done = {e[0]["method"] for e in runs}
     for path in sorted((ROOT / "methods").glob("*.py")):
         if path.stem not in done:
-            lines.append(f"| {path.stem} | " + "not run | " * len(heads) + "| | | | | |")
+            lines.append(f"| {path.stem} | " + "not run | " * len(heads) + "| " * (len(before) + 3) + "|")
     return lines
 
 
