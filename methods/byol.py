@@ -23,8 +23,8 @@ Run.
         --batch 4096 --epochs 1000 --warmup 10 --optimizer lars --lr 0.2 --weight-decay 1.5e-6 --tau-base 0.996 --blur 1 0.1 \
         --workers 12
     python methods/byol.py --target random                                the paper's experiment of a fixed random target
-The third is the paper's recipe for eight GPUs; neither it nor the second has been run. --batch counts the images of all
-processes together. Results: the table in README.md.
+The third is the paper's recipe for eight GPUs. --batch counts the images of all processes together. Results: the table in
+README.md.
 
 Notes. The experiment that led the authors to BYOL (section 3; tau = 1 in Table 5a): a target that keeps its random initial
 weights for ever. Predicting it gave 18.8 % on ImageNet, where such a random network itself gives 1.4 %. `--target random`
