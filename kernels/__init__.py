@@ -2,10 +2,13 @@
 formulas, a PyTorch reference, the Triton kernels and the functions to call. bench.py measures them."""
 
 
-def path(device):
-    """Which implementation runs for tensors on this torch.device, in words, for a training script to print."""
+def path(device, width=0):
+    """Which implementation runs for tensors on this torch.device, in words, for a training script to print. width: columns of
+    the embeddings that InfoNCE is given."""
     if device.type != "cuda":
         return "PyTorch path (Triton kernels need a CUDA device)"
+    if width > 256:
+        return f"PyTorch path (the Triton kernels are for up to 256 dimensions, not {width})"
     try:
         import triton
     except ImportError:

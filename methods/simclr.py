@@ -152,7 +152,7 @@ def main():
     model = SimCLR(args.arch, args.size, args.dim)
     optimizer = LARS([w for w in model.parameters() if w.requires_grad], lr=0.0, weight_decay=args.weight_decay)
     run = Run("simclr", args, data, loader, model, {"optimizer": optimizer}, collapse=math.log(2 * args.batch - 1))
-    print0(f"loss: {path(device)}")
+    print0(f"loss: {path(device, args.dim)}")
     network = distribute(model, device, args.compile)
 
     for epoch in range(run.step // loader.steps, args.epochs):

@@ -9,7 +9,7 @@ from aot import SHARED_LIMIT, Spec, compile_ahead
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import infonce
+from kernels import infonce, path
 from kernels.infonce import clip_loss, clip_reference, moco_loss, moco_reference, padded, simclr_loss, simclr_reference
 from methods.moco import info_nce
 from methods.simclr import nt_xent
@@ -366,3 +366,10 @@ def test_machine_code():
         assert len(report.loops) == 3, spec  # before the diagonal, after it, and the masked tiles
         for loop in range(3):
             assert report.count("MUFU.EX2", loop) == elements, spec
+
+
+def test_which_path_runs_is_said():
+    assert "need a CUDA device" in path(torch.device("cpu"))
+    assert "up to 256 dimensions, not 512" in path(torch.device("cuda"), 512)
+    pytest.importorskip("triton")
+    assert path(torch.device("cuda"), 256).startswith("Triton ")
