@@ -78,16 +78,25 @@ def seconds(runs):
     return statistics.mean(run["train_seconds"] for run in runs)
 
 
+def defaults(row):
+    with mock.patch.object(sys, "argv", [row["method"]]):  # no flags
+        return vars(importlib.import_module(f"methods.{row['method']}").get_args())
+
+
+def is_default(row):
+    """Whether the run had today's defaults, on whatever data."""
+    free = {"data", "eval_every", "seed", "out", "root", "workers", "compile"}
+    return all(row["settings"].get(name, "?") == value for name, value in defaults(row).items() if name not in free)
+
+
 def label(row):
     """'**swav** `--optimizer lars`, resnet14': the flags that are not today's defaults, but for those of other columns and
     those that change no result; a flag that is newer than the row has a question mark."""
-    with mock.patch.object(sys, "argv", [row["method"]]):  # no flags: the defaults
-        defaults = vars(importlib.import_module(f"methods.{row['method']}").get_args())
     flags = []
     elsewhere = {"data", "arch", "batch", "epochs", "eval_every", "seed", "out", "root", "workers", "compile"}
-    for name in defaults.keys() - elsewhere:
-        value = row["settings"].get(name, "?")
-        if value != defaults[name]:
+    for name, default in defaults(row).items():
+        value = default if name in elsewhere else row["settings"].get(name, "?")
+        if value != default:
             words = [] if value is True else value if isinstance(value, list) else [value]
             flags.append(" ".join(map(str, [f"--{name.replace('_', '-')}", *words])))
     flags = f" `{' '.join(sorted(flags))}`" if flags else ""
@@ -177,7 +186,7 @@ def draw(rows, path):
     axes = figure.subplots()
     axes.set(xlabel="training time, s (hardware: see the table)", ylabel="kNN accuracy, % (k = 20)",
              title="emoji, from scratch")
-    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and "`" not in label(e[0])]
+    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and is_default(e[0])]
     for e, color in zip(runs, map(colormaps["tab20"], range(20))):
         curves = [run["curve"] for run in next(iter(by_device(e).values()))]
         for curve in curves:
