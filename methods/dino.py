@@ -27,7 +27,7 @@ Differs from the paper.
     2. A ResNet is trained by the same AdamW as a ViT; officially by SGD with a weight decay of 1e-4, on other crops.
     3. The learning rate falls to 0, officially to 1e-6. Rows of the last layer have length 1 (a flag there, off for vit_small).
     4. Positions are resized to exactly a small crop's patches (official code: plus 0.1). Patches: 4 pixels for images up to 48.
-    5. Defaults are for minutes: a ResNet (a ViT: see README); batch-norm in the head, not officially; a sharper, faster teacher.
+    5. Defaults are for minutes: a ResNet (a ViT: see README); batch-norm in the head (not official); a sharper, faster teacher.
 """
 
 import argparse
