@@ -257,7 +257,7 @@ def official_procedure(*flags):
 TRAINED = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.mark.parametrize("flags", [(), ("--optimizer", "sgd", "--lr", 0.4, "--head", 24, 8, 1)], ids=["paper", "default"])
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "sgd", "--lr", 0.4, "--head", 24, 8, 1)], ids=["paper", "norm"])
 def test_training_is_the_official_procedure_on_any_number_of_processes(processes, flags):
     losses, expected = official_procedure(*flags)
     for count in (1, 2, 3):
