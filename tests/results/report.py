@@ -196,7 +196,7 @@ def draw(rows, path):
         axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=name)
     if runs:
         axes.axhline(runs[0][0]["pixels"]["knn20"], color="gray", linestyle="--", label="raw pixels")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, which may end anywhere
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, which may end anywhere
     figure.savefig(path)
 
 
