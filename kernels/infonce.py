@@ -40,9 +40,9 @@ instead must divide by the number of processes. The order of the candidates is t
 Limits. Rows must have length 1 (checked under torch.autograd.set_detect_anomaly only), a <= 170. Kernels: float16 and bfloat16
 on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range: prefer it to bfloat16. Everything
 else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for float64). There clip_loss on one
-process finds its gradients along with the loss, as moco_loss does everywhere. On a CPU, calling operators takes about 0.1 ms,
-which shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First derivatives only. Measured speed: not
-run on a GPU.
+process finds its gradients along with the loss, as moco_loss does everywhere, and holds three blocks. On a CPU, calling
+operators takes about 0.1 ms, which shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First
+derivatives only. Measured speed: not run on a GPU.
 """
 
 import torch
@@ -94,18 +94,11 @@ def row_blocks(x, y):
         yield rows, x[rows].to(y.dtype) @ y.T
 
 
-def exclude_self(values, rows, first, fill):
-    """values (r, C): puts fill where anchor i of the rows meets itself."""
-    i = torch.arange(rows.start, rows.stop, device=values.device)
-    if first < values.shape[1]:
-        values[i - rows.start, first + i] = fill
-
-
 def lse_torch(x, y, scale, wide, first):
     out = x.new_empty(len(x), dtype=math_dtype(x))
     for rows, s in row_blocks(x, y):
         s *= scale
-        exclude_self(s, rows, first, -torch.inf)
+        s.diagonal(first + rows.start).fill_(-torch.inf)  # where an anchor meets itself; empty beyond the columns
         out[rows] = s.logsumexp(1) if wide else s.exp_().sum(1).log_()
     return out
 
@@ -128,7 +121,7 @@ def pull_torch(x, y, lse_x, lse_y, scale, wide, first):
             g = (e * torch.exp(-lse_x[rows, None] / 2)).square_().add_(e.mul_(torch.exp(-lse_y / 2)).square_())
         else:
             g = s.mul_(scale).exp_().mul_(torch.exp(-lse_x[rows, None]) + torch.exp(-lse_y))
-        exclude_self(g, rows, first, 0.0)
+        g.diagonal(first + rows.start).fill_(0.0)
         out[rows] = g @ y.to(g.dtype)
     return out
 
@@ -281,8 +274,7 @@ def lse_op(x: Tensor, y: Tensor, scale: Tensor, wide: bool, first: int) -> Tenso
     return lse.logsumexp(0)
 
 
-@library.custom_op("ssl_kernels::infonce_mean", mutates_args=())
-def mean_op(q: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def lse_and_mean(q, queue, scale):
     """-> lse (R,), and sum_j p_ij y_j (R, D)."""
     if not use_kernel(q):
         return mean_torch(q, queue, scale)
@@ -328,15 +320,15 @@ def contrast_backward(ctx, grad):
     x, y, target, lse_x, lse_y, scale = ctx.saved_tensors
     wide, first, weight = ctx.options
     with torch.autocast(x.device.type, enabled=False):
-        dx = pull_op(x, y, lse_x, lse_y, scale, wide, first) - 2 * target
-    dx = dx * (grad * weight * scale / len(x))
-    dscale = (dx * x).sum() / (2 * scale) if ctx.needs_input_grad[5] else None
-    return dx.to(x.dtype), None, None, None, None, dscale, None, None, None
+        dx = (pull_op(x, y, lse_x, lse_y, scale, wide, first) - 2 * target) * (grad * weight / len(x))
+    dscale = (dx * x).sum() / 2 if ctx.needs_input_grad[5] else None
+    return (dx * scale).to(x.dtype), None, None, None, None, dscale, None, None, None
 
 
 @library.custom_op("ssl_kernels::infonce_moco", mutates_args=())
-def moco_op(q: Tensor, k: Tensor, lse: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """lse (n,) and mean (n, D) over the queue -> loss (), and its gradient to q (n, D)."""
+def moco_op(q: Tensor, k: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """-> loss (), and its gradient to q (n, D)."""
+    lse, mean = lse_and_mean(q, queue, scale)
     positive = scale * (q.to(lse.dtype) * k).sum(1)
     total = torch.logaddexp(lse, positive)
     p = (positive - total).exp()[:, None]  # (n, 1), of the positive
@@ -344,14 +336,20 @@ def moco_op(q: Tensor, k: Tensor, lse: Tensor, mean: Tensor, scale: Tensor) -> t
 
 
 @library.custom_op("ssl_kernels::infonce_clip", mutates_args=())
-def clip_op(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def clip_op(x: Tensor, y: Tensor, scale: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CLIP where no kernel runs and one process has all rows: both directions take the same logits, a block of rows at a time.
-    -> loss (), and its gradients to x, y and scale."""
+    -> loss (), and its gradients to x, y and scale, without rows if not asked for."""
     N, x, y = len(x), x.to(scale.dtype), y.to(scale.dtype)
     lse_y, loss, dx, dy = x.new_full((N,), -torch.inf), 0.0, torch.empty_like(x), torch.zeros_like(y)
+    positive = x.new_empty(N)
     for rows, s in row_blocks(x * scale, y):
-        if len(s) < N:
+        if len(s) < N or not gradients:
             lse_y = torch.logaddexp(lse_y, s.logsumexp(0))
+        if not gradients:
+            positive[rows] = s.diagonal(rows.start)
+            loss += (s.logsumexp(1) - positive[rows]).clamp(min=0).sum()
+    if not gradients:
+        return (loss + (lse_y - positive).clamp(min=0).sum()) / (2 * N), dx[:0], dy[:0], scale.clone()
     for rows, s in row_blocks(x * scale, y) if len(s) < N else [(rows, s)]:  # where one block was enough, it is still there
         p = s.log_softmax(1)
         q = s.sub_(lse_y) if len(s) < N else s.log_softmax(0)
@@ -360,8 +358,8 @@ def clip_op(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor
         g.diagonal(rows.start).sub_(2)
         dx[rows] = g @ y
         dy.addmm_(g.T, x[rows])
-    dx, dy = dx.mul_(scale / (2 * N)), dy.mul_(scale / (2 * N))
-    return loss / (2 * N), dx, dy, (dx * x).sum() / scale
+    dx, dy = dx / (2 * N), dy / (2 * N)
+    return loss / (2 * N), dx * scale, dy * scale, (dx * x).sum()
 
 
 def keep_gradients(ctx, inputs, output):
@@ -383,11 +381,11 @@ def no_second_derivative(ctx, *grads):
 
 
 lse_op.register_fake(lambda x, *_: x.new_empty(x.shape[0], dtype=math_dtype(x)))
-mean_op.register_fake(lambda q, *_: (q.new_empty(q.shape[0], dtype=math_dtype(q)), q.new_empty(q.shape, dtype=math_dtype(q))))
 pull_op.register_fake(lambda x, *_: x.new_empty(x.shape, dtype=math_dtype(x)))
 contrast_op.register_fake(lambda x, y, target, lse, *_: lse.new_empty(()))
-moco_op.register_fake(lambda q, k, lse, mean, scale: (lse.new_empty(()), torch.empty_like(mean)))
-clip_op.register_fake(lambda x, y, scale: tuple(scale.new_empty(shape) for shape in ((), x.shape, y.shape, ())))
+moco_op.register_fake(lambda q, k, queue, scale: (scale.new_empty(()), scale.new_empty(q.shape)))
+clip_op.register_fake(lambda x, y, scale, gradients: tuple(
+    scale.new_empty(shape) for shape in ((), (len(x) * gradients, x.shape[1]), (len(y) * gradients, y.shape[1]), ())))
 contrast_op.register_autograd(contrast_backward, setup_context=contrast_setup)
 moco_op.register_autograd(scale_gradients, setup_context=keep_gradients)
 clip_op.register_autograd(scale_gradients, setup_context=keep_gradients)
@@ -410,7 +408,7 @@ def gather(x, group):
 
 
 def check(**matrices):
-    """The matrices (rows, D) of one dtype, device and D, made contiguous."""
+    """The matrices (rows, D) of one dtype, device and D, the first two with equally many rows, made contiguous."""
     one = next(iter(matrices.values()))
     for name, x in matrices.items():
         if not isinstance(x, Tensor) or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -423,26 +421,23 @@ def check(**matrices):
         debug = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
         if debug and ((x.detach().float().norm(dim=1) - 1).abs() > 0.02).any():
             raise ValueError(f"the rows of {name} must have length 1: use torch.nn.functional.normalize")
+    a, b = list(matrices)[:2]
+    if len(matrices[a]) != len(matrices[b]):
+        raise ValueError(f"{a} and {b} must have the same number of rows, not {len(matrices[a])} and {len(matrices[b])}")
     return [x.contiguous() for x in matrices.values()]
 
 
 def inverse(temperature, x):
     """1 / temperature as a tensor () beside x, and whether it exceeds NARROW."""
-    if not 1 / WIDEST <= temperature < float("inf"):
-        raise ValueError(f"temperature must be at least {1 / WIDEST:.4f}, not {temperature}")
+    if isinstance(temperature, Tensor) or not 1 / WIDEST <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a number, at least {1 / WIDEST:.4f}, not {temperature}")
     return torch.full((), 1 / temperature, dtype=math_dtype(x), device=x.device), 1 / temperature > NARROW
-
-
-def same_rows(a, b, names):
-    if len(a) != len(b):
-        raise ValueError(f"{names} must have the same number of rows, not {len(a)} and {len(b)}")
 
 
 def simclr_loss(z1, z2, temperature, group=None):
     """NT-Xent (SimCLR, Eq. 1) of two views (n, D) of n images, rows of length 1: the mean over the 2n anchors of this process,
     against the views of all processes. A scalar in nats, float32 (float64 for float64). ValueError or TypeError: see check."""
     z1, z2 = check(z1=z1, z2=z2)
-    same_rows(z1, z2, "z1 and z2")
     scale, wide = inverse(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):
         x = torch.cat([z1, z2])  # (2n, D)
@@ -456,14 +451,15 @@ def clip_loss(x, y, scale, group=None):
     """CLIP's symmetric loss of n pairs (n, D), rows of length 1, against those of all processes: the mean of both directions,
     in nats. scale: the logits' factor, a tensor () that may be learned (at most 170; CLIP clamps it to 100), or a number."""
     x, y = check(x=x, y=y)
-    same_rows(x, y, "x and y")
-    scale = torch.as_tensor(scale, device=x.device)
+    if not isinstance(scale, Tensor) and not abs(scale) <= WIDEST:
+        raise ValueError(f"scale must be at most {WIDEST:.0f}, not {scale}")
+    scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale), dtype=math_dtype(x))
     if scale.ndim or not scale.is_floating_point():
         raise ValueError(f"scale must be one floating-point number, not {scale.dtype} of shape {tuple(scale.shape)}")
-    scale = scale.to(math_dtype(x))
+    scale = scale.to(x.device, math_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
         if processes(group) == 1 and not use_kernel(x):
-            return clip_op(x, y, scale)[0]
+            return clip_op(x, y, scale, torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale)))[0]
         (all_x, _), (all_y, _) = gather(x, group), gather(y, group)  # (N, D)
         nobody = len(all_x)  # no row meets itself
         lse_x = lse_op(x.detach(), all_y, scale.detach(), True, nobody)
@@ -476,8 +472,6 @@ def moco_loss(q, k, queue, temperature):
     """MoCo's loss (Eq. 1) of queries q (n, D) with positives k (n, D) and shared negatives queue (K, D), rows of length 1: the
     mean over this process's queries, in nats. Gradient to q only. Communicates nothing."""
     q, k, queue = check(q=q, k=k, queue=queue)
-    same_rows(q, k, "q and k")
     scale, _ = inverse(temperature, q)
     with torch.autocast(q.device.type, enabled=False):
-        lse, mean = mean_op(q.detach(), queue.detach(), scale)
-        return moco_op(q, k.detach(), lse, mean, scale)[0]
+        return moco_op(q, k.detach(), queue.detach(), scale)[0]

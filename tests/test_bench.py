@@ -23,7 +23,7 @@ def test_rows_of_ours_and_of_the_plain_formula(tmp_path):
         assert row["ms"] > 0 and row["rate"] > 0 and row["share"] is None and row["type"] == "cpu"
         assert {"device", "driver", "torch", "triton", "date", "commit", "package", "memory_mb", "unit"} <= set(row)
     lines = bench.table(rows, [], SMALL).splitlines()
-    assert lines[0] == "GPU: not run" and sum(line.startswith("| ") for line in lines) == 2 + len(SMALL)
+    assert lines[0] == "GPU: not run" and sum(line.startswith("| ") for line in lines) == 1 + len(SMALL)
     assert "not run" not in "".join(lines[1:]) and rows[0]["device"] in "".join(lines)
 
 
@@ -36,6 +36,23 @@ def test_other_ways(case):
     assert case.ways["eager bf16"](*inputs).item() == pytest.approx(want, abs=0.03)
     flex = {"simclr_loss": bench.flex_simclr, "clip_loss": bench.flex_clip, "moco_loss": bench.flex_moco}[case.op]
     assert flex(*(x.detach() for x in inputs)).item() == pytest.approx(want, abs=0.03)
+
+
+def test_on_a_gpu_our_losses_get_rows_in_float16():
+    class OnGPU:
+        is_cuda, dtype = True, torch.float32
+
+        def __init__(self, ndim):
+            self.ndim = ndim
+
+        def half(self):
+            return "float16"
+
+    seen, scale = [], OnGPU(0)
+    bench.halved(lambda *x: seen.extend(x))(OnGPU(2), scale)
+    assert seen == ["float16", scale]
+    z = torch.zeros(2, 3)
+    assert bench.halved(lambda x: x)(z) is z
 
 
 def test_lightly():

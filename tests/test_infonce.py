@@ -182,7 +182,7 @@ def test_splits_of_the_columns(kernels, processors):
         lse_y = infonce.lse_torch(y, x, scale, wide, len(x))
         pull = infonce.pull_torch(x, y, lse, lse_y, scale, wide, first)
         torch.testing.assert_close(infonce.pull_op(x, y, lse, lse_y, scale, wide, first), pull, rtol=1e-5, atol=1e-6)
-    for found, exact in zip(infonce.mean_op(x, y, scale), infonce.mean_torch(x, y, scale), strict=True):
+    for found, exact in zip(infonce.lse_and_mean(x, y, scale), infonce.mean_torch(x, y, scale), strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
     assert plan(x, y, 32, 16)[0][0] == 2
 
@@ -275,9 +275,9 @@ def test_operators_pass_torchs_own_check(loss):
     checks = {"simclr": [(infonce.lse_op, (x.detach(), y, scale, False, 9)),
                          (infonce.contrast_op, (x, y, y[:6], lse_x, lse_y, scale.requires_grad_(), False, 9, 1.0))],
               "clip": [(infonce.pull_op, (x.detach(), y, lse_x, lse_y, scale.detach(), True, 9)),
-                       (infonce.clip_op, (x, y[:6], scale))],
-              "moco": [(infonce.mean_op, (x.detach(), y, scale.detach())),
-                       (infonce.moco_op, (x, y[:6], lse_x, torch.zeros(6, 16), scale.detach()))]}
+                       (infonce.clip_op, (x, y[:6], scale, True)),
+                       (infonce.clip_op, (x.detach(), y[:6], scale.detach(), False))],
+              "moco": [(infonce.moco_op, (x, y[:6], y, scale.detach()))]}
     for operator, arguments in checks[loss]:
         library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
@@ -301,7 +301,9 @@ def test_second_derivative_is_refused(loss):
     (lambda z: simclr_loss(z, z, 0.0), ValueError, "temperature must be"),
     (lambda z: simclr_loss(z, z, float("nan")), ValueError, "temperature must be"),
     (lambda z: clip_loss(z, z, torch.ones(2)), ValueError, "scale must be"),
-    (lambda z: clip_loss(z, z, 3), ValueError, "scale must be"),
+    (lambda z: clip_loss(z, z, torch.tensor(3)), ValueError, "scale must be one floating-point"),
+    (lambda z: clip_loss(z, z, 171), ValueError, "scale must be at most 170, not 171"),
+    (lambda z: simclr_loss(z, z, torch.tensor(0.1)), ValueError, "temperature must be a number"),
     (lambda z: moco_loss(z, z[:2], z, 0.1), ValueError, "same number of rows"),
     (lambda z: moco_loss(z, z, z[None], 0.1), ValueError, "queue"),
 ])
@@ -338,18 +340,19 @@ def test_padding_adds_zeros_only():
 
 def compiled_kernels():
     for arch, wide, large in itertools.product((80, 90), (False, True), (0, 1)):
-        D, kind = (128, 256)[large], "*fp16" if arch == 80 or large else "*bf16"
-        sizes = dict.fromkeys(("R", "C", "first", "per"), "i32")
-        rows = {"x": kind, "y": kind}
-        for mean in (False, True) if wide else (False,):
-            tiles = dict((infonce.MEAN_TILES if mean else infonce.LSE_TILES)[large])
-            yield Spec("kernels.infonce", "lse_kernel", {**rows, "scale": "*fp32", "lse": "*fp32", "mean": "*fp32", **sizes},
-                       {"D": D, "BM": tiles["BM"], "BN": tiles["BN"], "WIDE": wide, "MEAN": mean}, arch, tiles["num_warps"],
+        for kind in ("*fp16", "*bf16") if arch == 90 and not large else ("*fp16",):
+            D, rows, sizes = (128, 256)[large], {"x": kind, "y": kind}, dict.fromkeys(("R", "C", "first", "per"), "i32")
+            for mean in (False, True) if wide else (False,):
+                tiles = dict((infonce.MEAN_TILES if mean else infonce.LSE_TILES)[large])
+                yield Spec("kernels.infonce", "lse_kernel",
+                           {**rows, "scale": "*fp32", "lse": "*fp32", "mean": "*fp32", **sizes},
+                           {"D": D, "BM": tiles["BM"], "BN": tiles["BN"], "WIDE": wide, "MEAN": mean}, arch,
+                           tiles["num_warps"], tiles["num_stages"])
+            tiles = infonce.PULL_TILES[large]
+            yield Spec("kernels.infonce", "pull_kernel",
+                       {**rows, "wx": "*fp32", "wy": "*fp32", "scale": "*fp32", "out": "*fp32", **sizes},
+                       {"D": D, "BM": tiles["BM"], "BN": tiles["BN"], "WIDE": wide}, arch, tiles["num_warps"],
                        tiles["num_stages"])
-        tiles = infonce.PULL_TILES[large]
-        yield Spec("kernels.infonce", "pull_kernel",
-                   {**rows, "wx": "*fp32", "wy": "*fp32", "scale": "*fp32", "out": "*fp32", **sizes},
-                   {"D": D, "BM": tiles["BM"], "BN": tiles["BN"], "WIDE": wide}, arch, tiles["num_warps"], tiles["num_stages"])
 
 
 def test_machine_code():
@@ -366,6 +369,27 @@ def test_machine_code():
         assert len(report.loops) == 3, spec  # before the diagonal, after it, and the masked tiles
         for loop in range(3):
             assert report.count("MUFU.EX2", loop) == elements, spec
+
+
+@pytest.mark.parametrize("n", [5, 900])  # one block of logits, and two
+@pytest.mark.parametrize("tau", [0.01, 0.1])
+def test_clip_without_gradients_is_the_same_value(n, tau):
+    (x, y, scale), _ = inputs("clip", n, 16, tau)
+    exact = clip_reference(x, y, scale)
+    torch.testing.assert_close(clip_loss(x, y, scale), exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(clip_loss(x, y, 1 / tau), exact, rtol=1e-12, atol=1e-12)  # a number
+    torch.testing.assert_close(clip_loss(x.requires_grad_(), y, scale), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradient_of_a_scale_of_zero(processes, world):
+    """All candidates count alike: the loss is log n, and falls with the scale."""
+    tensors, _ = inputs("clip", 6, 16, 0.1)
+    tensors[2] = torch.zeros((), dtype=torch.float64)
+    exact = value_and_gradients(clip_reference, tensors, [])
+    found = processes(world, on_process, "clip", tensors, [])
+    assert exact[3] < 0
+    torch.testing.assert_close(sum(f[3] for f in found) / world, exact[3], rtol=1e-12, atol=1e-12)
 
 
 def test_which_path_runs_is_said():
