@@ -356,7 +356,8 @@ class Loader:
         self.images, self.views, self.batch, self.seed, self.device = split.images, views, batch, seed, device
         self.count, self.in_memory, self.shown = len(split.images), torch.is_tensor(split.images), None
         if not 0 < batch <= self.count or batch % world():
-            fail(f"--batch {batch}: choose a multiple of {world()} (the processes) up to {self.count} (the images)")
+            several = f", a multiple of {world()} (the processes)" if world() > 1 else ""
+            fail(f"--batch {batch}: choose 1 to {self.count}, the number of images{several}")
         if bad := [crop for crop, _ in views if crop.size < 1 or not 0 < crop.scale[0] <= crop.scale[1] <= 1]:
             fail(f"views like {bad[0]}: choose a positive side (--size, --small), a --min-crop (or --scale) above 0, up to 1")
         self.steps, share = self.count // batch, batch // world()  # steps per epoch, images per process
@@ -863,8 +864,8 @@ def draw_curve(path, run):
         points = [(row["epoch"] + 1, row["knn20"]) for row in rows if "knn20" in row]
         points += [(run.args.epochs, line["evaluation"]["knn20"]) for line in lines if "evaluation" in line]
         right.plot(*zip((0, run.baselines["random_init"]["knn20"]), *points), marker="o", label=run.name)
-        for name, style in (("pixels", "--"), ("random_init", ":")):
-            right.axhline(run.baselines[name]["knn20"], color="gray", linestyle=style, label=name.replace("_", " "))
+        for name, label, style in (("pixels", "raw pixels", "--"), ("random_init", "random init", ":")):
+            right.axhline(run.baselines[name]["knn20"], color="gray", linestyle=style, label=label)
         right.set(xlabel="epoch", title="kNN (k = 20) accuracy, %")
         right.legend()
     replace_file(path, lambda file: figure.savefig(file, format="png"))

@@ -6,7 +6,7 @@ Official code (JAX): https://github.com/google-deepmind/deepmind-research/tree/m
 Idea. From one view of an image, an online network predicts what a target network makes of another view. The target is a
 slowly moving average of the online network and gets no gradient; as the online network improves, so does what it predicts.
 There are no negatives: were all outputs the same, the loss would be 0, but in practice the predictor and the moving target
-keep training from it.
+prevent that.
 
 Notation. N images of the global batch, n = N / processes of them on this one; x1, x2 (n, 3, H, W) two views of each. Online
 network theta: h = f(x) (n, D) representation (y in the paper), g(h) its projection, p = q(g(h)) (n, d) prediction. Target
@@ -29,12 +29,12 @@ README.md.
 Notes. The experiment that led the authors to BYOL (section 3; tau = 1 in Table 5a): a target that keeps its random initial
 weights for ever. Predicting it gave 18.8 % on ImageNet, where such a random network itself gives 1.4 %. `--target random`
 repeats it: in the table printed at the end, "random init" is a network like that target, "byol" what predicting one taught.
-On emoji, seed 0, it teaches nothing: linear accuracy 50.8 (untrained 55.2), kNN 52.4 (51.8), R@1 55.2 (61.7); the moving
-average has 56.9, 52.8 and 64.1 with this seed, and 57.7, 53.4 and 64.3 as the mean of three.
+On emoji, seed 0, it teaches next to nothing: linear accuracy 50.8 (untrained 55.2), kNN 52.4 (51.8), R@1 55.2 (61.7); the
+moving average has 56.9, 52.8 and 64.1 with this seed, and 57.7, 53.4 and 64.3 as the mean of three.
 
 Batch-norm of the target: train mode, by the statistics of its own batch; the moving average covers weights, biases, and
 batch-norm's scales and offsets, but not its running statistics. So it is in the official code. Were the projectors to end in a
-batch-norm without scale and offset, as SimSiam's does (--head 1024 256 1), not all images could get the same target. The moving
+batch-norm without scale and offset, as SimSiam's does (--head 1024 256 1), targets would vary over a batch by force. The moving
 average is as good with it as without; but predicting a random target then does teach something (rows in README.md).
 
 Differs from the paper.
@@ -74,13 +74,13 @@ def get_args():
     p.add_argument("--batch", type=int, default=64, help="images a step, over all processes (paper: 4096)")
     p.add_argument("--epochs", type=int, default=52, help="passes over the training images (paper: 1000)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
-    p.add_argument("--optimizer", default="sgd", choices=["sgd", "lars"], help="lars, the paper's, needs another --lr")
+    p.add_argument("--optimizer", default="sgd", choices=["sgd", "lars"], help="lars: the paper's, with its --lr of 0.2")
     p.add_argument("--lr", type=float, default=0.1, help="learning rate per 256 images (paper, with LARS: 0.2)")
-    p.add_argument("--weight-decay", type=float, default=5e-4, help="on all; lars: on weight matrices (paper: 1.5e-6)")
+    p.add_argument("--weight-decay", type=float, default=5e-4, help="on all parameters; lars: weights (paper: 1.5e-6)")
     p.add_argument("--target", default="ema", choices=["ema", "random"], help="moving average, or fixed at its random start")
     p.add_argument("--tau-base", type=float, default=0.99, help="momentum of the target, at first (paper: 0.996 or 0.99)")
     p.add_argument("--head", type=int, nargs=3, default=[1024, 256, 0], metavar=("HIDDEN", "DIM", "NORM"),
-                   help="hidden units, output, batch-norm at the projector's output 1 or 0: none (paper: 4096 256 0)")
+                   help="hidden units, output; NORM 1: batch-norm at the projector's output, 0: none (paper: 4096 256 0)")
     p.add_argument("--min-crop", type=float, default=0.2, help="smallest crop, share of the area (paper: 0.08)")
     p.add_argument("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability of blur in each view (paper: 1 0.1)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
@@ -139,7 +139,7 @@ class BYOL(nn.Module):
 
 
 def regression_loss(p, z):
-    """Eq. 2, averaged over the n images: 2 - 2 cos(p, z), from 0 to 4. Returns a scalar.
+    """Eq. 2, averaged over the n images: 2 - 2 cos(p, z), from 0 to 4; L adds two of them. Returns a scalar.
 
     p: (n, d) predictions, z: (n, d) what they should be, up to scale; z gets no gradient."""
     return 2 - 2 * F.cosine_similarity(p, z.detach(), dim=1).mean()

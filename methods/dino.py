@@ -4,7 +4,7 @@ Official code: https://github.com/facebookresearch/dino
 
 Idea. A student predicts, from any crop of an image, what a teacher says of a large crop of it; the teacher is a slowly moving
 average of the student. Two forces on the teacher's output keep both from collapse: centring, so that no output dimension wins
-for all images, and sharpening, a low temperature, so that not all get the same. Attention of a ViT then follows objects.
+for all images, and sharpening, a low temperature, so that it is not uniform. Attention of a ViT then follows objects.
 
 Notation. N images of the global batch, n = N / processes of them on this one; V views of each, two large and V - 2 small;
 g_s, g_t trunk and head of student and teacher, with outputs (n, K); C (K,) centre; tau_s, tau_t temperatures; m momentum.
@@ -19,15 +19,15 @@ Run.
     python methods/dino.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 5e-4 --m 0.99
     torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 --lr 5e-4 \
         --warmup 10 --m .996 --tau-t .04 .04 0 --head 2048 65536 0 --small 8 96 --scale .05 .4 --blur 1 .1 .5 --workers 12
-The second is for one GPU, the third the official recipe for eight. --batch counts the images of all processes together. Of a
-ViT (vision transformer), attention.png shows where each head of the last block looks. Results: the table in README.md.
+The second is for one GPU, the third the official run of 100 epochs on eight. --batch counts the images of all processes together.
+Of a ViT (vision transformer), attention.png shows where each head of the last block looks. Results: the table in README.md.
 
 Differs from the paper.
     1. No stochastic depth in the student (official code: 0.1). The blur kernel is size / 10.
     2. A ResNet is trained by the same AdamW as a ViT; officially by SGD with a weight decay of 1e-4, on other crops.
-    3. The learning rate falls to 0, officially to 1e-6. Rows of the last layer have length 1 (a flag there, off for vit_small).
-    4. Positions are resized to exactly a small crop's patches (official code: plus 0.1). Patches: 4 pixels for images up to 48.
-    5. Defaults are for minutes: a ResNet (a ViT: see README); batch-norm in the head (not official); a sharper, faster teacher.
+    3. The learning rate falls to 0, officially to 1e-6. Rows of the last layer have length 1 (norm_last_layer; not vit_small).
+    4. Positions are resized to a small crop's patches (official code: and 0.1 more). Patches: 4 pixels for images up to 48.
+    5. Defaults are for minutes: a ResNet (a ViT: see README); batch-norm in the head (off there); a sharper, faster teacher.
 """
 
 import argparse
@@ -63,16 +63,16 @@ def get_args():
     p.add_argument("--epochs", type=int, default=40, help="passes over the training images (paper: 100 to 800)")
     p.add_argument("--warmup", type=float, default=2, help="epochs of linear learning-rate warm-up (paper: 10)")
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate per 256 images (paper: 5e-4)")
-    p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the start, the end (paper: same)")
+    p.add_argument("--weight-decay", type=float, nargs=2, default=[0.04, 0.4], help="at the first, the last step (paper: same)")
     p.add_argument("--m", type=float, default=0.98, help="momentum of the teacher, rising to 1 by a cosine (paper: 0.996)")
     p.add_argument("--tau-t", type=float, nargs=3, default=[0.02, 0.02, 0], metavar=("FIRST", "LAST", "EPOCHS"),
-                   help="temperature of the teacher: first, last, and the epochs between (paper: 0.04 0.07 30)")
+                   help="temperature of the teacher: from FIRST to LAST over EPOCHS, then LAST (paper: 0.04 0.07 30)")
     p.add_argument("--head", type=int, nargs=3, default=[512, 256, 1], metavar=("HIDDEN", "K", "NORM"),
                    help="hidden units, outputs, batch-norm in the hidden layers 0 or 1 (paper: 2048 65536 0)")
     p.add_argument("--small", type=int, nargs=2, default=[2, 16], help="number and side, pixels, of small crops (code: 8 96)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.15, 0.4], metavar=("LEAST", "BOUND"), help="share of the image's "
                    "area: small crops from LEAST to BOUND, large ones from BOUND to 1 (code: 0.05 0.4)")
-    p.add_argument("--blur", type=float, nargs=3, default=[0.0] * 3, help="in the 1st, 2nd large, small crops (code: 1 .1 .5)")
+    p.add_argument("--blur", type=float, nargs=3, default=[0.0] * 3, help="its rate in large 1, 2, small (code: 1 .1 .5)")
     p.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the views")
     p.add_argument("--eval-every", type=int, default=8, help="epochs between kNN evaluations")
     p.add_argument("--out", default=None, help="run folder (default: runs/dino-DATA-SEED); a run found there is continued")

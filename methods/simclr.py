@@ -13,7 +13,7 @@ For the 2N normalised projections, s_ij = z_i . z_j, and i, j two views of one i
     l(i, j) = -log  exp(s_ij / tau) / sum over k != i of exp(s_ik / tau)         L = mean of l over all 2N ordered pairs
 
 Run.
-    python methods/simclr.py                                              two CPU cores, 2 to 3 minutes: emoji, 32 pixels
+    python methods/simclr.py                                              two CPU cores, 2 to 5 minutes: emoji, 32 pixels
     python methods/simclr.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 0.5 --tau 0.5   one GPU
     torchrun --nproc_per_node 8 methods/simclr.py --data IMAGENET --size 224 --arch resnet50 --batch 4096 --epochs 100 \
         --lr 0.3 --warmup 10 --weight-decay 1e-6 --strength 1 --blur 0.5 --workers 12    eight GPUs, the paper's recipe

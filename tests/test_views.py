@@ -396,7 +396,7 @@ def test_loader_on_any_device(device):
 def test_impossible_batch_is_refused_with_one_sentence(batch, capsys):
     with pytest.raises(SystemExit, match="1"):
         Loader(stamped(8), two_views(8), batch, 0, CPU)
-    assert capsys.readouterr().err == f"error: --batch {batch}: choose a multiple of 1 (the processes) up to 8 (the images)\n"
+    assert capsys.readouterr().err == f"error: --batch {batch}: choose 1 to 8, the number of images\n"
 
 
 def refused_batch(batch):
