@@ -75,6 +75,11 @@ def sinkhorn_reference(scores, epsilon=0.05, iterations=3, group=None):
     return Q
 
 
+def assignment_cross_entropy_reference(z, scores, log_u, log_v, temperature=0.1, epsilon=0.05):
+    Q = torch.exp(log_u[:, None] + scores.to(log_u.dtype) / epsilon + log_v)  # (B, K)
+    return -(Q * (z.to(log_u.dtype) / temperature).log_softmax(1)).sum(1).mean()
+
+
 def math_dtype(*tensors):
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 

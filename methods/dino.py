@@ -19,7 +19,7 @@ Run.
     python methods/dino.py --data cifar10 --arch resnet18 --batch 512 --epochs 200 --lr 5e-4 --m 0.99
     torchrun --nproc_per_node 8 methods/dino.py --data IMAGENET --size 224 --arch vit_small --batch 512 --epochs 100 --lr 5e-4 \
         --warmup 10 --m .996 --tau-t .04 .04 0 --head 2048 65536 0 --small 8 96 --scale .05 .4 --blur 1 .1 .5 --workers 12
-The second is for one GPU, the third the official run of 100 epochs on eight. --batch counts the images of all processes together.
+The second is for one GPU, the third the official 100-epoch run for eight. --batch counts the images of all processes together.
 Of a ViT (vision transformer), attention.png shows where each head of the last block looks. Results: the table in README.md.
 
 Differs from the paper.

@@ -1,6 +1,8 @@
 """InfoNCE: the kernels (interpreted where there is no GPU) and the PyTorch path against the formulas, one process and many."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -248,7 +250,38 @@ def test_average_over_processes_is_the_global_loss_and_gradient(processes, world
         torch.testing.assert_close(total, exact[i], rtol=1e-11, atol=1e-11)
 
 
+def in_a_group(loss, tensors, rest):
+    """The same on a group of processes 1 and 2 of three; process 0 has a group of its own."""
+    import torch.distributed as dist
+    groups = [dist.new_group(ranks) for ranks in ([0], [1, 2])]
+    mine = groups[dist.get_rank() > 0]
+    rows = slice(None) if dist.get_rank() == 0 else slice(3 * dist.get_rank() - 3, 3 * dist.get_rank())
+    return value_and_gradients(lambda *x: pick(loss)(*x, group=mine), [x[rows] if x.ndim else x for x in tensors], rest)
+
+
+@pytest.mark.parametrize("loss", ["simclr", "clip"])
+def test_a_group_of_processes(processes, loss):
+    tensors, rest = inputs(loss, 6, 16, 0.1)
+    exact = value_and_gradients(pick(loss, reference=True), tensors, rest)
+    alone, *pair = processes(3, in_a_group, loss, tensors, rest)
+    for i, e in enumerate(exact):
+        torch.testing.assert_close(alone[i], e, rtol=1e-11, atol=1e-11)
+        found = torch.cat([f[i] for f in pair]) / 2 if e.ndim else (pair[0][i] + pair[1][i]) / 2
+        torch.testing.assert_close(found, e, rtol=1e-11, atol=1e-11)
+
+
 # Integration.
+
+def test_without_triton():
+    """A machine that has none takes the PyTorch path, and says so."""
+    code = """import sys; sys.modules["triton"] = None
+import torch; from kernels import infonce, mae_mask, path, sinkhorn
+z = torch.eye(4)
+print(infonce.simclr_loss(z, z, 1.0).item(), sinkhorn.sinkhorn(z).sum().item(), mae_mask.random_masking(2, 4, 1)[0].shape)
+print(path(torch.device("cuda")))"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=infonce.__file__.rsplit("/", 2)[0])
+    assert "triton is not installed" in found.stdout, found.stderr
+
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compile_in_one_graph(loss):

@@ -6,11 +6,16 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import library
 
 import kernels.sinkhorn as sk
-from kernels.sinkhorn import assignment_cross_entropy, sinkhorn, sinkhorn_potentials, sinkhorn_reference
+from kernels.sinkhorn import (
+    assignment_cross_entropy,
+    assignment_cross_entropy_reference,
+    sinkhorn,
+    sinkhorn_potentials,
+    sinkhorn_reference,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64: some roundings of 1e-16 at exponents up to a few hundred
@@ -171,12 +176,6 @@ def test_equal_scores_give_the_uniform_assignment(way, value):
 
 # -------- Cross-entropy with the assignment ----------------------------------------------------------------------------
 
-def plain_cross_entropy(z, s, log_u, log_v, temperature, epsilon):
-    """The formula, in float32 or more: what one would write."""
-    Q = (log_u[:, None] + s.to(log_u.dtype) / epsilon + log_v).exp()  # (B, K)
-    return -(Q * F.log_softmax(z.to(log_u.dtype) / temperature, 1)).sum(1).mean()
-
-
 def test_cross_entropy_by_hand(way):
     """Equal logits: log K whatever the target. Target [3, 4] / 7, [9, 8] / 17 (above) and softmax [1, 3] / 4 for both rows."""
     s = 0.1 * torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=DEVICE).log()
@@ -202,7 +201,7 @@ def test_gradcheck_and_what_gets_no_gradient():
     assert all(t.grad is None for t in targets) and z.grad is not None
     assert not any(t.requires_grad for t in sinkhorn_potentials(targets[0]))
     torch.testing.assert_close(assignment_cross_entropy(z, s, log_u, log_v, 0.3, 0.1),
-                               plain_cross_entropy(z, s, log_u, log_v, 0.3, 0.1), **EXACT)
+                               assignment_cross_entropy_reference(z, s, log_u, log_v, 0.3, 0.1), **EXACT)
 
 
 @pytest.mark.parametrize("z_dtype, s_dtype", [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, torch.float16)], ids=str)
@@ -219,8 +218,8 @@ def test_cross_entropy_error_at_most_twice_that_of_plain(way, B, K, z_dtype, s_d
         loss.backward()
         return loss.double(), z.grad
 
-    exact, exact_grad = value_and_gradient(plain_cross_entropy, torch.float64)
-    plain, plain_grad = value_and_gradient(plain_cross_entropy, z_dtype)
+    exact, exact_grad = value_and_gradient(assignment_cross_entropy_reference, torch.float64)
+    plain, plain_grad = value_and_gradient(assignment_cross_entropy_reference, z_dtype)
     loss, grad = value_and_gradient(assignment_cross_entropy, z_dtype)
     assert loss.dtype == torch.float64 and grad.dtype == z_dtype
     # The absolute term as for assignments, of a sum of terms q x with x = z / temperature up to the same size.
@@ -336,7 +335,7 @@ def test_processes_with_different_rows_equal_one(processes, sizes):
         assert all(torch.equal(row[2], rows[0][2]) for row in rows)
     if len(set(sizes)) == 1:  # the average over processes is then the gradient of the mean over all rows
         z = s.sin().requires_grad_()
-        loss = plain_cross_entropy(z, s, *sinkhorn_potentials(s, 0.05, 4), 0.1, 0.05)
+        loss = assignment_cross_entropy_reference(z, s, *sinkhorn_potentials(s, 0.05, 4), 0.1, 0.05)
         loss.backward()
         rows = processes(len(sizes), in_process, "pytorch", s, sizes, torch.float64)
         torch.testing.assert_close(sum(row[3] for row in rows) / len(rows), loss.detach(), **EXACT)
