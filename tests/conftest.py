@@ -112,7 +112,7 @@ def program(tmp_path):
         if processes:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         found = subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], cwd=cwd, text=True, capture_output=True,
-                               env={**os.environ, **environment}, timeout=600)
+                               env={**os.environ, **environment}, timeout=300)
         assert not check or found.returncode == 0, found.stdout + found.stderr
         return found
     return run
