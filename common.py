@@ -16,6 +16,7 @@ and the training do not depend on the number of processes or workers, and a kill
 """
 
 import argparse
+import atexit
 import datetime
 import gzip
 import importlib
@@ -312,8 +313,7 @@ def shift_hue(x, shift):
     return ramps.clamp_(0, 1).mul_(chroma).add_(least)
 
 def gaussian_blur(x, rand, p, sigma=(0.1, 2.0)):
-    """With probability p: Gaussian blur, sigma uniform in `sigma` pixels, an odd number of taps, about a tenth of the side as
-    in SimCLR, borders reflected. torchvision's GaussianBlur."""
+    """With probability p: torchvision's GaussianBlur, sigma uniform in `sigma` pixels, taps a tenth of the side (SimCLR)."""
     size, radius = x.shape[3], x.shape[3] // 20
     on, sigma = rand.uniform() < p, rand.uniform(*sigma)
     i, offset = chosen(on, x), torch.arange(-radius, radius + 1)
@@ -583,6 +583,7 @@ def start(seed):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", None, datetime.timedelta(hours=2), place[1],
                                 place[0], store)
+        atexit.register([dist.group.WORLD].clear)  # if DistributedDataParallel held it last, torch 2.11 might hang as that goes
     torch.manual_seed(seed)  # the same weights in every process
     return device
 
@@ -782,8 +783,7 @@ class Run:
                     file.write(json.dumps(lines[-1]) + "\n")
         if rank() == 0:
             draw_curve(self.folder / "curve.png", self)
-        pictures = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
-        print0(f"{table(lines[-1], self.name)}\n{self.folder}: metrics.jsonl, backbone.pt, {pictures}")
+        print0(f"{table(lines[-1], self.name)}\n{self.folder}: {', '.join(sorted(p.name for p in self.folder.iterdir()))}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
