@@ -22,15 +22,16 @@ Forward, as plain loops over b < B, i < L, k < K, from noise (B, L):
 Backward, g being the gradient that arrives:
     gather     dx[b, i] = g[b, k] if ids_keep[b, k] = i for some k, else 0
     restore    dx[b, k] = g[b, i] if ids_restore[b, i] = k;  dmask_token = sum of all other g[b, i];  dpos[i] = sum_b g[b, i]
-    loss       dpred[b, i] = r[b, i] 2 g mask[b, i] / (P sum(mask)), where r was written by the pass that computed the loss
+    loss       dpred[b, i] = r[b, i] 2 g mask[b, i] / (P sum(mask)), written for g = 1 by the pass that computes the loss
 
 Why fused. All of this only moves bytes. GB at B = 4096, L = 196, K = 49, bfloat16, D = 768 in the encoder and 512 in the
 decoder, p = 16, images uint8 here and float32 there; counted from the code, not measured:
                         official code    here    what the official code also moves
     gather, forward          3.1          0.6    an int64 index of B x K x D
     restore, forward        13.8          1.0    an int64 index of B x L x D, three copies of the decoder's input
-    loss, forward           33            2.3    the images as patches, copies of the target, all about visible patches
-The loss moves 2.2 in its backward: r is stored without 1 / (P sum(mask)), about 1e-9, which would make it 0 in float16.
+    loss, and gradient      33            2.6    the images as patches, copies of the target, all about visible patches
+The backward of the loss multiplies dpred by g in place, which moves 2.5 more, and nothing where g is 1: where the loss is what
+is differentiated. In float16 2 / (P sum(mask)), about 1e-9, would make dpred 0: there it is left to the backward, too.
 
 Distributed contract. Nothing is communicated; the loss is the mean over the hidden patches of this process. Where all hide
 equally many, the average that DistributedDataParallel takes over processes is that over the global batch, with its gradient.
@@ -38,7 +39,8 @@ equally many, the average that DistributedDataParallel takes over processes is t
 Limits. float16, bfloat16 and float32, computed in float32, or float64, computed in float64 by PyTorch; images also uint8,
 meaning value / 255. Deterministic: no atomics. First derivatives only. Ids must be distinct and in range, which is not
 checked on a GPU. With nothing hidden the loss is nan, as in the official code. The kernels run on CUDA devices; the PyTorch
-path (*_reference) on others and without Triton. Measured speed: not run on a GPU.
+path (*_reference) on others and without Triton. A loss that a kernel computed can be differentiated only once: its gradient
+is finished in place. Measured speed: not run on a GPU.
 """
 
 import torch
@@ -52,6 +54,13 @@ except ImportError:  # no Triton for this machine: the PyTorch path runs everywh
 
 
 # The specification in PyTorch, which also runs where the kernels do not.
+
+def random_masking_reference(noise, keep):
+    order = noise.argsort(dim=1, stable=True)  # (B, L), token k of the order; its inverse is sorted for in the official code
+    places = torch.arange(noise.shape[1], device=noise.device).expand_as(order)
+    ids_restore = torch.empty_like(order).scatter_(1, order, places)
+    return order[:, :keep].contiguous(), ids_restore, (ids_restore >= keep).float()
+
 
 def flat(ids, N):
     """ids (B, K) of rows of x (B, N, D) -> (B K,), ids in x.flatten(0, 1): one index per row, not per element."""
@@ -80,7 +89,7 @@ def take_backward_reference(grad, ids, N, dtype):
 
 
 def patch_mse_reference(pred, images, patch, normalize):
-    """mean(r^2) (B, L) of every patch, and r = pred - t (B, L, P)."""
+    """-> mean(r^2) (B, L) of every patch; r = pred - t (B, L, P), in float32 or more."""
     B, _, H, W = images.shape
     t = images.reshape(B, 3, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, 3)
     t = t.reshape(pred.shape).to(torch.promote_types(pred.dtype, torch.float32))
@@ -89,7 +98,7 @@ def patch_mse_reference(pred, images, patch, normalize):
     if normalize:
         t = (t - t.mean(-1, keepdim=True)) / (t.var(-1, keepdim=True) + 1e-6).sqrt()
     r = pred - t
-    return r.square().mean(-1), r.to(pred.dtype)
+    return r.square().mean(-1), r
 
 
 # Kernels. A program works on one sample, b: on a tile of ROWS tokens and COLS columns, or on a row of patches. Offsets of a
@@ -97,6 +106,22 @@ def patch_mse_reference(pred, images, patch, normalize):
 # are known to be multiples of 16 bytes, they move 16 bytes at a time.
 
 if triton:
+    @triton.jit
+    def masking_kernel(noise, ids_keep, ids_restore, mask, L, keep, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """noise (B, L) read; ids_keep (B, keep), ids_restore, mask (B, L) written. A token's place is the number of those
+        before it: to count them, L^2 comparisons in registers, is faster for an image than to sort."""
+        b = tl.program_id(0).to(tl.int64)
+        i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        mine, counts = tl.load(noise + b * L + i, mask=i < L, other=0.0)[:, None], tl.zeros((ROWS, COLS), tl.int32)
+        for start in range(0, L, COLS):
+            j = start + tl.arange(0, COLS)
+            other = tl.load(noise + b * L + j, mask=j < L, other=float("inf"))[None, :]
+            counts += ((other < mine) | ((other == mine) & (j[None, :] < i[:, None]))).to(tl.int32)
+        place = tl.sum(counts, 1)
+        tl.store(ids_restore + b * L + i, place, mask=i < L)
+        tl.store(mask + b * L + i, (place >= keep).to(tl.float32), mask=i < L)
+        tl.store(ids_keep + b * keep + place, i, mask=(i < L) & (place < keep))
+
     @triton.jit
     def take_kernel(x, ids, token, pos, out, N, K, x_stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
         """x (B, N, D), samples x_stride apart, ids (B, K), token (D,), pos (K, D) read; out (B, K, D) written:
@@ -132,10 +157,10 @@ if triton:
         tl.store(dtoken + b * D + d, tl.sum(total, 0), mask=d < D)
 
     @triton.jit
-    def patch_mse_kernel(pred, images, mask, losses, r, H, W, pred_stride, PATCH: tl.constexpr, BLOCK: tl.constexpr,
+    def patch_mse_kernel(pred, images, mask, gain, losses, dpred, H, W, pred_stride, PATCH: tl.constexpr, BLOCK: tl.constexpr,
                          NORMALIZE: tl.constexpr):
-        """pred (B, L, P), samples pred_stride apart, images (B, 3, H, W), mask (B, L) read; losses (B, L) float32 and the
-        hidden rows of r (B, L, P) written. A program works on one row of patches, a patch at a time."""
+        """pred (B, L, P), samples pred_stride apart, images (B, 3, H, W), mask (B, L), gain () read; losses (B, L) float32,
+        mean(r^2) or 0, and dpred (B, L, P), gain mask r, written. A program works on one row of patches, a patch at a time."""
         P: tl.constexpr = 3 * PATCH * PATCH
         b = tl.program_id(0).to(tl.int64)
         across = W // PATCH
@@ -145,31 +170,29 @@ if triton:
         pixel = (e % 3 * H + tl.program_id(1) * PATCH + e // (3 * PATCH)) * W + e // 3 % PATCH  # in the row's first patch
         for column in range(across):
             i = tl.program_id(1) * across + column
-            loss = 0.0
-            if tl.load(mask + b * L + i) != 0:  # visible patches are not read
+            hidden, r, loss = tl.load(mask + b * L + i).to(tl.float32), tl.zeros((BLOCK,), tl.float32), 0.0
+            if hidden != 0:  # visible patches are not read
                 t = tl.load(images + b * 3 * H * W + (pixel + column * PATCH), mask=inside, other=0).to(tl.float32)
-                y = tl.load(pred + b * pred_stride + (i * P + e), mask=inside, other=0.0).to(tl.float32)
+                r = tl.load(pred + b * pred_stride + (i * P + e), mask=inside, other=0.0).to(tl.float32)
                 if images.dtype.element_ty == tl.uint8:
                     t = t / 255
                 if NORMALIZE:
                     t = tl.where(inside, t - tl.sum(t, 0) / P, 0.0)
                     t = t / tl.sqrt(tl.sum(t * t, 0) / (P - 1) + 1e-6)
-                y -= t  # 0 beyond P
-                tl.store(r + b * L * P + (i * P + e), y, mask=inside)
-                loss = tl.sum(y * y, 0) / P
+                r -= t  # 0 beyond P
+                loss = tl.sum(r * r, 0) / P
+            tl.store(dpred + b * L * P + (i * P + e), r * (tl.load(gain) * hidden), mask=inside)
             tl.store(losses + b * L + i, loss)
 
     @triton.jit
-    def scale_kernel(r, scale, out, L, P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-        """r (B, L, P), scale (B, L) read; out (B, L, P) written: r times scale, and 0 where scale is 0, r there not read."""
-        b = tl.program_id(0).to(tl.int64)
-        i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        e = tl.program_id(2) * COLS + tl.arange(0, COLS)
-        inside = (i < L)[:, None] & (e < P)[None, :]
-        factor = tl.load(scale + b * L + i, mask=i < L, other=0.0)[:, None]
-        offset = b * L * P + (i[:, None] * P + e[None, :])
-        y = tl.load(r + offset, mask=inside & (factor != 0), other=0.0).to(tl.float32)
-        tl.store(out + offset, y * factor, mask=inside)
+    def finish_kernel(x, factor, N: tl.constexpr, BLOCK: tl.constexpr):
+        """x (B, N) times factor (), in place, if that is not 1. A program works on 4 BLOCK numbers of a sample."""
+        f = tl.load(factor)
+        if f != 1:
+            for n in range(4):
+                i = (4 * tl.program_id(1) + n) * BLOCK + tl.arange(0, BLOCK)
+                at = x + tl.program_id(0).to(tl.int64) * N + i
+                tl.store(at, tl.load(at, mask=i < N).to(tl.float32) * f, mask=i < N)
 
 
 def use_kernel(*tensors):
@@ -189,6 +212,18 @@ def dense(x):
 
 
 # Operators, as torch.compile and autograd see them.
+
+@library.custom_op("ssl_kernels::random_masking", mutates_args=())
+def masking_op(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not use_kernel(noise):
+        return random_masking_reference(noise, keep)
+    B, L = noise.shape
+    ids_restore, mask = noise.new_empty(B, L, dtype=torch.int64), noise.new_empty(B, L, dtype=torch.float32)
+    ids_keep = noise.new_empty(B, keep, dtype=torch.int64)
+    with torch.cuda.device_of(noise):
+        masking_kernel[B, triton.cdiv(L, 64)](noise, ids_keep, ids_restore, mask, L, keep, ROWS=64, COLS=16, num_warps=2)
+    return ids_keep, ids_restore, mask
+
 
 @library.custom_op("ssl_kernels::take_tokens", mutates_args=())
 def take_op(x: Tensor, ids: Tensor, token: Tensor | None, pos: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -225,34 +260,46 @@ def take_backward(ctx, grad):
 
 
 @library.custom_op("ssl_kernels::patch_mse", mutates_args=())
-def mse_op(pred: Tensor, images: Tensor, mask: Tensor, patch: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    if not use_kernel(pred):
-        return patch_mse_reference(pred, images, patch, normalize)
-    (B, L, P), (H, W), block, pred = pred.shape, images.shape[2:], triton.next_power_of_2(pred.shape[2]), dense(pred)
-    losses, r = pred.new_empty(B, L, dtype=torch.float32), pred.new_empty(B, L, P)
-    with torch.cuda.device_of(pred):
-        patch_mse_kernel[B, H // patch](pred, images, mask, losses, r, H, W, pred.stride(0), patch, block, normalize,
-                                        num_warps=min(16, max(1, block // 256)))
-    return losses, r
+def mse_op(pred: Tensor, images: Tensor, mask: Tensor, patch: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss (); dpred (B, L, P) in the dtype of pred, without the factor rest (); that."""
+    hidden = mask.sum(dtype=torch.promote_types(pred.dtype, torch.float32))
+    gain, one = 2 / (pred.shape[2] * hidden), torch.ones_like(hidden)
+    gain, rest = (one, gain) if pred.dtype == torch.float16 else (gain, one)
+    if use_kernel(pred):
+        (B, L, P), (H, W), block, pred = pred.shape, images.shape[2:], triton.next_power_of_2(pred.shape[2]), dense(pred)
+        losses, dpred = pred.new_empty(B, L, dtype=torch.float32), pred.new_empty(B, L, P)
+        with torch.cuda.device_of(pred):
+            patch_mse_kernel[B, H // patch](pred, images, mask, gain, losses, dpred, H, W, pred.stride(0), patch, block,
+                                            normalize, num_warps=min(16, max(1, block // 256)))
+    else:
+        losses, r = patch_mse_reference(pred, images, patch, normalize)
+        dpred = r.mul_((gain * mask.to(r.dtype))[..., None]).to(pred.dtype)
+    return (losses * mask).sum(dtype=hidden.dtype) / hidden, dpred, rest
 
 
 def mse_setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for the gradient of r, which nobody asks for
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of dpred, which nobody asks for
 
 
-def mse_backward(ctx, grad, _):
-    r, = ctx.saved_tensors
-    return None if grad is None else scale_op(r, 2 / r.shape[2] * grad), None, None, None, None
+def mse_backward(ctx, g, *second):
+    if any(x is not None for x in second):
+        no_second_derivative(ctx)
+    if g is None:
+        return (None,) * 5
+    dpred, rest = ctx.saved_tensors
+    factor = g * rest
+    if not use_kernel(dpred) or torch.is_grad_enabled():  # to be differentiated again, which the lines above refuse
+        return (dpred.to(factor.dtype) * factor).to(dpred.dtype), None, None, None, None
+    finish_op(dpred, factor)
+    return dpred.detach(), None, None, None, None
 
 
-@library.custom_op("ssl_kernels::patch_mse_backward", mutates_args=())
-def scale_op(r: Tensor, scale: Tensor) -> Tensor:
-    if not use_kernel(r):
-        return (r * scale[..., None]).to(r.dtype)
-    (B, L, P), out = r.shape, torch.empty_like(r)
-    launch(scale_kernel, B, L, P, r, scale.contiguous(), out, L, P)
-    return out
+@library.custom_op("ssl_kernels::patch_mse_finish", mutates_args=("dpred",))
+def finish_op(dpred: Tensor, factor: Tensor) -> None:
+    N = dpred[0].numel()
+    with torch.cuda.device_of(dpred):
+        finish_kernel[len(dpred), triton.cdiv(N, 4 * 4096)](dpred, factor, N, 4096)
 
 
 def no_second_derivative(ctx, *grads):
@@ -263,12 +310,14 @@ take_op.register_fake(lambda x, ids, token, pos, dtype: x.new_empty(*ids.shape, 
 take_backward_op.register_fake(lambda grad, ids, N, dtype: (
     grad.new_empty(len(grad), N, grad.shape[2], dtype=dtype), grad.new_empty(grad.shape[2])))
 mse_op.register_fake(lambda pred, images, mask, patch, normalize: (
-    pred.new_empty(pred.shape[:2], dtype=torch.promote_types(pred.dtype, torch.float32)), pred.new_empty(pred.shape)))
-scale_op.register_fake(lambda r, scale: torch.empty_like(r))
+    loss := pred.new_empty((), dtype=torch.promote_types(pred.dtype, torch.float32)), pred.new_empty(pred.shape), loss.clone()))
+finish_op.register_fake(lambda dpred, factor: None)
+masking_op.register_fake(lambda noise, keep: (
+    noise.new_empty(len(noise), keep, dtype=torch.int64), noise.new_empty(noise.shape, dtype=torch.int64),
+    noise.new_empty(noise.shape, dtype=torch.float32)))
 take_op.register_autograd(take_backward, setup_context=take_setup)
 mse_op.register_autograd(mse_backward, setup_context=mse_setup)
 take_backward_op.register_autograd(no_second_derivative)
-scale_op.register_autograd(no_second_derivative)
 
 
 # Public functions.
@@ -299,10 +348,7 @@ def random_masking(batch, tokens, keep, generator=None, noise=None):
     elif generator is not None or noise.shape != (batch, tokens):
         raise ValueError(f"give either a generator or noise of shape ({batch}, {tokens})")
     check(noise=(noise, "BL", FLOATS))
-    order = noise.argsort(dim=1, stable=True)  # (B, L), token k of the order; its inverse is sorted for in the official code
-    places = torch.arange(tokens, device=noise.device).expand_as(order)
-    ids_restore = torch.empty_like(order).scatter_(1, order, places)
-    return order[:, :keep].contiguous(), ids_restore, (ids_restore >= keep).float()
+    return masking_op(noise.contiguous(), keep)
 
 
 def gather_tokens(x, ids_keep):
@@ -335,5 +381,4 @@ def masked_patch_mse(pred, images, mask, patch, normalize=True):
     if C != 3 or H % patch or W % patch or pred.shape[1:] != (H // patch * (W // patch), 3 * patch * patch):
         raise ValueError(f"images {tuple(images.shape)} cannot be 3 colours in patches of {patch} x {patch} pixels that pred "
                          f"{tuple(pred.shape)} describes: (B, H/p W/p, 3 p p) is needed")
-    losses, _ = mse_op(pred, images.contiguous(), mask.contiguous(), patch, normalize)
-    return (losses * mask).sum() / mask.sum()
+    return mse_op(pred, images.contiguous(), mask.contiguous(), patch, normalize)[0]

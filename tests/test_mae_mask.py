@@ -81,7 +81,7 @@ def gradients(function, leaves, g=None):
 
 # -------- Masking ------------------------------------------------------------------------------------------------------
 
-def test_masking_by_hand():
+def test_masking_by_hand(way):
     x = torch.tensor([[0.3, 0.1, 0.2, 0.4], [4.0, 3.0, 2.0, 1.0]], device=DEVICE)
     ids_keep, ids_restore, mask = random_masking(2, 4, 2, noise=x)
     assert ids_keep.tolist() == [[1, 2], [3, 2]]
@@ -91,7 +91,7 @@ def test_masking_by_hand():
 
 @pytest.mark.parametrize("B, L, keep, dtype", [(1, 1, 1, torch.float32), (3, 7, 3, torch.float64), (2, 64, 64, torch.bfloat16),
                                                (2, 65, 16, torch.float32), (3, 196, 49, torch.float16)], ids=str)
-def test_masking_is_the_official_one(B, L, keep, dtype):
+def test_masking_is_the_official_one(way, B, L, keep, dtype):
     """In 16 bits and 196 numbers some are equal: then the first comes first."""
     x = noise(B, L).to(dtype)
     found = random_masking(B, L, keep, noise=x)
@@ -103,7 +103,7 @@ def test_masking_is_the_official_one(B, L, keep, dtype):
     assert torch.equal(ids_restore.gather(1, ids_keep), torch.arange(keep, device=DEVICE).expand(B, keep))
 
 
-def test_masking_draws():
+def test_masking_draws(way):
     """The same generator draws the same; images differ; each token is kept as often as any: 600 +- 20.5 of 2000 times."""
     first, again, other = (random_masking(2000, 10, 3, torch.Generator().manual_seed(seed))[2] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -231,6 +231,42 @@ def test_small_gradients_keep_their_digits_in_float16(way):
     assert (grad - exact).norm() <= 2 * 2**-11 * exact.norm()  # two roundings
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("g", [1.0, -0.75])
+def test_gradient_that_arrives(way, dtype, g):
+    """What the pass of the loss wrote is the gradient for 1, and times g for any other; 23232 numbers of a
+    sample are the work of two programs."""
+    pred, images, mask = draw(2, 121, 192, dtype=dtype), pixels(2, 88, 88), noise(2, 121).round()
+    _, (grad,) = gradients(lambda x: masked_patch_mse(x, images, mask, 8), [pred], torch.tensor(g, device=DEVICE))
+    _, (exact,) = gradients(lambda x: official_loss(x, images.double() / 255, mask, 8), [pred.double()])
+    assert (grad - g * exact).norm() <= 2 * rounds_once(way, dtype) * (g * exact).norm() + 2**-24 * exact.norm()
+    assert (grad[mask == 0] == 0).all()
+
+
+def test_images_are_read_where_patches_are_hidden_only(way):
+    """What is visible takes no part, whatever it is."""
+    pred, images, mask = draw(1, 4, 12, dtype=torch.float32), pixels(1, 4, 4, torch.float32), torch.eye(4, device=DEVICE)[:1]
+    broken = pred.clone()
+    broken[:, 1:] = 1e10
+    for x, y in zip(gradients(lambda x: masked_patch_mse(x, images, mask, 2), [pred]),
+                    gradients(lambda x: masked_patch_mse(x, images, mask, 2), [broken])):
+        assert torch.equal(x if torch.is_tensor(x) else x[0], y if torch.is_tensor(y) else y[0])
+
+
+def test_kernel_is_differentiated_once(way):
+    """The kernel finishes its gradient in place: a second backward through the same graph is an error, not a wrong number."""
+    pred, images, mask = draw(1, 4, 12, dtype=torch.float32).requires_grad_(), pixels(1, 4, 4), torch.ones(1, 4, device=DEVICE)
+    loss = masked_patch_mse(pred, images, mask, 2)
+    first, = torch.autograd.grad(3 * loss, pred, retain_graph=True)
+    kept = first.clone()
+    if way == "triton":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, pred)
+    else:
+        torch.testing.assert_close(3 * torch.autograd.grad(loss, pred)[0], kept)
+    assert torch.equal(first, kept)
+
+
 def test_processes_that_hide_equally_many_average_to_the_whole():
     """Nothing is communicated: the means over parts of the batch are loss and gradient of the batch; masks follow the noise."""
     B, L, P = 6, 9, 12
@@ -289,6 +325,7 @@ def test_operators_pass_opcheck(way):
     x, kept, token, pos, pred = (draw(*shape, dtype=torch.float32).requires_grad_()
                                  for shape in [(2, 4, 3), (2, 2, 3), (3,), (4, 3), (2, 4, 12)])
     tests = "test_schema", "test_autograd_registration", "test_faketensor"
+    library.opcheck(mm.masking_op, (noise(2, 4), 2), test_utils=tests)
     library.opcheck(mm.take_op, (x, ids_keep, None, None, torch.float32), test_utils=tests)
     library.opcheck(mm.take_op, (kept, ids_restore, token, pos, torch.float32), test_utils=tests)
     library.opcheck(mm.mse_op, (pred, pixels(2, 4, 4), mask, 2, True), test_utils=tests)
@@ -373,11 +410,14 @@ def test_machine_code():
             add("take_kernel", f"x {kind} ids *i64 out {kind} N i32 K i32 x_stride i32", {"token": None, "pos": None, **tile})
             add("take_kernel", f"x {kind} ids *i64 token {kind} pos {kind} out {kind} N i32 K i32 x_stride i32", tile)
             add("take_backward_kernel", f"grad {kind} ids *i64 dx {kind} dtoken *fp32 N i32 K i32 g_stride i32", tile)
-            add("scale_kernel", f"r {kind} scale *fp32 out {kind} L i32", {"P": 768, "ROWS": 16, "COLS": 256})
+            add("finish_kernel", f"x {kind} factor *fp32", {"N": 196 * 768, "BLOCK": 4096})
+        add("masking_kernel", "noise *fp32 ids_keep *i64 ids_restore *i64 mask *fp32 L i32 keep i32",
+            {"ROWS": 64, "COLS": 16}, 2)
         for patch, warps in ((4, 1), (16, 4)):
-            add("patch_mse_kernel", "pred *bf16 images *u8 mask *fp32 losses *fp32 r *bf16 H i32 W i32 pred_stride i32",
+            add("patch_mse_kernel",
+                "pred *bf16 images *u8 mask *fp32 gain *fp32 losses *fp32 dpred *bf16 H i32 W i32 pred_stride i32",
                 {"PATCH": patch, "BLOCK": 64 if patch == 4 else 1024, "NORMALIZE": True}, warps)
     for spec, report in zip(specs, compile_ahead(specs)):
         assert report.stack == 0 and report.shared <= SHARED_LIMIT[spec.arch], spec
-        if spec.kernel in ("take_kernel", "take_backward_kernel", "scale_kernel"):
+        if spec.kernel in ("take_kernel", "take_backward_kernel", "finish_kernel"):
             assert report.count("LDG.128") > 0 and report.count("STG.128") > 0, spec
