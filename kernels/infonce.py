@@ -37,13 +37,16 @@ value is the mean over this process's anchors; the gradients are such that the A
 DistributedDataParallel takes, is the gradient of the global mean loss, for every parameter and the scale. Who sums gradients
 instead must divide by the number of processes. The order of the candidates is that of the processes, z1 before z2 in each.
 
-Limits. Rows must have length 1 (checked under torch.autograd.set_detect_anomaly only), a <= 170. Kernels: float16 and bfloat16
-on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range: prefer it to bfloat16. Everything
-else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for float64). There clip_loss on one
-process finds its gradients along with the loss, as moco_loss does everywhere, and holds three blocks. On a CPU, calling
-operators takes about 0.1 ms, which shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First
+Limits. Rows must have length 1, processes equally many rows, a <= 170: checked under torch.autograd.set_detect_anomaly, not
+else. Kernels: float16 and bfloat16 on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range:
+prefer it to bfloat16. Everything else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for
+float64); on CUDA its products of float16 and bfloat16 are cuBLAS's, summed in float32. On a CPU, clip_loss on one process
+finds its gradients along with the loss, as moco_loss does everywhere, and holds three blocks; calling operators takes about
+0.1 ms there, which shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First
 derivatives only. Measured speed: not run on a GPU.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -85,18 +88,29 @@ def moco_reference(q, k, queue, temperature):
 
 # The PyTorch path: a block of rows at a time.
 
+def factors(*rows):
+    """float16 and bfloat16 stay what they are on a GPU, for its tensor cores, and become float32 elsewhere."""
+    return [x if x.is_cuda else x.to(math_dtype(x)) for x in rows]
+
+
+def product(a, b):
+    """a @ b, summed in float32 or more."""
+    if b.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return a @ b
+
+
 def row_blocks(x, y):
     """(slice of rows, logits without scale) of blocks that hold 2 MB (on a GPU 256 MB), whatever the number of candidates."""
-    y = y.to(math_dtype(x))
     step = max(1, 2 ** (26 if x.is_cuda else 19) // len(y))
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
-        yield rows, x[rows].to(y.dtype) @ y.T
+        yield rows, product(x[rows], y.T)
 
 
 def lse_torch(x, y, scale, wide, first):
     out = x.new_empty(len(x), dtype=math_dtype(x))
-    for rows, s in row_blocks(x, y):
+    for rows, s in row_blocks(*factors(x, y)):
         s *= scale
         s.diagonal(first + rows.start).fill_(-torch.inf)  # where an anchor meets itself; empty beyond the columns
         out[rows] = s.logsumexp(1) if wide else s.exp_().sum(1).log_()
@@ -105,25 +119,26 @@ def lse_torch(x, y, scale, wide, first):
 
 def mean_torch(q, queue, scale):
     lse, mean = q.new_empty(len(q), dtype=math_dtype(q)), q.new_empty(q.shape, dtype=math_dtype(q))
+    q, queue = factors(q, queue)
     for rows, s in row_blocks(q, queue):
-        top = s.amax(1, keepdim=True)
-        total = s.sub_(top).mul_(scale).exp_().sum(1, keepdim=True)
-        mean[rows] = s @ queue.to(s.dtype) / total
+        top = s.amax(1, keepdim=True) - math.log(UNIT) / scale
+        total = s.sub_(top).mul_(scale).exp_().sum(1, keepdim=True)  # the greatest number in s is UNIT
+        mean[rows] = product(s, queue) / total
         lse[rows] = (top * scale + total.log())[:, 0]
     return lse, mean
 
 
 def pull_torch(x, y, lse_x, lse_y, scale, wide, first):
     out = x.new_empty(x.shape, dtype=math_dtype(x))
+    x, y = factors(x, y)
+    half = 2 if wide else 1
+    wx, wy = torch.exp((math.log(UNIT) - lse_x[:, None]) / half), torch.exp((math.log(UNIT) - lse_y) / half)
     for rows, s in row_blocks(x, y):
-        if wide:
-            e = s.mul_(scale / 2).exp_()
-            g = (e * torch.exp(-lse_x[rows, None] / 2)).square_().add_(e.mul_(torch.exp(-lse_y / 2)).square_())
-        else:
-            g = s.mul_(scale).exp_().mul_(torch.exp(-lse_x[rows, None]) + torch.exp(-lse_y))
+        e = s.mul_(scale / half).exp_()
+        g = (e * wx[rows]).square_().add_(e.mul_(wy).square_()) if wide else e.mul_(wx[rows] + wy)
         g.diagonal(first + rows.start).fill_(0.0)
-        out[rows] = g @ y.to(g.dtype)
-    return out
+        out[rows] = product(g, y)
+    return out.div_(UNIT)
 
 
 if triton is not None:
@@ -132,103 +147,77 @@ if triton is not None:
     ROUND = tl.constexpr(1.5 * 2**23)  # x + ROUND has no binary digits left behind the point, so that it holds x rounded
 
     @triton.jit
-    def span(tiles, per, own, BM: tl.constexpr, BN: tl.constexpr):
-        """The tiles [low, high) of this program's split; masked are those of the diagonal, [a, b), and the last, which may be
-        ragged: loops without masks run over the others. own: the column in which the first row meets itself."""
+    def span(C, per, own, BM: tl.constexpr, BN: tl.constexpr):
+        """The tiles of columns [low, high) of this program's split; those of the diagonal are [a, b), and the last one may be
+        ragged: it and they need masks. own: the column in which the first row meets itself."""
         low = tl.program_id(1) * per
-        high = tl.minimum(low + per, tiles)
+        high = tl.minimum(low + per, tl.cdiv(C, BN))
         a = tl.minimum(tl.maximum(own // BN, low), high - 1)
         b = tl.minimum(tl.maximum((own + BM - 1) // BN + 1, a), high - 1)
         return low, a, b, high
 
     @triton.jit
-    def tile(x, y, columns, C, D: tl.constexpr, MASKED: tl.constexpr):
-        """-> candidates (BN, D), products (BM, BN)"""
-        at = y + columns[:, None].to(tl.int64) * D + tl.arange(0, D)[None, :]
-        yj = tl.load(at, mask=columns[:, None] < C, other=0.0) if MASKED else tl.load(at)
-        return yj, tl.dot(x, tl.trans(yj), input_precision="ieee")
-
-    @triton.jit
-    def lse_step(x, top, total, mean, y, columns, itself, C, scale2, D: tl.constexpr, WIDE: tl.constexpr, MEAN: tl.constexpr,
-                 MASKED: tl.constexpr):
-        yj, s = tile(x, y, columns, C, D, MASKED)
-        s = s * scale2
-        if MASKED:
-            s = tl.where((columns[None, :] != itself[:, None]) & (columns[None, :] < C), s, -float("inf"))
-        if WIDE:
-            new = tl.maximum(top, tl.max(s, 1) + ROUND)
-            # 2^(top - new), an integer power: its bits are made by shifting, which leaves one exp2 for each logit
-            shrink = tl.maximum(top.to(tl.int32, bitcast=True) - new.to(tl.int32, bitcast=True) + 127, 0) << 23
-            shrink = shrink.to(tl.float32, bitcast=True)
-            e = tl.exp2(s - (new - ROUND)[:, None])
-            total = total * shrink + tl.sum(e, 1)
-            if MEAN:
-                mean = tl.dot((e * GAIN).to(yj.dtype), yj, mean * shrink[:, None], input_precision="ieee")
-            top = new
-        else:
-            total += tl.sum(tl.exp2(s), 1)
-        return top, total, mean
+    def tile(x, y, n, itself, C, low, a, b, high, D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr):
+        """-> of the n-th tile with masks, or without: its columns (BN,), candidates (BN, D), products with x (BM, BN), and
+        where these count."""
+        j = tl.where(n < b - a, a + n, high - 1) if MASKED else tl.where(n < a - low, low + n, b + n - (a - low))
+        column = j * BN + tl.arange(0, BN)
+        at = y + column[:, None].to(tl.int64) * D + tl.arange(0, D)[None, :]
+        yj = tl.load(at, mask=column[:, None] < C, other=0.0) if MASKED else tl.load(at)
+        counts = (column[None, :] != itself[:, None]) & (column[None, :] < C)
+        return column, yj, tl.dot(x, tl.trans(yj), input_precision="ieee"), counts
 
     @triton.jit
     def lse_kernel(x, y, scale, lse, mean, R, C, first, per, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    WIDE: tl.constexpr, MEAN: tl.constexpr):
         """x (R, D), y (C, D), scale () read; lse (splits, R), and if MEAN mean (splits, R, D), written. A program owns BM rows
         and `per` tiles of BN columns."""
-        row = tl.program_id(0) * BM + tl.arange(0, BM)
-        d = tl.arange(0, D)
-        low, a, b, high = span(tl.cdiv(C, BN), per, first + tl.program_id(0) * BM, BM, BN)
+        row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
+        low, a, b, high = span(C, per, first + tl.program_id(0) * BM, BM, BN)
         xi = tl.load(x + row[:, None].to(tl.int64) * D + d[None, :], mask=row[:, None] < R, other=0.0)
         scale2 = tl.load(scale) * TO2
         top, total = tl.full((BM,), ROUND - 1024, tl.float32), tl.zeros((BM,), tl.float32)
         sums = tl.zeros((BM, D if MEAN else 1), tl.float32)
-        for j in range(low, a):
-            top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
-                                        D, WIDE, MEAN, False)
-        for j in range(b, high - 1):
-            top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
-                                        D, WIDE, MEAN, False)
-        for n in range(0, b - a + 1):  # the diagonal, then the last
-            j = tl.where(n < b - a, a + n, high - 1)
-            top, total, sums = lse_step(xi, top, total, sums, y, j * BN + tl.arange(0, BN), first + row, C, scale2,
-                                        D, WIDE, MEAN, True)
+        for MASKED in tl.static_range(2):
+            for n in range(0, b - a + 1 if MASKED else a - low + high - 1 - b):
+                column, yj, s, counts = tile(xi, y, n, first + row, C, low, a, b, high, D, BN, MASKED)
+                s = tl.where(counts, s * scale2, -float("inf")) if MASKED else s * scale2
+                if WIDE:
+                    new = tl.maximum(top, tl.max(s, 1) + ROUND)
+                    # 2^(top - new), an integer power: its bits are made by shifting, which leaves one exp2 for each logit
+                    shrink = tl.maximum(top.to(tl.int32, bitcast=True) - new.to(tl.int32, bitcast=True) + 127, 0) << 23
+                    shrink = shrink.to(tl.float32, bitcast=True)
+                    e = tl.exp2(s - (new - ROUND)[:, None])
+                    total = total * shrink + tl.sum(e, 1)
+                    if MEAN:
+                        sums = tl.dot((e * GAIN).to(yj.dtype), yj, sums * shrink[:, None], input_precision="ieee")
+                    top = new
+                else:
+                    total += tl.sum(tl.exp2(s), 1)
         out = tl.program_id(1) * R + row
         tl.store(lse + out, ((top - ROUND if WIDE else 0.0) + tl.log2(total)) / TO2, mask=row < R)
         if MEAN:
             tl.store(mean + out[:, None].to(tl.int64) * D + d[None, :], sums / (total * GAIN)[:, None], mask=row[:, None] < R)
 
     @triton.jit
-    def pull_step(x, wx, sums, y, wy, columns, itself, C, scale2, D: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
-        yj, s = tile(x, y, columns, C, D, MASKED)
-        wj = tl.load(wy + columns, mask=columns < C, other=0.0) if MASKED else tl.load(wy + columns)
-        e = tl.exp2(s * scale2)
-        if WIDE:
-            u, v = e * wx[:, None], e * wj[None, :]
-            g = u * u + v * v
-        else:
-            g = e * (wx[:, None] + wj[None, :])
-        if MASKED:
-            g = tl.where((columns[None, :] != itself[:, None]) & (columns[None, :] < C), g, 0.0)
-        return tl.dot(g.to(yj.dtype), yj, sums, input_precision="ieee")
-
-    @triton.jit
     def pull_kernel(x, y, wx, wy, scale, out, R, C, first, per, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     WIDE: tl.constexpr):
         """x (R, D), y (C, D), scale () read, and wx (R,), wy (C,): UNIT exp(-lse), or the square root of that if WIDE. Written:
         out (splits, R, D), UNIT sum_j (exp(a s_ij - lse_i) + exp(a s_ij - lse_j)) y_j over the columns of the split."""
-        row = tl.program_id(0) * BM + tl.arange(0, BM)
-        d = tl.arange(0, D)
-        low, a, b, high = span(tl.cdiv(C, BN), per, first + tl.program_id(0) * BM, BM, BN)
+        row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
+        low, a, b, high = span(C, per, first + tl.program_id(0) * BM, BM, BN)
         xi = tl.load(x + row[:, None].to(tl.int64) * D + d[None, :], mask=row[:, None] < R, other=0.0)
-        wi = tl.load(wx + row, mask=row < R, other=0.0)
+        wi = tl.load(wx + row, mask=row < R, other=0.0)[:, None]
         scale2 = tl.load(scale) * (TO2 / 2 if WIDE else TO2)
         sums = tl.zeros((BM, D), tl.float32)
-        for j in range(low, a):
-            sums = pull_step(xi, wi, sums, y, wy, j * BN + tl.arange(0, BN), first + row, C, scale2, D, WIDE, False)
-        for j in range(b, high - 1):
-            sums = pull_step(xi, wi, sums, y, wy, j * BN + tl.arange(0, BN), first + row, C, scale2, D, WIDE, False)
-        for n in range(0, b - a + 1):
-            j = tl.where(n < b - a, a + n, high - 1)
-            sums = pull_step(xi, wi, sums, y, wy, j * BN + tl.arange(0, BN), first + row, C, scale2, D, WIDE, True)
+        for MASKED in tl.static_range(2):
+            for n in range(0, b - a + 1 if MASKED else a - low + high - 1 - b):
+                column, yj, s, counts = tile(xi, y, n, first + row, C, low, a, b, high, D, BN, MASKED)
+                wj = (tl.load(wy + column, mask=column < C, other=0.0) if MASKED else tl.load(wy + column))[None, :]
+                e = tl.exp2(s * scale2)
+                g = e * wi * (e * wi) + e * wj * (e * wj) if WIDE else e * (wi + wj)
+                g = tl.where(counts, g, 0.0) if MASKED else g
+                sums = tl.dot(g.to(yj.dtype), yj, sums, input_precision="ieee")
         at = (tl.program_id(1) * R + row)[:, None].to(tl.int64) * D + d[None, :]
         tl.store(out + at, sums, mask=row[:, None] < R)
 
@@ -337,9 +326,9 @@ def moco_op(q: Tensor, k: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor,
 
 @library.custom_op("ssl_kernels::infonce_clip", mutates_args=())
 def clip_op(x: Tensor, y: Tensor, scale: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CLIP where no kernel runs and one process has all rows: both directions take the same logits, a block of rows at a time.
+    """CLIP on a CPU where one process has all rows: both directions take the same logits, a block of rows at a time.
     -> loss (), and its gradients to x, y and scale, without rows if not asked for."""
-    N, x, y = len(x), x.to(scale.dtype), y.to(scale.dtype)
+    N, x, y = len(x), *factors(x, y)
     lse_y, loss, dx, dy = x.new_full((N,), -torch.inf), 0.0, torch.empty_like(x), torch.zeros_like(y)
     positive = x.new_empty(N)
     for rows, s in row_blocks(x * scale, y):
@@ -396,12 +385,21 @@ def processes(group):
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def debugging():
+    return not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
+
+
 def gather(x, group):
-    """-> (processes x n, ...) in the order of the processes, without gradient; and the first row of this one. All processes
-    must hold equally many rows: to compare would cost a round of messages at every step."""
+    """-> (processes x n, ...) in the order of the processes, without gradient; and the first row of this one. All must hold
+    equally many rows, which only debugging compares: it costs a round of messages."""
     x = x.detach()
     if processes(group) == 1:
         return x, 0
+    if debugging():
+        rows = [None] * processes(group)
+        dist.all_gather_object(rows, len(x), group)
+        if len(set(rows)) > 1:
+            raise ValueError(f"all processes must hold equally many rows, not {rows}")
     parts = [torch.empty_like(x) for _ in range(processes(group))]
     dist.all_gather(parts, x, group)
     return torch.cat(parts), dist.get_rank(group) * len(x)
@@ -418,8 +416,7 @@ def check(**matrices):
             raise ValueError(f"{', '.join(matrices)} must have shape (rows, D) with one D, but {name} is {tuple(x.shape)}")
         if x.dtype != one.dtype or x.device != one.device:
             raise ValueError(f"{', '.join(matrices)} must have one dtype and device, but {name} is {x.dtype} on {x.device}")
-        debug = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
-        if debug and ((x.detach().float().norm(dim=1) - 1).abs() > 0.02).any():
+        if debugging() and ((x.detach().float().norm(dim=1) - 1).abs() > 0.02).any():
             raise ValueError(f"the rows of {name} must have length 1: use torch.nn.functional.normalize")
     a, b = list(matrices)[:2]
     if len(matrices[a]) != len(matrices[b]):
@@ -456,9 +453,11 @@ def clip_loss(x, y, scale, group=None):
     scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale), dtype=math_dtype(x))
     if scale.ndim or not scale.is_floating_point():
         raise ValueError(f"scale must be one floating-point number, not {scale.dtype} of shape {tuple(scale.shape)}")
+    if debugging() and not scale.abs() <= WIDEST:
+        raise ValueError(f"scale must be at most {WIDEST:.0f}, not {scale.item()}")
     scale = scale.to(x.device, math_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
-        if processes(group) == 1 and not use_kernel(x):
+        if processes(group) == 1 and not use_kernel(x) and not x.is_cuda:
             return clip_op(x, y, scale, torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale)))[0]
         (all_x, _), (all_y, _) = gather(x, group), gather(y, group)  # (N, D)
         nobody = len(all_x)  # no row meets itself

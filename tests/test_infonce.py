@@ -103,6 +103,34 @@ def test_blocks_of_rows_change_nothing(loss, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("tau", [0.01, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cublas", [False, True])
+def test_pytorch_path_of_16_bits(monkeypatch, loss, tau, dtype, cublas):
+    """Gradients within the rounding of their dtype. cublas: as on a GPU, whose products of such numbers are summed in float32;
+    weights are rounded for them, too. On a CPU, CLIP has a path of its own, without them."""
+    if cublas and DEVICE == "cpu":
+        if loss == "clip":
+            pytest.skip("needs a GPU")
+        monkeypatch.setattr(infonce, "factors", lambda *rows: list(rows))
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.to(out_dtype) @ b.to(out_dtype)) if a.dtype == b.dtype
+                            else pytest.fail("cuBLAS wants one dtype"))
+    tensors, rest = inputs(loss, 13, 300, tau, 57, dtype=dtype)  # 300 numbers: too many for the kernels
+    if cublas:
+        tensors, rest = [[x.to(DEVICE) if torch.is_tensor(x) else x for x in part] for part in (tensors, rest)]
+    exact = value_and_gradients(pick(loss, reference=True), *([x.double() if torch.is_tensor(x) else x for x in part]
+                                                              for part in (tensors, rest)))
+    found = value_and_gradients(pick(loss), tensors, rest)
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=0, atol=4 * 2**-23 / tau)  # roundings of a logit in float32
+    for x, f, e in zip(tensors, found[1:], exact[1:], strict=True):
+        assert f.dtype == x.dtype
+        # of the gradient; with cublas of the probabilities, in sums that are at most 1 / (tau n), or 1 for the scale
+        step = torch.finfo(dtype).eps * (2 / (tau * 13) if x.ndim else 2) * (1 if cublas else 0)
+        assert (f - e).abs().max() <= torch.finfo(x.dtype).eps * e.abs().max() + step + 4 * 2**-23 / tau**2
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the elements of the largest tensor that any operation makes."""
     largest = 0
@@ -270,7 +298,67 @@ def test_a_group_of_processes(processes, loss):
         torch.testing.assert_close(found, e, rtol=1e-11, atol=1e-11)
 
 
+class Towers(torch.nn.Module):
+    """Two projections and a learned scale, as CLIP has them, returning the loss."""
+    def __init__(self):
+        super().__init__()
+        self.x, self.y = (torch.nn.Linear(5, 16, bias=False, dtype=torch.float64) for _ in range(2))
+        self.log_scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        for i, p in enumerate(self.parameters()):
+            p.data = unit(16, 5, seed=i) if p.ndim else p.data
+
+    def forward(self, a, b):
+        return clip_loss(F.normalize(self.x(a), dim=1), F.normalize(self.y(b), dim=1), self.log_scale.exp())
+
+
+def step_under_ddp(a, b):
+    """Gradients after DistributedDataParallel has averaged them."""
+    import torch.distributed as dist
+    rows = slice(dist.get_rank() * 3, dist.get_rank() * 3 + 3)
+    model = torch.nn.parallel.DistributedDataParallel(Towers())
+    model(a[rows], b[rows]).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_parameter_and_the_scale_under_ddp(processes, world):
+    """Different data on each process; features, weights and the scale get what one process with all data gives them."""
+    a, b, whole = unit(3 * world, 5, seed=8), unit(3 * world, 5, seed=9), Towers()
+    whole(a, b).backward()
+    for found in processes(world, step_under_ddp, a, b):
+        for f, p in zip(found, whole.parameters(), strict=True):
+            assert p.grad.abs().max() > 1e-3
+            torch.testing.assert_close(f, p.grad, rtol=1e-11, atol=1e-12)
+
+
+def unequal_rows():
+    import torch.distributed as dist
+    z = unit(3 + dist.get_rank(), 16)  # of two views
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match=r"equally many rows, not \[6, 8\]"):
+        simclr_loss(z, z, 0.1)
+
+
+def test_unequal_rows_are_found_when_debugging(processes):
+    processes(2, unequal_rows)
+
+
 # Integration.
+
+def compiled_on_process(loss, tensors, rest):
+    compiled = torch.compile(pick(loss), fullgraph=True, backend="aot_eager")
+    import torch.distributed as dist
+    rows = slice(dist.get_rank() * 3, dist.get_rank() * 3 + 3)
+    part = [x[rows] if x.ndim else x for x in tensors]
+    return value_and_gradients(compiled, part, rest), value_and_gradients(pick(loss), part, rest)
+
+
+@pytest.mark.parametrize("loss", ["simclr", "clip"])
+def test_compile_in_one_graph_with_two_processes(processes, loss):
+    """The collectives, too, are in the graph."""
+    for found, plain in processes(2, compiled_on_process, loss, *inputs(loss, 6, 16, 0.1, dtype=torch.float32)):
+        for f, e in zip(found, plain, strict=True):
+            torch.testing.assert_close(f, e)
+
 
 def test_without_triton():
     """A machine that has none takes the PyTorch path, and says so."""
@@ -345,10 +433,12 @@ def test_bad_input_is_one_sentence(call, error, words):
         call(unit(4, 8, dtype=torch.float32))
 
 
-def test_rows_that_are_not_normalised_are_found_when_debugging():
+def test_rows_not_normalised_and_a_great_scale_are_found_when_debugging():
     z = unit(4, 8, dtype=torch.float32)
     with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match="rows of z2 must have length 1"):
         simclr_loss(z, 2 * z, 0.1)
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match="scale must be at most 170, not 171"):
+        clip_loss(z, z, torch.tensor(171.0))
 
 
 def test_against_pytorch_metric_learning():
@@ -399,8 +489,8 @@ def test_machine_code():
         assert report.count("HGMMA" if spec.arch == 90 else "HMMA") > 0, spec
         assert spec.arch == 80 or report.count("HMMA") == 0, spec
         elements = spec.constexprs["BM"] * spec.constexprs["BN"] / (32 * spec.num_warps)  # of a tile, for each thread
-        assert len(report.loops) == 3, spec  # before the diagonal, after it, and the masked tiles
-        for loop in range(3):
+        assert len(report.loops) == 2, spec  # over the tiles without masks, and with them
+        for loop in range(2):
             assert report.count("MUFU.EX2", loop) == elements, spec
 
 
