@@ -275,7 +275,7 @@ def test_requirements_list_what_is_imported():
                     used.setdefault(packages.get(module, module), name)
     own = {"common", "methods", "kernels", "conftest", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
     # scipy comes with scikit-learn; kernels/bench.py compares with packages if they are there
-    compared = {"lightly", "memeff", "inf_cl", "cut_cross_entropy", "liger_kernel"}
+    compared = {"lightly", "open_clip", "memeff", "inf_cl", "cut_cross_entropy", "liger_kernel"}
     assert set(used) - set(sys.stdlib_module_names) - own - compared - {"scipy"} <= listed
     assert {"torch", "torchvision", "triton", "pytest"} <= listed
 
