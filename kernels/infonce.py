@@ -46,8 +46,6 @@ finds its gradients along with the loss, as moco_loss does everywhere, and holds
 derivatives only. Measured speed: not run on a GPU.
 """
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, library
@@ -121,9 +119,9 @@ def mean_torch(q, queue, scale):
     lse, mean = q.new_empty(len(q), dtype=math_dtype(q)), q.new_empty(q.shape, dtype=math_dtype(q))
     q, queue = factors(q, queue)
     for rows, s in row_blocks(q, queue):
-        top = s.amax(1, keepdim=True) - math.log(UNIT) / scale
-        total = s.sub_(top).mul_(scale).exp_().sum(1, keepdim=True)  # the greatest number in s is UNIT
-        mean[rows] = product(s, queue) / total
+        top = s.amax(1, keepdim=True)
+        total = s.sub_(top).mul_(scale).exp_().sum(1, keepdim=True)
+        mean[rows] = product(s.mul_(UNIT), queue) / (UNIT * total)
         lse[rows] = (top * scale + total.log())[:, 0]
     return lse, mean
 
@@ -131,10 +129,10 @@ def mean_torch(q, queue, scale):
 def pull_torch(x, y, lse_x, lse_y, scale, wide, first):
     out = x.new_empty(x.shape, dtype=math_dtype(x))
     x, y = factors(x, y)
-    half = 2 if wide else 1
-    wx, wy = torch.exp((math.log(UNIT) - lse_x[:, None]) / half), torch.exp((math.log(UNIT) - lse_y) / half)
+    half = 0.5 if wide else 1.0
+    wx, wy = (UNIT**half * torch.exp(-half * lse) for lse in (lse_x[:, None], lse_y))
     for rows, s in row_blocks(x, y):
-        e = s.mul_(scale / half).exp_()
+        e = s.mul_(half * scale).exp_()
         g = (e * wx[rows]).square_().add_(e.mul_(wy).square_()) if wide else e.mul_(wx[rows] + wy)
         g.diagonal(first + rows.start).fill_(0.0)
         out[rows] = product(g, y)

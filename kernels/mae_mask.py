@@ -263,7 +263,7 @@ def take_backward(ctx, grad):
 def mse_op(pred: Tensor, images: Tensor, mask: Tensor, patch: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss (); dpred (B, L, P) in the dtype of pred, without the factor rest (); that."""
     hidden = mask.sum(dtype=torch.promote_types(pred.dtype, torch.float32))
-    gain, one = 2 / (pred.shape[2] * hidden), torch.ones_like(hidden)
+    gain, one = 2 / pred.shape[2] * (1 / hidden), torch.ones_like(hidden)
     gain, rest = (one, gain) if pred.dtype == torch.float16 else (gain, one)
     if use_kernel(pred):
         (B, L, P), (H, W), block, pred = pred.shape, images.shape[2:], triton.next_power_of_2(pred.shape[2]), dense(pred)

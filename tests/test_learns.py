@@ -47,12 +47,15 @@ def test_short_run_learns_and_a_constant_loss_does_not(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, lead", [("simclr", 5.0), ("rotnet", 0.0)])
-def test_the_quick_start_is_worth_its_three_minutes(program, tmp_path, method, lead):
-    """The default command, on all cores: kNN and linear accuracy above raw pixels and the untrained network, SimCLR's linear
-    accuracy by 5 points."""
+@pytest.mark.parametrize("method, lead, untrained", [("simclr", 4.0, True), ("rotnet", 0.0, False)])
+def test_the_quick_start_is_worth_its_three_minutes(program, tmp_path, method, lead, untrained):
+    """The default command, on all cores: kNN above raw pixels and the untrained network; linear accuracy above raw pixels, and
+    SimCLR's by 4 points above both. With other rounding the same seed differs by up to 2 points: SimCLR leads by 6.3 on the
+    average, with a standard deviation of 0.7; RotNet's lead over its untrained network, 2.7, shows in three seeds' means only,
+    which test_repo compares."""
     program(f"methods/{method}.py", "--out", tmp_path / "run", OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
     result = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     for baseline in ("pixels", "random_init"):
         assert result["evaluation"]["knn20"] > result[baseline]["knn20"]
-        assert result["evaluation"]["linear"] > result[baseline]["linear"] + lead
+        if untrained or baseline == "pixels":
+            assert result["evaluation"]["linear"] > result[baseline]["linear"] + lead
