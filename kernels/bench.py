@@ -7,7 +7,7 @@ table the last row counts. What has no row reads "not run". On a GPU ours and pl
 packages, then torch.compile, and its "max-autotune" for the first size of each function; in each stage the first sizes first.
 
 Time    milliseconds of the value (forward) and of value and gradient (both); backward is their difference. GPU: the median of
-        triton.testing.do_bench, which empties the L2 cache before each call. CPU: the least of 5 calls, in which the
+        triton.testing.do_bench, which empties the L2 cache before each call. CPU: the least of 15 calls, in which the
         implementations take turns, so that other programs disturb all alike.
 Rate    work / time, of both where there is a gradient. The work is one number for all implementations of a case:
             simclr_loss    6 M^2 D FLOPs, M = 2 N: logits; in the backward logits again, and their weights times z
@@ -405,7 +405,7 @@ def measure(case, ways, device, peaks):
     except torch.OutOfMemoryError as error:  # without these nothing can be measured
         return [row | {"error": reason(error)} for row in rows.values()]
     torch.cuda.empty_cache()  # or else what fp64 needed is left in pieces
-    for turn, (who, way) in itertools.product(range(1 if device.type == "cuda" else 5), ways.items()):
+    for turn, (who, way) in itertools.product(range(1 if device.type == "cuda" else 15), ways.items()):
         row = rows[who]
         if "error" in row:
             continue
