@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from aot import SHARED_LIMIT, Spec, compile_ahead
 from torch import library
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import infonce, path
@@ -129,6 +130,20 @@ def test_pytorch_path_of_16_bits(monkeypatch, loss, tau, dtype, cublas):
         # of the gradient; with cublas of the probabilities, in sums that are at most 1 / (tau n), or 1 for the scale
         step = torch.finfo(dtype).eps * (2 / (tau * 13) if x.ndim else 2) * (1 if cublas else 0)
         assert (f - e).abs().max() <= torch.finfo(x.dtype).eps * e.abs().max() + step + 4 * 2**-23 / tau**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_types_of_the_pytorch_path_on_a_gpu(dtype):
+    """With fake tensors, which are only checked, as if a GPU were there: cuBLAS's operator takes them, and sums in float32."""
+    with FakeTensorMode():
+        x, y = (torch.empty(n, 512, dtype=dtype, device="cuda") for n in (300, 900))
+        scale, products = torch.full((), 10.0, device="cuda"), [product for _, product in infonce.row_blocks(x, y)]
+        assert {(p.dtype, p.device.type) for p in products} == {(torch.float32, "cuda")}
+        for wide in (False, True):
+            lse_x, lse_y = infonce.lse_torch(x, y, scale, wide, 0), infonce.lse_torch(y, x, scale, wide, 900)
+            pull = infonce.pull_torch(x, y, lse_x, lse_y, scale, wide, 0)
+            assert (lse_x.dtype, pull.dtype, pull.shape, pull.device.type) == (torch.float32, torch.float32, x.shape, "cuda")
+        assert [out.dtype for out in infonce.mean_torch(x, y, scale)] == [torch.float32] * 2
 
 
 class LargestTensor(TorchDispatchMode):
