@@ -1,10 +1,16 @@
-"""Fused kernels: InfoNCE (infonce.py), Sinkhorn (sinkhorn.py) and MAE masking (mae_mask.py). Each file is complete by itself:
-formulas, a PyTorch reference, the Triton kernels and the functions to call. bench.py measures them."""
+"""Fused kernels: InfoNCE (infonce.py), Sinkhorn (sinkhorn.py) and MAE masking (mae_mask.py).
+
+Each file is complete by itself: formulas, a PyTorch reference, the Triton kernels and the functions
+to call. bench.py measures them.
+
+To learn Triton read masking_kernel (mae_mask.py), then rows_kernel (sinkhorn.py), then
+lse_kernel_simple (infonce.py), then lse_kernel (infonce.py).
+"""
 
 
-def path(device, width=0):
-    """Which implementation runs for tensors on this torch.device, in words, for a training script to print. width: columns of
-    the embeddings that InfoNCE is given."""
+def implementation(device, width=0):
+    """Which implementation runs for tensors on this torch.device, in words, for a training script
+    to print. width: the number of columns of the embeddings that InfoNCE is given."""
     if device.type != "cuda":
         return "PyTorch path (Triton kernels need a CUDA device)"
     if width > 256:

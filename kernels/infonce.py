@@ -1,49 +1,80 @@
 """InfoNCE without the matrix of logits, for the three shapes it has in self-supervised learning.
-van den Oord, Li, Vinyals 2018 (CPC), https://arxiv.org/abs/1807.03748, Eq. 4; Chen et al. 2020 (SimCLR), Eq. 1,
-https://arxiv.org/abs/2002.05709; Radford et al. 2021 (CLIP), figure 3, https://arxiv.org/abs/2103.00020; He et al. 2020
-(MoCo), Eq. 1, https://arxiv.org/abs/1911.05722
 
-    simclr_loss(z1, z2, temperature, group)     2N anchors, each against the 2N - 1 others; its other view is the positive
-    clip_loss(x, y, scale, group)               x against all y and y against all x, averaged; scale may be learned
-    moco_loss(q, k, queue, temperature)         each q against its own k and the whole queue; only q gets a gradient
+van den Oord, Li, Vinyals 2018 (CPC), Eq. 4: https://arxiv.org/abs/1807.03748
+Chen et al. 2020 (SimCLR), Eq. 1: https://arxiv.org/abs/2002.05709
+Radford et al. 2021 (CLIP), Figure 3: https://arxiv.org/abs/2103.00020
+He et al. 2020 (MoCo), Eq. 1: https://arxiv.org/abs/1911.05722
 
-Notation. x (R, D) this process's anchors, y (C, D) the candidates of all processes, rows of length 1; a = scale = 1 /
-temperature; s_ij = x_i . y_j; t (R, D) the positives. SimCLR's anchor i meets itself in column first + i, the others nowhere.
+    simclr_loss(z1, z2, temperature, group)   2N anchors, each against the 2N - 1 others; the
+                                              positive is the other view of the same image
+    clip_loss(x, y, scale, group)             each x against all y and each y against all x,
+                                              averaged; the scale may be learned
+    moco_loss(q, k, queue, temperature)       each q against its own k and the whole queue;
+                                              only q gets a gradient
 
-    lse_i = log sum over j != self of exp(a s_ij)       p_ij = exp(a s_ij - lse_i)       L = mean over i of lse_i - a x_i . t_i
+Notation. x (R, D) are the anchors of this process, y (C, D) the candidates of all processes; every
+row has length 1. a = scale = 1 / temperature, s_ij = x_i . y_j, and t (R, D) are the positives.
+In SimCLR anchor i is itself candidate first + i, which must be masked; in CLIP and MoCo no anchor
+is among the candidates.
 
-Forward, as plain loops over tiles of the logits that never leave the chip:
+    lse_i = log sum over j != self of exp(a s_ij)          L = mean over i of lse_i - a x_i . t_i
+    p_ij = exp(a s_ij - lse_i)
 
-    for a block of rows i:  m = -inf, l = 0
-        for a block of columns j:  s = a x_i y_j^T;  new = max(m, max s);  l = l exp(m - new) + sum exp(s - new);  m = new
-    lse_i = m + log l
-where a <= 43, exp(a s) neither overflows nor vanishes for |s| <= 1, and the maximum is left out. Elsewhere the kernel rounds
-it to a whole power of two, so that exp(m - new) only shifts bits and each logit costs one power. MoCo keeps one more sum,
-o_i = sum_j p_ij y_j: it is the gradient already, so that the queue is read once.
+Forward, as plain loops over tiles of the logits, which never leave the chip. The kernels below
+number their steps in the same way; lse_kernel_simple is these lines, lse_kernel the fast form.
 
-Backward. An anchor is also a candidate of others. Row i of the gradient of the GLOBAL mean takes both parts, and needs no more
-than this process's rows and the lse of all: no atomic additions, no communication. For SimCLR, where s is symmetric, and CLIP,
-where the second lse is that of the other direction (and w = 1 / 2, else 1):
+    for each block of rows i:
+        top = -inf, total = 0
+        for each block of columns j:
+            1. s = a x_i y_j^T
+            2. new = max(top, max of s)
+            3. total = total exp(top - new) + sum of exp(s - new);  top = new
+        4. lse_i = top + log(total)
 
-    dL/dx_i = w a / R [sum_j (exp(a s_ij - lse_i) + exp(a s_ij - lse_j)) y_j - 2 t_i]        dL/da = sum_i x_i . dL/dx_i / (2 a)
-One power gives both terms: e = exp(a s), times (exp(-lse_i) + exp(-lse_j)); where a > 43, e = exp(a s / 2), and the squares of
-e exp(-lse_i / 2) and e exp(-lse_j / 2). The last equation holds because L depends on a and x, y by the products a s_ij alone.
+Where a <= 43, exp(a s) neither overflows nor vanishes for |s| <= 1, and the fast kernel needs no
+maximum. Above, it rounds the maximum of log2(e) a s to a whole number. Then exp(top - new) only
+shifts bits, and each logit costs one power. MoCo keeps one more sum, o_i = sum_j p_ij y_j. It is
+already the gradient, so the queue is read only once.
 
-Why fused: bytes moved for M = 2N = 8192, D = 128, counted, not measured. Plain PyTorch reads or writes an (M, M) float32 matrix
-about 12 times, 3.2 GB; here each block of rows reads all candidates, 2 MB, which stay in the cache. FLOPs: 6 M^2 D in both.
+Backward. An anchor is also a candidate of other anchors. Row i of the gradient of the GLOBAL mean
+has both parts, and needs only the rows of this process and the lse of all processes: no atomic
+additions, no communication. In SimCLR s is symmetric; in CLIP lse_j is that of the other direction.
 
-Distributed contract. Each process holds equally many rows. Gathered: the embeddings and the lse, (C, D) and (C,) numbers. The
-value is the mean over this process's anchors; the gradients are such that the AVERAGE over processes, which
-DistributedDataParallel takes, is the gradient of the global mean loss, for every parameter and the scale. Who sums gradients
-instead must divide by the number of processes. The order of the candidates is that of the processes, z1 before z2 in each.
+    dL/dx_i = w a / R [sum_j (exp(a s_ij - lse_i) + exp(a s_ij - lse_j)) y_j - 2 t_i]
+    dL/da = sum_i x_i . dL/dx_i / (2 a)                              w = 1/2 in CLIP, 1 in SimCLR
 
-Limits. Rows must have length 1, processes equally many rows, a <= 170: checked under torch.autograd.set_detect_anomaly, not
-else. Kernels: float16 and bfloat16 on CUDA, D up to 256, float32 sums. Float16 has TF32's digits and unit rows fit its range:
-prefer it to bfloat16. Everything else takes the PyTorch path, which works through blocks of rows, in float32 (float64 for
-float64); on CUDA its products of float16 and bfloat16 are cuBLAS's, summed in float32. On a CPU, clip_loss on one process
-finds its gradients along with the loss, as moco_loss does everywhere, and holds three blocks; calling operators takes about
-0.1 ms there, which shows below some 200 rows. Deterministic: no atomics, sums in a fixed order. First
-derivatives only. Measured speed: not run on a GPU.
+    for each block of rows i:
+        sums = 0
+        for each block of columns j:
+            1. s = x_i y_j^T
+            2. e = exp(a s);  g = e exp(-lse_i) + e exp(-lse_j)
+            3. sums = sums + g y_j
+
+One power per logit gives both terms of g. Where a > 43, e is exp(a s / 2), and g is the sum of the
+squares of e exp(-lse_i / 2) and e exp(-lse_j / 2). The formula for dL/da holds because L depends on
+a, x and y only through the products a s_ij.
+
+Why fused. Bytes for M = 2N = 8192 and D = 128, counted, not measured: plain PyTorch reads or writes
+a float32 matrix (M, M) about 12 times, 3.2 GB. Here each block of rows reads all candidates, 2 MB,
+which stay in the cache. Both need 6 M^2 D FLOPs.
+
+Distributed contract. Every process holds the same number of rows. The embeddings (C, D) and the lse
+(C,) are gathered. The value is the mean over the anchors of this process. The AVERAGE of the
+gradients over the processes, which DistributedDataParallel takes, is the gradient of the global
+mean loss, for every parameter and for the scale. If you sum gradients instead of averaging them,
+divide by the number of processes. Candidates are ordered by process, z1 before z2 in each.
+
+Limits. Rows have length 1, a <= 170, and all processes hold equally many rows. The length is
+checked, see require_unit_rows. A scale that is a tensor, MoCo's queue and the numbers of rows on
+other processes are checked only under torch.autograd.set_detect_anomaly. First derivatives only.
+Deterministic: no atomics, sums in a fixed order. Measured speed: not run on a GPU.
+
+The kernels are for float16 and bfloat16 on CUDA, D up to 256, and sum in float32. Prefer float16:
+unit rows fit its range, and it has as many digits as TF32. Everything else takes the PyTorch path,
+which goes through blocks of rows in float32 (in float64 for float64); on CUDA its products of
+float16 and bfloat16 are those of cuBLAS, summed in float32. moco_loss computes its gradients along
+with the loss; on a CPU with one process clip_loss does so too, and holds three blocks. Calling
+operators takes about 0.1 ms on a CPU, which is noticeable below about 200 rows.
 """
 
 import torch
@@ -57,245 +88,540 @@ except ImportError:  # no Triton for this machine: the PyTorch path runs everywh
     triton = None
 
 LOG2E = 1.4426950408889634  # exp(x) = 2^(x LOG2E): powers of 2 are one instruction on a GPU
-NARROW = 43.0  # the largest scale for which exp(scale s) needs no maximum in float32: 2 x 43 x LOG2E < 126
-WIDEST = 170.0  # the same for exp(scale s / 2)
-# Tiles for D up to 128, and up to 256: as large as fits the registers, and so small that two programs share a processor.
-LSE_TILES = [dict(BM=64, BN=128, num_warps=4, num_stages=3), dict(BM=128, BN=128, num_warps=8, num_stages=2)]
-MEAN_TILES = [dict(BM=64, BN=128, num_warps=4, num_stages=3), dict(BM=64, BN=64, num_warps=4, num_stages=2)]
-PULL_TILES = [dict(BM=64, BN=128, num_warps=4, num_stages=2), dict(BM=64, BN=64, num_warps=4, num_stages=2)]
-UNIT = 1024.0  # probabilities are multiplied by it before they become float16, or 1 / 65536 would lose its digits
+MAX_SCALE_PLAIN = 43.0  # up to it exp(scale s) needs no maximum in float32: 2 x 43 x LOG2E < 126
+MAX_SCALE = 170.0  # up to it the same holds for exp(scale s / 2)
+UNIT_TOLERANCE = 0.02  # F.normalize in bfloat16 changes the length of a row by up to 0.01
+NOT_UNIT = "InfoNCE needs rows of length 1: normalise first, F.normalize(z, dim=1)"
+
+# Probabilities are multiplied by it before they become float16, or 1 / 65536 would lose its digits.
+FP16_GAIN = 1024.0
+
+# Tiles for D up to 128, and for D up to 256: as large as registers allow while two programs still
+# fit on one multiprocessor.
+LSE_TILES = [
+    dict(BM=64, BN=128, num_warps=4, num_stages=3),
+    dict(BM=128, BN=128, num_warps=8, num_stages=2),
+]
+MEAN_TILES = [
+    dict(BM=64, BN=128, num_warps=4, num_stages=3),
+    dict(BM=64, BN=64, num_warps=4, num_stages=2),
+]
+GRAD_TILES = [
+    dict(BM=64, BN=128, num_warps=4, num_stages=2),
+    dict(BM=64, BN=64, num_warps=4, num_stages=2),
+]
+SIMPLE_TILES = dict(BM=64, BN=64, num_warps=4, num_stages=2)
 
 
-# The specifications, for one process.
+# -------- 1. The specifications, for one process --------------------------------------------------
+
 
 def simclr_reference(z1, z2, temperature):
+    """SimCLR Eq. 1, averaged over the 2N anchors. z1, z2: (N, D)."""
     z = torch.cat([z1, z2])  # (2N, D)
-    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
-    return (logits.logsumexp(1) - (z * torch.cat([z2, z1])).sum(1) / temperature).mean()
+    positive = (z * torch.cat([z2, z1])).sum(1) / temperature  # (2N,)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N)
+    return (logits.logsumexp(1) - positive).mean()
 
 
 def clip_reference(x, y, scale):
+    """CLIP, Figure 3. x, y: (N, D)."""
     logits = scale * x @ y.T  # (N, N)
-    return (logits.logsumexp(1) / 2 + logits.logsumexp(0) / 2 - logits.diagonal()).mean()
+    lse = logits.logsumexp(1) / 2 + logits.logsumexp(0) / 2  # (N,)
+    return (lse - logits.diagonal()).mean()
 
 
 def moco_reference(q, k, queue, temperature):
-    candidates = torch.cat([(q * k.detach()).sum(1, keepdim=True), q @ queue.detach().T], 1) / temperature  # (n, 1 + K)
-    return (candidates.logsumexp(1) - candidates[:, 0]).mean()
+    """MoCo Eq. 1. q, k: (n, D); queue: (K, D)."""
+    positive = (q * k.detach()).sum(1, keepdim=True)  # (n, 1)
+    negatives = q @ queue.detach().T  # (n, K)
+    logits = torch.cat([positive, negatives], 1) / temperature  # (n, 1 + K)
+    return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
-# The PyTorch path: a block of rows at a time.
+# -------- 2. The PyTorch path: one block of rows at a time ----------------------------------------
+
+
+def math_dtype(*tensors):
+    """The dtype of sums and losses."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
 
 def factors(*rows):
-    """float16 and bfloat16 stay what they are on a GPU, for its tensor cores, and become float32 elsewhere."""
+    """float16 and bfloat16 stay what they are on a GPU, for its tensor cores; on a CPU they become
+    float32."""
     return [x if x.is_cuda else x.to(math_dtype(x)) for x in rows]
 
 
 def product(a, b):
-    """a @ b, summed in float32 or more."""
+    """a @ b, summed in float32 or float64."""
     if b.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     return a @ b
 
 
+def rows_per_block(x, y):
+    """So many rows that their logits take 2 MB (256 MB on a GPU), for any number of candidates."""
+    return max(1, 2 ** (26 if x.is_cuda else 19) // len(y))
+
+
 def row_blocks(x, y):
-    """(slice of rows, logits without scale) of blocks that hold 2 MB (on a GPU 256 MB), whatever the number of candidates."""
-    step = max(1, 2 ** (26 if x.is_cuda else 19) // len(y))
+    """Yields (slice of rows, their products x y^T, without scale), block by block."""
+    step = rows_per_block(x, y)
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         yield rows, product(x[rows], y.T)
 
 
-def lse_torch(x, y, scale, wide, first):
-    out = x.new_empty(len(x), dtype=math_dtype(x))
-    for rows, s in row_blocks(*factors(x, y)):
+def lse_torch(x, y, scale, large_scale, first):
+    """The PyTorch form of lse_op."""
+    lse = x.new_empty(len(x), dtype=math_dtype(x))
+    x, y = factors(x, y)
+    for rows, s in row_blocks(x, y):
         s *= scale
-        s.diagonal(first + rows.start).fill_(-torch.inf)  # where an anchor meets itself; empty beyond the columns
-        out[rows] = s.logsumexp(1) if wide else s.exp_().sum(1).log_()
-    return out
+        # where an anchor meets itself; this diagonal is empty if it lies beyond the columns
+        s.diagonal(first + rows.start).fill_(-torch.inf)
+        if large_scale:
+            lse[rows] = s.logsumexp(1)
+        else:
+            lse[rows] = s.exp_().sum(1).log_()
+    return lse
 
 
 def mean_torch(q, queue, scale):
-    lse, mean = q.new_empty(len(q), dtype=math_dtype(q)), q.new_empty(q.shape, dtype=math_dtype(q))
+    """The PyTorch form of lse_and_mean."""
+    lse = q.new_empty(len(q), dtype=math_dtype(q))
+    mean = q.new_empty(q.shape, dtype=math_dtype(q))
     q, queue = factors(q, queue)
     for rows, s in row_blocks(q, queue):
         top = s.amax(1, keepdim=True)
         total = s.sub_(top).mul_(scale).exp_().sum(1, keepdim=True)
-        mean[rows] = product(s.mul_(UNIT), queue) / (UNIT * total)
+        mean[rows] = product(s.mul_(FP16_GAIN), queue) / (FP16_GAIN * total)
         lse[rows] = (top * scale + total.log())[:, 0]
     return lse, mean
 
 
-def pull_torch(x, y, lse_x, lse_y, scale, wide, first):
+def grad_weights(lse, large_scale):
+    """FP16_GAIN exp(-lse), or the square root of it."""
+    half = 0.5 if large_scale else 1.0
+    return FP16_GAIN**half * torch.exp(-half * lse)
+
+
+def grad_torch(x, y, lse_x, lse_y, scale, large_scale, first):
+    """The PyTorch form of grad_op."""
     out = x.new_empty(x.shape, dtype=math_dtype(x))
     x, y = factors(x, y)
-    half = 0.5 if wide else 1.0
-    wx, wy = (UNIT**half * torch.exp(-half * lse) for lse in (lse_x[:, None], lse_y))
+    wx = grad_weights(lse_x[:, None], large_scale)  # (R, 1)
+    wy = grad_weights(lse_y, large_scale)  # (C,)
+    half = 0.5 if large_scale else 1.0
+
     for rows, s in row_blocks(x, y):
         e = s.mul_(half * scale).exp_()
-        g = (e * wx[rows]).square_().add_(e.mul_(wy).square_()) if wide else e.mul_(wx[rows] + wy)
+        if large_scale:
+            g = (e * wx[rows]).square_()
+            g.add_(e.mul_(wy).square_())
+        else:
+            g = e.mul_(wx[rows] + wy)
         g.diagonal(first + rows.start).fill_(0.0)
         out[rows] = product(g, y)
-    return out.div_(UNIT)
+    return out.div_(FP16_GAIN)
 
+
+# -------- 3. The kernels --------------------------------------------------------------------------
 
 if triton is not None:
-    TO2 = tl.constexpr(LOG2E)
-    GAIN = tl.constexpr(UNIT)
-    ROUND = tl.constexpr(1.5 * 2**23)  # x + ROUND has no binary digits left behind the point, so that it holds x rounded
+    # Kernels may use numbers from outside only in this form.
+    TL_LOG2E = tl.constexpr(LOG2E)
+    TL_FP16_GAIN = tl.constexpr(FP16_GAIN)
+    # In float32, x + ROUND has no binary digits left behind the point: it holds x, rounded.
+    ROUND = tl.constexpr(1.5 * 2**23)
 
     @triton.jit
-    def span(C, per, own, BM: tl.constexpr, BN: tl.constexpr):
-        """The tiles of columns [low, high) of this program's split; those of the diagonal are [a, b), and the last one may be
-        ragged: it and they need masks. own: the column in which the first row meets itself."""
-        low = tl.program_id(1) * per
-        high = tl.minimum(low + per, tl.cdiv(C, BN))
-        a = tl.minimum(tl.maximum(own // BN, low), high - 1)
-        b = tl.minimum(tl.maximum((own + BM - 1) // BN + 1, a), high - 1)
-        return low, a, b, high
+    def addresses(ptr, row, D: tl.constexpr):
+        """Where the rows `row` (n,) of a matrix with D columns lie in memory -> (n, D)."""
+        # Row r of the matrix follows row r - 1 in memory, so that element (r, d) lies r * D + d
+        # elements after the first one. row[:, None] is a column of n row numbers, d[None, :] a row
+        # of D column numbers, and their sum is an (n, D) block of such distances. int64, because
+        # r * D exceeds 2^31 in a matrix of 17 million rows and 128 columns.
+        d = tl.arange(0, D)
+        return ptr + row[:, None].to(tl.int64) * D + d[None, :]
 
     @triton.jit
-    def tile(x, y, n, itself, C, low, a, b, high, D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr):
-        """-> of the n-th tile with masks, or without: its columns (BN,), candidates (BN, D), products with x (BM, BN), and
-        where these count."""
-        j = tl.where(n < b - a, a + n, high - 1) if MASKED else tl.where(n < a - low, low + n, b + n - (a - low))
-        column = j * BN + tl.arange(0, BN)
-        at = y + column[:, None].to(tl.int64) * D + tl.arange(0, D)[None, :]
-        yj = tl.load(at, mask=column[:, None] < C, other=0.0) if MASKED else tl.load(at)
-        counts = (column[None, :] != itself[:, None]) & (column[None, :] < C)
-        return column, yj, tl.dot(x, tl.trans(yj), input_precision="ieee"), counts
+    def lse_kernel_simple(
+        x_ptr, y_ptr, scale_ptr, lse_ptr, R, C, first,
+        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ):
+        """Version 1 of lse_kernel, to be read first: the plain loops of "Forward" above.
+
+        Reads x (R, D), y (C, D) and scale (); writes lse (R,). A program owns BM rows of x and goes
+        through all of y, BN rows at a time.
+        """
+        # The last program may have rows beyond the end: they are read as 0 and never written.
+        row = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
+        x_at = addresses(x_ptr, row, D)  # (BM, D)
+        x = tl.load(x_at, mask=row[:, None] < R, other=0.0)
+        scale = tl.load(scale_ptr)
+
+        # Not -inf: for a row that has no candidate at all, top - new would be inf - inf.
+        top = tl.full((BM,), -1e30, tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+
+        for start in range(0, C, BN):
+            column = start + tl.arange(0, BN)  # (BN,)
+            y_at = addresses(y_ptr, column, D)  # (BN, D)
+            y = tl.load(y_at, mask=column[:, None] < C, other=0.0)
+
+            # 1. the logits of this tile; what does not count becomes -inf, and exp(-inf) = 0
+            s = scale * tl.dot(x, tl.trans(y), input_precision="ieee")  # (BM, BN)
+            others = column[None, :] != first + row[:, None]
+            counts = others & (column[None, :] < C)
+            s = tl.where(counts, s, -float("inf"))
+
+            # 2. the largest logit of each row so far
+            new = tl.maximum(top, tl.max(s, 1))
+
+            # 3. rescale the old sum to the new maximum, add the powers of this tile
+            e = tl.exp(s - new[:, None])
+            total = total * tl.exp(top - new) + tl.sum(e, 1)
+            top = new
+
+        # 4. undo the shift
+        tl.store(lse_ptr + row, top + tl.log(total), mask=row < R)
+
+    # What the fast kernels do beyond version 1:
+    # - The columns are split among several programs, for otherwise a few rows against many columns
+    #   would leave most of the GPU idle. PyTorch then combines the results of the splits.
+    # - Only the tiles that need masks have them: those of the diagonal, and the last tile.
+    # - Powers of 2 instead of e.
 
     @triton.jit
-    def lse_kernel(x, y, scale, lse, mean, R, C, first, per, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   WIDE: tl.constexpr, MEAN: tl.constexpr):
-        """x (R, D), y (C, D), scale () read; lse (splits, R), and if MEAN mean (splits, R, D), written. A program owns BM rows
-        and `per` tiles of BN columns."""
-        row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
-        low, a, b, high = span(C, per, first + tl.program_id(0) * BM, BM, BN)
-        xi = tl.load(x + row[:, None].to(tl.int64) * D + d[None, :], mask=row[:, None] < R, other=0.0)
-        scale2 = tl.load(scale) * TO2
-        top, total = tl.full((BM,), ROUND - 1024, tl.float32), tl.zeros((BM,), tl.float32)
+    def split_of_columns(C, per_split, own, BM: tl.constexpr, BN: tl.constexpr):
+        """The tiles of BN columns that this program goes through, [low, high). Those in which its
+        rows meet themselves are [own_low, own_high). They and the last tile, which may be ragged,
+        need masks. own: the column in which the first of the BM rows meets itself."""
+        low = tl.program_id(1) * per_split
+        high = tl.minimum(low + per_split, tl.cdiv(C, BN))
+        own_low = tl.minimum(tl.maximum(own // BN, low), high - 1)
+        own_end = (own + BM - 1) // BN + 1
+        own_high = tl.minimum(tl.maximum(own_end, own_low), high - 1)
+
+        plain_tiles = own_low - low + high - 1 - own_high
+        masked_tiles = own_high - own_low + 1
+        return low, own_low, own_high, high, plain_tiles, masked_tiles
+
+    @triton.jit
+    def tile_index(n, low, own_low, own_high, high, MASKED: tl.constexpr):
+        """The n-th tile with masks, or the n-th without."""
+        if MASKED:  # those of the diagonal, [own_low, own_high), then the last one
+            j = tl.where(n < own_high - own_low, own_low + n, high - 1)
+        else:  # all others: [low, own_low), then [own_high, high - 1)
+            j = low + n
+            j = tl.where(j < own_low, j, j + (own_high - own_low))
+        return j
+
+    @triton.jit
+    def load_tile(y_ptr, column, C, D: tl.constexpr, MASKED: tl.constexpr):
+        """The candidates `column` (BN,) -> (BN, D)."""
+        at = addresses(y_ptr, column, D)
+        if MASKED:
+            y = tl.load(at, mask=column[:, None] < C, other=0.0)
+        else:
+            y = tl.load(at)
+        return y
+
+    @triton.jit
+    def shrink_factor(top, new):
+        """2^(top - new) of whole numbers, both stored with ROUND added.
+
+        The last bits of such a float count in steps of 1, like those of an integer. The difference
+        of the bit patterns is therefore top - new. A float32 keeps its exponent, plus 127, above 23
+        other bits, so shifting puts it in place: no power is computed.
+        """
+        top_bits = top.to(tl.int32, bitcast=True)
+        new_bits = new.to(tl.int32, bitcast=True)
+        bits = tl.maximum(top_bits - new_bits + 127, 0) << 23
+        return bits.to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def lse_kernel(
+        x_ptr, y_ptr, scale_ptr, lse_ptr, mean_ptr, R, C, first, per_split,
+        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        LARGE_SCALE: tl.constexpr, MEAN: tl.constexpr,
+    ):
+        """lse_i, and with MEAN also sum_j p_ij y_j, over the columns of each split.
+
+        Reads x (R, D), y (C, D) and scale (); writes lse (splits, R) and mean (splits, R, D). A
+        program owns BM rows and `per_split` tiles of BN columns.
+        """
+        # The rows and the tiles of this program.
+        row = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
+        own = first + tl.program_id(0) * BM
+        low, own_low, own_high, high, plain_tiles, masked_tiles = split_of_columns(
+            C, per_split, own, BM, BN
+        )
+        x_at = addresses(x_ptr, row, D)  # (BM, D)
+        x = tl.load(x_at, mask=row[:, None] < R, other=0.0)
+        scale2 = tl.load(scale_ptr) * TL_LOG2E  # exp(scale s) = 2^(scale2 s)
+
+        top = tl.full((BM,), ROUND - 1024, tl.float32)  # the maximum so far, rounded, plus ROUND
+        total = tl.zeros((BM,), tl.float32)
         sums = tl.zeros((BM, D if MEAN else 1), tl.float32)
+
+        # Two loops, made when the kernel is compiled: the tiles without masks, then the others.
         for MASKED in tl.static_range(2):
-            for n in range(0, b - a + 1 if MASKED else a - low + high - 1 - b):
-                column, yj, s, counts = tile(xi, y, n, first + row, C, low, a, b, high, D, BN, MASKED)
-                s = tl.where(counts, s * scale2, -float("inf")) if MASKED else s * scale2
-                if WIDE:
+            for n in range(masked_tiles if MASKED else plain_tiles):
+                j = tile_index(n, low, own_low, own_high, high, MASKED)
+                column = j * BN + tl.arange(0, BN)  # (BN,)
+                y = load_tile(y_ptr, column, C, D, MASKED)  # (BN, D)
+
+                # an anchor never meets itself (unused without masks, and then not compiled)
+                others = column[None, :] != first + row[:, None]
+                counts = others & (column[None, :] < C)  # (BM, BN)
+
+                # 1. the logits of this tile, for powers of 2
+                s = tl.dot(x, tl.trans(y), input_precision="ieee") * scale2  # (BM, BN)
+                if MASKED:
+                    s = tl.where(counts, s, -float("inf"))
+
+                if LARGE_SCALE:
+                    # 2. the new maximum, rounded to a whole number
                     new = tl.maximum(top, tl.max(s, 1) + ROUND)
-                    # 2^(top - new), an integer power: its bits are made by shifting, which leaves one exp2 for each logit
-                    shrink = tl.maximum(top.to(tl.int32, bitcast=True) - new.to(tl.int32, bitcast=True) + 127, 0) << 23
-                    shrink = shrink.to(tl.float32, bitcast=True)
+
+                    # 3. rescale the old sums to the new maximum, add the powers of this tile
+                    shrink = shrink_factor(top, new)
                     e = tl.exp2(s - (new - ROUND)[:, None])
                     total = total * shrink + tl.sum(e, 1)
                     if MEAN:
-                        sums = tl.dot((e * GAIN).to(yj.dtype), yj, sums * shrink[:, None], input_precision="ieee")
+                        p = (e * TL_FP16_GAIN).to(y.dtype)
+                        sums = tl.dot(p, y, sums * shrink[:, None], input_precision="ieee")
                     top = new
                 else:
+                    # 2. and 3. without a maximum
                     total += tl.sum(tl.exp2(s), 1)
-        out = tl.program_id(1) * R + row
-        tl.store(lse + out, ((top - ROUND if WIDE else 0.0) + tl.log2(total)) / TO2, mask=row < R)
+
+        # 4. undo the shift, and go back from powers of 2 to powers of e
+        lse2 = tl.log2(total)
+        if LARGE_SCALE:
+            lse2 = (top - ROUND) + lse2
+        out = tl.program_id(1) * R + row  # rows of (splits x R)
+        tl.store(lse_ptr + out, lse2 / TL_LOG2E, mask=row < R)
         if MEAN:
-            tl.store(mean + out[:, None].to(tl.int64) * D + d[None, :], sums / (total * GAIN)[:, None], mask=row[:, None] < R)
+            mean = sums / (total * TL_FP16_GAIN)[:, None]
+            tl.store(addresses(mean_ptr, out, D), mean, mask=row[:, None] < R)
 
     @triton.jit
-    def pull_kernel(x, y, wx, wy, scale, out, R, C, first, per, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                    WIDE: tl.constexpr):
-        """x (R, D), y (C, D), scale () read, and wx (R,), wy (C,): UNIT exp(-lse), or the square root of that if WIDE. Written:
-        out (splits, R, D), UNIT sum_j (exp(a s_ij - lse_i) + exp(a s_ij - lse_j)) y_j over the columns of the split."""
-        row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
-        low, a, b, high = span(C, per, first + tl.program_id(0) * BM, BM, BN)
-        xi = tl.load(x + row[:, None].to(tl.int64) * D + d[None, :], mask=row[:, None] < R, other=0.0)
-        wi = tl.load(wx + row, mask=row < R, other=0.0)[:, None]
-        scale2 = tl.load(scale) * (TO2 / 2 if WIDE else TO2)
+    def grad_kernel(
+        x_ptr, y_ptr, wx_ptr, wy_ptr, scale_ptr, out_ptr, R, C, first, per_split,
+        D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LARGE_SCALE: tl.constexpr,
+    ):
+        """FP16_GAIN sum_j (exp(a s_ij - lse_i) + exp(a s_ij - lse_j)) y_j over the columns of each
+        split: the plain loops of "Backward" above.
+
+        Reads x (R, D), y (C, D), scale (), and wx (R,), wy (C,): FP16_GAIN exp(-lse), or its square
+        root if LARGE_SCALE. Writes out (splits, R, D).
+        """
+        # The rows and the tiles of this program.
+        row = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
+        own = first + tl.program_id(0) * BM
+        low, own_low, own_high, high, plain_tiles, masked_tiles = split_of_columns(
+            C, per_split, own, BM, BN
+        )
+        x_at = addresses(x_ptr, row, D)  # (BM, D)
+        x = tl.load(x_at, mask=row[:, None] < R, other=0.0)
+        wi = tl.load(wx_ptr + row, mask=row < R, other=0.0)[:, None]  # (BM, 1)
+        scale2 = tl.load(scale_ptr) * (TL_LOG2E / 2 if LARGE_SCALE else TL_LOG2E)
         sums = tl.zeros((BM, D), tl.float32)
+
+        # Two loops, made when the kernel is compiled: the tiles without masks, then the others.
         for MASKED in tl.static_range(2):
-            for n in range(0, b - a + 1 if MASKED else a - low + high - 1 - b):
-                column, yj, s, counts = tile(xi, y, n, first + row, C, low, a, b, high, D, BN, MASKED)
-                wj = (tl.load(wy + column, mask=column < C, other=0.0) if MASKED else tl.load(wy + column))[None, :]
+            for n in range(masked_tiles if MASKED else plain_tiles):
+                j = tile_index(n, low, own_low, own_high, high, MASKED)
+                column = j * BN + tl.arange(0, BN)  # (BN,)
+                y = load_tile(y_ptr, column, C, D, MASKED)  # (BN, D)
+
+                # an anchor never meets itself (unused without masks, and then not compiled)
+                others = column[None, :] != first + row[:, None]
+                counts = others & (column[None, :] < C)  # (BM, BN)
+
+                # 1. the cosines of this tile
+                s = tl.dot(x, tl.trans(y), input_precision="ieee")  # (BM, BN)
+
+                # 2. both probabilities of each pair, from one power
+                if MASKED:
+                    wj = tl.load(wy_ptr + column, mask=column < C, other=0.0)[None, :]
+                else:
+                    wj = tl.load(wy_ptr + column)[None, :]  # (1, BN)
                 e = tl.exp2(s * scale2)
-                g = e * wi * (e * wi) + e * wj * (e * wj) if WIDE else e * (wi + wj)
-                g = tl.where(counts, g, 0.0) if MASKED else g
-                sums = tl.dot(g.to(yj.dtype), yj, sums, input_precision="ieee")
-        at = (tl.program_id(1) * R + row)[:, None].to(tl.int64) * D + d[None, :]
-        tl.store(out + at, sums, mask=row[:, None] < R)
+                if LARGE_SCALE:
+                    g = (e * wi) * (e * wi) + (e * wj) * (e * wj)
+                else:
+                    g = e * (wi + wj)
+                if MASKED:
+                    g = tl.where(counts, g, 0.0)
 
+                # 3. add the candidates, weighted by them
+                sums = tl.dot(g.to(y.dtype), y, sums, input_precision="ieee")
 
-def math_dtype(*tensors):
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        out = tl.program_id(1) * R + row  # rows of (splits x R)
+        tl.store(addresses(out_ptr, out, D), sums, mask=row[:, None] < R)
 
 
 def use_kernel(x):
-    return triton is not None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.shape[1] <= 256
+    sixteen_bits = x.dtype in (torch.float16, torch.bfloat16)
+    return triton is not None and x.is_cuda and sixteen_bits and x.shape[1] <= 256
 
 
 def plan(x, y, BM, BN):
-    """-> ((blocks of rows, splits of the columns), tiles in a split): two programs for each processor of the GPU."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1  # 1: the interpreter
-    blocks, tiles = triton.cdiv(len(x), BM), triton.cdiv(len(y), BN)
-    per = triton.cdiv(tiles, max(1, 2 * processors // blocks))
-    return (blocks, triton.cdiv(tiles, per)), per
+    """-> ((blocks of rows, splits of the columns), tiles per split): two programs per processor of
+    the GPU."""
+    processors = 1  # as the interpreter has
+    if x.is_cuda:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    blocks = triton.cdiv(len(x), BM)
+    tiles = triton.cdiv(len(y), BN)
+    per_split = triton.cdiv(tiles, max(1, 2 * processors // blocks))
+    return (blocks, triton.cdiv(tiles, per_split)), per_split
 
 
-def launch(kernel, grid, x, y, *arguments, BM, BN, num_warps, num_stages, **constants):
+def launch(kernel, grid, x, *arguments, **constants):
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernel[grid](x, y, *arguments, D=x.shape[1], BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](x, *arguments, D=x.shape[1], **constants)
 
 
 def padded(x):
-    """x with zeros added up to a power of 2 of at least 16 columns, as tl.dot wants them; they change no product."""
-    return torch.nn.functional.pad(x, (0, max(16, triton.next_power_of_2(x.shape[1])) - x.shape[1]))
+    """x with columns of zeros added up to a power of 2 of at least 16, which tl.dot needs. They
+    change no product."""
+    columns = max(16, triton.next_power_of_2(x.shape[1]))
+    return torch.nn.functional.pad(x, (0, columns - x.shape[1]))
 
 
-# The operators that torch.compile and autograd see. Collectives stay outside. wide: scale may exceed NARROW.
+def lse_simple(x, y, scale, first):
+    """lse_op by lse_kernel_simple, for any scale: for tests, and to compare the speed with."""
+    x, y = padded(x), padded(y)
+    lse = x.new_empty(len(x), dtype=torch.float32)
+    grid = (triton.cdiv(len(x), SIMPLE_TILES["BM"]),)
+    sizes = (len(x), len(y), first)
+    launch(lse_kernel_simple, grid, x, y, scale, lse, *sizes, **SIMPLE_TILES)
+    return lse
+
+
+# -------- 4. The operators that torch.compile and autograd see; collectives stay outside ----------
+# large_scale: the scale may exceed MAX_SCALE_PLAIN.
+
+
+def not_unit(x):
+    """-> bool (): some row has another length than 1. Allowed are the rounding to 16 bits, and rows
+    of zeros, which F.normalize makes of zeros in float32. NaN is left to show in the loss."""
+    length = torch.linalg.vector_norm(x, dim=1, dtype=math_dtype(x))  # (rows,)
+    return ((length * (length - 1)).abs() > UNIT_TOLERANCE).any()
+
+
+def require_unit_rows(*matrices):
+    """ValueError on a CPU. On CUDA the check does not wait for the GPU: a wrong row stops the
+    program with a failed assertion of the device, which prints the same sentence."""
+    for x in matrices:
+        if x.is_cuda:
+            torch._assert_async(~not_unit(x), NOT_UNIT)
+        elif not_unit(x):
+            raise ValueError(NOT_UNIT)
+
 
 @library.custom_op("ssl_kernels::infonce_lse", mutates_args=())
-def lse_op(x: Tensor, y: Tensor, scale: Tensor, wide: bool, first: int) -> Tensor:
-    """-> (R,): log sum_j exp(scale s_ij), j != first + i."""
+def lse_op(x: Tensor, y: Tensor, scale: Tensor, large_scale: bool, first: int) -> Tensor:
+    """-> (R,): log sum_j exp(scale s_ij), j != first + i. Checks the rows of x: those of y are
+    checked by the processes that hold them."""
+    require_unit_rows(x)
     if not use_kernel(x):
-        return lse_torch(x, y, scale, wide, first)
+        return lse_torch(x, y, scale, large_scale, first)
+
     x, y = padded(x), padded(y)
     tiles = LSE_TILES[x.shape[1] > 128]
-    grid, per = plan(x, y, tiles["BM"], tiles["BN"])
+    grid, per_split = plan(x, y, tiles["BM"], tiles["BN"])
     lse = x.new_empty(grid[1], len(x), dtype=torch.float32)
-    launch(lse_kernel, grid, x, y, scale, lse, lse, len(x), len(y), first, per, WIDE=wide, MEAN=False, **tiles)
+    sizes = (len(x), len(y), first, per_split)
+    options = dict(LARGE_SCALE=large_scale, MEAN=False, **tiles)
+    launch(lse_kernel, grid, x, y, scale, lse, lse, *sizes, **options)
     return lse.logsumexp(0)
 
 
+@lse_op.register_fake
+def lse_fake(x, y, scale, large_scale, first):
+    return x.new_empty(x.shape[0], dtype=math_dtype(x))
+
+
 def lse_and_mean(q, queue, scale):
-    """-> lse (R,), and sum_j p_ij y_j (R, D)."""
+    """-> lse (R,), and sum_j p_ij y_j (R, D). Right for rows of any length."""
     if not use_kernel(q):
         return mean_torch(q, queue, scale)
+
     x, y = padded(q), padded(queue)
     tiles = MEAN_TILES[x.shape[1] > 128]
-    grid, per = plan(x, y, tiles["BM"], tiles["BN"])
+    grid, per_split = plan(x, y, tiles["BM"], tiles["BN"])
     lse = x.new_empty(grid[1], len(x), dtype=torch.float32)
     mean = x.new_empty(*lse.shape, x.shape[1], dtype=torch.float32)
-    launch(lse_kernel, grid, x, y, scale, lse, mean, len(x), len(y), len(y), per, WIDE=True, MEAN=True, **tiles)
+    sizes = (len(x), len(y), len(y), per_split)  # first = len(y): no row meets itself
+    options = dict(LARGE_SCALE=True, MEAN=True, **tiles)
+    launch(lse_kernel, grid, x, y, scale, lse, mean, *sizes, **options)
+
     total = lse.logsumexp(0)
-    return total, ((lse - total).exp()[:, :, None] * mean).sum(0)[:, :q.shape[1]].contiguous()
+    share = (lse - total).exp()[:, :, None]  # (splits, R, 1)
+    return total, (share * mean).sum(0)[:, : q.shape[1]].contiguous()
 
 
-@library.custom_op("ssl_kernels::infonce_pull", mutates_args=())
-def pull_op(x: Tensor, y: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, wide: bool, first: int) -> Tensor:
+@library.custom_op("ssl_kernels::infonce_grad", mutates_args=())
+def grad_op(
+    x: Tensor,
+    y: Tensor,
+    lse_x: Tensor,
+    lse_y: Tensor,
+    scale: Tensor,
+    large_scale: bool,
+    first: int,
+) -> Tensor:
     """-> (R, D): sum_j (exp(scale s_ij - lse_x_i) + exp(scale s_ij - lse_y_j)) y_j."""
     if not use_kernel(x):
-        return pull_torch(x, y, lse_x, lse_y, scale, wide, first)
-    D, half = x.shape[1], 0.5 if wide else 1.0
+        return grad_torch(x, y, lse_x, lse_y, scale, large_scale, first)
+
+    D = x.shape[1]
     x, y = padded(x), padded(y)
-    wx, wy = (UNIT**half * torch.exp(-half * lse) for lse in (lse_x, lse_y))
-    tiles = PULL_TILES[x.shape[1] > 128]
-    grid, per = plan(x, y, tiles["BM"], tiles["BN"])
+    wx = grad_weights(lse_x, large_scale)
+    wy = grad_weights(lse_y, large_scale)
+    tiles = GRAD_TILES[x.shape[1] > 128]
+    grid, per_split = plan(x, y, tiles["BM"], tiles["BN"])
     out = x.new_empty(grid[1], *x.shape, dtype=torch.float32)
-    launch(pull_kernel, grid, x, y, wx, wy, scale, out, len(x), len(y), first, per, WIDE=wide, **tiles)
-    return (out.sum(0)[:, :D] / UNIT).contiguous()
+    sizes = (len(x), len(y), first, per_split)
+    options = dict(LARGE_SCALE=large_scale, **tiles)
+    launch(grad_kernel, grid, x, y, wx, wy, scale, out, *sizes, **options)
+    return (out.sum(0)[:, :D] / FP16_GAIN).contiguous()
+
+
+@grad_op.register_fake
+def grad_fake(x, y, lse_x, lse_y, scale, large_scale, first):
+    return x.new_empty(x.shape, dtype=math_dtype(x))
 
 
 @library.custom_op("ssl_kernels::infonce", mutates_args=())
-def contrast_op(x: Tensor, y: Tensor, target: Tensor, lse_x: Tensor, lse_y: Tensor, scale: Tensor, wide: bool, first: int,
-                weight: float) -> Tensor:
-    """-> (): weight times the mean over rows of lse_x - scale x . target. lse_y and y are for the backward."""
+def contrast_op(
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    lse_x: Tensor,
+    lse_y: Tensor,
+    scale: Tensor,
+    large_scale: bool,
+    first: int,
+    weight: float,
+) -> Tensor:
+    """-> (): weight times the mean over rows of lse_x - scale x . target. y and lse_y are for the
+    backward."""
     losses = lse_x - scale * (x.to(lse_x.dtype) * target).sum(1)  # (R,)
-    return weight * losses.clamp(min=0).mean()  # below 0 only by rounding: this product and lse_x sum in different orders
+    # below 0 only by rounding: this product and lse_x sum in different orders
+    return weight * losses.clamp(min=0).mean()
+
+
+@contrast_op.register_fake
+def contrast_fake(x, y, target, lse_x, lse_y, scale, large_scale, first, weight):
+    return lse_x.new_empty(())
 
 
 def contrast_setup(ctx, inputs, output):
@@ -305,47 +631,98 @@ def contrast_setup(ctx, inputs, output):
 
 def contrast_backward(ctx, grad):
     x, y, target, lse_x, lse_y, scale = ctx.saved_tensors
-    wide, first, weight = ctx.options
+    large_scale, first, weight = ctx.options
     with torch.autocast(x.device.type, enabled=False):
-        dx = (pull_op(x, y, lse_x, lse_y, scale, wide, first) - 2 * target) * (grad * weight / len(x))
+        sums = grad_op(x, y, lse_x, lse_y, scale, large_scale, first)
+        dx = (sums - 2 * target) * (grad * weight / len(x))  # still without the factor scale
     dscale = (dx * x).sum() / 2 if ctx.needs_input_grad[5] else None
-    return (dx * scale).to(x.dtype), None, None, None, None, dscale, None, None, None
+    dx = (dx * scale).to(x.dtype)
+    return dx, None, None, None, None, dscale, None, None, None
 
 
 @library.custom_op("ssl_kernels::infonce_moco", mutates_args=())
 def moco_op(q: Tensor, k: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """-> loss (), and its gradient to q (n, D)."""
+    require_unit_rows(q, k)
     lse, mean = lse_and_mean(q, queue, scale)
     positive = scale * (q.to(lse.dtype) * k).sum(1)
     total = torch.logaddexp(lse, positive)
-    p = (positive - total).exp()[:, None]  # (n, 1), of the positive
-    return (total - positive).mean(), ((lse - total).exp()[:, None] * mean + (p - 1) * k) * (scale / len(q))
+
+    p_positive = (positive - total).exp()[:, None]  # (n, 1)
+    p_queue = (lse - total).exp()[:, None]  # (n, 1), of the whole queue
+    gradient = (p_queue * mean + (p_positive - 1) * k) * (scale / len(q))
+    return (total - positive).mean(), gradient
+
+
+@moco_op.register_fake
+def moco_fake(q, k, queue, scale):
+    return scale.new_empty(()), scale.new_empty(q.shape)
 
 
 @library.custom_op("ssl_kernels::infonce_clip", mutates_args=())
-def clip_op(x: Tensor, y: Tensor, scale: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """CLIP on a CPU where one process has all rows: both directions take the same logits, a block of rows at a time.
-    -> loss (), and its gradients to x, y and scale, without rows if not asked for."""
-    N, x, y = len(x), *factors(x, y)
-    lse_y, loss, dx, dy = x.new_full((N,), -torch.inf), 0.0, torch.empty_like(x), torch.zeros_like(y)
+def clip_op(
+    x: Tensor, y: Tensor, scale: Tensor, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CLIP on a CPU where one process has all rows: both directions take the same logits.
+    -> loss (), and its gradients to x, y and scale, the first two without rows if not asked for."""
+    require_unit_rows(x, y)
+    x, y = factors(x, y)
+    if gradients:
+        return clip_value_and_gradients(x, y, scale)
+    loss = clip_value(x, y, scale)
+    dx = torch.empty_like(x[:0])
+    dy = torch.empty_like(y[:0])
+    return loss, dx, dy, torch.zeros_like(scale)
+
+
+@clip_op.register_fake
+def clip_fake(x, y, scale, gradients):
+    dx = scale.new_empty(len(x) * gradients, x.shape[1])
+    dy = scale.new_empty(len(y) * gradients, y.shape[1])
+    return scale.new_empty(()), dx, dy, scale.new_empty(())
+
+
+def clip_value(x, y, scale):
+    N = len(x)
+    loss = 0.0
     positive = x.new_empty(N)
+    lse_y = x.new_full((N,), -torch.inf)
     for rows, s in row_blocks(x * scale, y):
-        if len(s) < N or not gradients:
+        positive[rows] = s.diagonal(rows.start)
+        loss += (s.logsumexp(1) - positive[rows]).clamp(min=0).sum()
+        lse_y = torch.logaddexp(lse_y, s.logsumexp(0))
+    loss += (lse_y - positive).clamp(min=0).sum()
+    return loss / (2 * N)
+
+
+def clip_value_and_gradients(x, y, scale):
+    N = len(x)
+    scaled = x * scale
+    one_block = rows_per_block(scaled, y) >= N
+
+    # The direction from y to x needs whole columns: if they are cut into blocks, their lse first.
+    lse_y = x.new_full((N,), -torch.inf)
+    if not one_block:
+        for _, s in row_blocks(scaled, y):
             lse_y = torch.logaddexp(lse_y, s.logsumexp(0))
-        if not gradients:
-            positive[rows] = s.diagonal(rows.start)
-            loss += (s.logsumexp(1) - positive[rows]).clamp(min=0).sum()
-    if not gradients:
-        return (loss + (lse_y - positive).clamp(min=0).sum()) / (2 * N), dx[:0], dy[:0], scale.clone()
-    for rows, s in row_blocks(x * scale, y) if len(s) < N else [(rows, s)]:  # where one block was enough, it is still there
-        p = s.log_softmax(1)
-        q = s.sub_(lse_y) if len(s) < N else s.log_softmax(0)
-        loss -= p.diagonal(rows.start).sum() + q.diagonal(rows.start).clamp(max=0).sum()
-        g = p.exp_().add_(q.exp_())  # (rows, N)
+
+    loss = 0.0
+    dx = torch.empty_like(x)
+    dy = torch.zeros_like(y)
+    for rows, s in row_blocks(scaled, y):
+        log_p = s.log_softmax(1)
+        log_q = s.log_softmax(0) if one_block else s.sub_(lse_y)
+        of_p = log_p.diagonal(rows.start).sum()
+        of_q = log_q.diagonal(rows.start).clamp(max=0).sum()
+        loss -= of_p + of_q
+
+        g = log_p.exp_().add_(log_q.exp_())  # (rows, N)
         g.diagonal(rows.start).sub_(2)
         dx[rows] = g @ y
         dy.addmm_(g.T, x[rows])
-    dx, dy = dx / (2 * N), dy / (2 * N)
+
+    dx = dx / (2 * N)
+    dy = dy / (2 * N)
     return loss / (2 * N), dx * scale, dy * scale, (dx * x).sum()
 
 
@@ -360,23 +737,25 @@ def keep_gradients(ctx, inputs, output):
 def scale_gradients(ctx, grad, *second):
     if any(g is not None for g in second):
         no_second_derivative(ctx)
-    return *((x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)), *[None] * ctx.others
+    pairs = zip(ctx.saved_tensors, ctx.dtypes)
+    gradients = [(x * grad).to(dtype) for x, dtype in pairs]
+    return *gradients, *[None] * ctx.others
 
 
 def no_second_derivative(ctx, *grads):
-    raise RuntimeError("the InfoNCE losses have no second derivative; use simclr_reference, clip_reference or moco_reference")
+    raise RuntimeError(
+        "the InfoNCE losses have no second derivative; "
+        "use simclr_reference, clip_reference or moco_reference"
+    )
 
 
-lse_op.register_fake(lambda x, *_: x.new_empty(x.shape[0], dtype=math_dtype(x)))
-pull_op.register_fake(lambda x, *_: x.new_empty(x.shape, dtype=math_dtype(x)))
-contrast_op.register_fake(lambda x, y, target, lse, *_: lse.new_empty(()))
-moco_op.register_fake(lambda q, k, queue, scale: (scale.new_empty(()), scale.new_empty(q.shape)))
-clip_op.register_fake(lambda x, y, scale, gradients: tuple(
-    scale.new_empty(shape) for shape in ((), (len(x) * gradients, x.shape[1]), (len(y) * gradients, y.shape[1]), ())))
 contrast_op.register_autograd(contrast_backward, setup_context=contrast_setup)
 moco_op.register_autograd(scale_gradients, setup_context=keep_gradients)
 clip_op.register_autograd(scale_gradients, setup_context=keep_gradients)
-pull_op.register_autograd(no_second_derivative)
+grad_op.register_autograd(no_second_derivative)
+
+
+# -------- 5. The losses ---------------------------------------------------------------------------
 
 
 def processes(group):
@@ -387,88 +766,146 @@ def debugging():
     return not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
 
 
-def gather(x, group):
-    """-> (processes x n, ...) in the order of the processes, without gradient; and the first row of this one. All must hold
-    equally many rows, which only debugging compares: it costs a round of messages."""
+def all_gather_detached(x, group):
+    """-> (processes x n, ...) in the order of the processes, without gradient; and where the rows
+    of this process begin. That each process holds n rows is checked only when debugging, because it
+    costs a round of messages."""
     x = x.detach()
     if processes(group) == 1:
         return x, 0
+
     if debugging():
         rows = [None] * processes(group)
         dist.all_gather_object(rows, len(x), group)
         if len(set(rows)) > 1:
             raise ValueError(f"all processes must hold equally many rows, not {rows}")
+
     parts = [torch.empty_like(x) for _ in range(processes(group))]
     dist.all_gather(parts, x, group)
     return torch.cat(parts), dist.get_rank(group) * len(x)
 
 
-def check(**matrices):
-    """The matrices (rows, D) of one dtype, device and D, the first two with equally many rows, made contiguous."""
+def checked(**matrices):
+    """The matrices (rows, D), made contiguous. TypeError or ValueError unless they have one dtype,
+    device and D, and the first two equally many rows."""
+    names = ", ".join(matrices)
     one = next(iter(matrices.values()))
     for name, x in matrices.items():
-        if not isinstance(x, Tensor) or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, not {found}")
+        allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if not isinstance(x, Tensor) or x.dtype not in allowed:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"{name} must be a float16, bfloat16, float32 or float64 tensor, not {kind}"
+            )
         if x.ndim != 2 or 0 in x.shape or x.shape[1] != one.shape[1]:
-            raise ValueError(f"{', '.join(matrices)} must have shape (rows, D) with one D, but {name} is {tuple(x.shape)}")
+            raise ValueError(
+                f"{names} must have shape (rows, D) with one D, but {name} is {tuple(x.shape)}"
+            )
         if x.dtype != one.dtype or x.device != one.device:
-            raise ValueError(f"{', '.join(matrices)} must have one dtype and device, but {name} is {x.dtype} on {x.device}")
-        if debugging() and ((x.detach().float().norm(dim=1) - 1).abs() > 0.02).any():
-            raise ValueError(f"the rows of {name} must have length 1: use torch.nn.functional.normalize")
+            raise ValueError(
+                f"{names} must have one dtype and device, but {name} is {x.dtype} on {x.device}"
+            )
+        if debugging() and not_unit(x.detach()):
+            raise ValueError(
+                f"the rows of {name} must have length 1: normalise first, F.normalize(z, dim=1)"
+            )
+
     a, b = list(matrices)[:2]
-    if len(matrices[a]) != len(matrices[b]):
-        raise ValueError(f"{a} and {b} must have the same number of rows, not {len(matrices[a])} and {len(matrices[b])}")
+    rows = [len(matrices[a]), len(matrices[b])]
+    if rows[0] != rows[1]:
+        raise ValueError(
+            f"{a} and {b} must have the same number of rows, not {rows[0]} and {rows[1]}"
+        )
     return [x.contiguous() for x in matrices.values()]
 
 
 def inverse(temperature, x):
-    """1 / temperature as a tensor () beside x, and whether it exceeds NARROW."""
-    if isinstance(temperature, Tensor) or not 1 / WIDEST <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a number, at least {1 / WIDEST:.4f}, not {temperature}")
-    return torch.full((), 1 / temperature, dtype=math_dtype(x), device=x.device), 1 / temperature > NARROW
+    """-> scale = 1 / temperature as a tensor () on the device of x; and large_scale."""
+    least = 1 / MAX_SCALE
+    if isinstance(temperature, Tensor) or not least <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a number, at least {least:.4f}, not {temperature}")
+    scale = torch.full((), 1 / temperature, dtype=math_dtype(x), device=x.device)
+    return scale, 1 / temperature > MAX_SCALE_PLAIN
 
 
 def simclr_loss(z1, z2, temperature, group=None):
-    """NT-Xent (SimCLR, Eq. 1) of two views (n, D) of n images, rows of length 1: the mean over the 2n anchors of this process,
-    against the views of all processes. A scalar in nats, float32 (float64 for float64). ValueError or TypeError: see check."""
-    z1, z2 = check(z1=z1, z2=z2)
-    scale, wide = inverse(temperature, z1)
+    """NT-Xent, SimCLR Eq. 1: the mean over the 2n anchors of this process, against the views of all
+    processes, in nats.
+
+    z1, z2: (n, D), row i of both from image i, rows of length 1; float16, bfloat16, float32 or
+        float64. Both get a gradient.
+    temperature: a number, at least 1 / 170.
+    group: the processes that contrast their rows; None: all of them.
+    Returns a scalar, float32 (float64 for float64).
+    Raises TypeError or ValueError if an argument is not as said above. Of rows on CUDA the program
+    ends with a failed assertion of the device; torch.autograd.set_detect_anomaly(True) makes it a
+    ValueError that names the argument.
+    """
+    z1, z2 = checked(z1=z1, z2=z2)
+    scale, large_scale = inverse(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):
         x = torch.cat([z1, z2])  # (2n, D)
-        y, first = gather(x, group)  # (2N, D)
-        lse = lse_op(x.detach(), y, scale, wide, first)
         target = torch.cat([z2, z1]).detach()
-        return contrast_op(x, y, target, lse, gather(lse, group)[0], scale, wide, first, 1.0)
+        y, first = all_gather_detached(x, group)  # (2N, D)
+        lse = lse_op(x.detach(), y, scale, large_scale, first)
+        all_lse, _ = all_gather_detached(lse, group)  # (2N,)
+        return contrast_op(x, y, target, lse, all_lse, scale, large_scale, first, 1.0)
 
 
 def clip_loss(x, y, scale, group=None):
-    """CLIP's symmetric loss of n pairs (n, D), rows of length 1, against those of all processes: the mean of both directions,
-    in nats. scale: the logits' factor, a tensor () that may be learned (at most 170; CLIP clamps it to 100), or a number."""
-    x, y = check(x=x, y=y)
-    if not isinstance(scale, Tensor) and not abs(scale) <= WIDEST:
-        raise ValueError(f"scale must be at most {WIDEST:.0f}, not {scale}")
-    scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale), dtype=math_dtype(x))
+    """CLIP, Figure 3: the mean of both directions over the n pairs of this process, against those
+    of all processes, in nats.
+
+    x, y: (n, D), row i of both from pair i, rows of length 1; float16, bfloat16, float32 or
+        float64. Both get a gradient.
+    scale: the factor of the logits, at most 170 (CLIP clamps it to 100); a number, or a floating
+        tensor (), which gets a gradient. Whether a tensor is at most 170 is checked only under
+        torch.autograd.set_detect_anomaly.
+    group, result and errors: as for simclr_loss.
+    """
+    x, y = checked(x=x, y=y)
+    if not isinstance(scale, Tensor):
+        if not abs(scale) <= MAX_SCALE:
+            raise ValueError(f"scale must be at most {MAX_SCALE:.0f}, not {scale}")
+        scale = torch.tensor(float(scale), dtype=math_dtype(x))
     if scale.ndim or not scale.is_floating_point():
-        raise ValueError(f"scale must be one floating-point number, not {scale.dtype} of shape {tuple(scale.shape)}")
-    if debugging() and not scale.abs() <= WIDEST:
-        raise ValueError(f"scale must be at most {WIDEST:.0f}, not {scale.item()}")
+        shape = tuple(scale.shape)
+        raise ValueError(
+            f"scale must be one floating-point number, not {scale.dtype} of shape {shape}"
+        )
+    if debugging() and not scale.abs() <= MAX_SCALE:
+        raise ValueError(f"scale must be at most {MAX_SCALE:.0f}, not {scale.item()}")
     scale = scale.to(x.device, math_dtype(x))
+
     with torch.autocast(x.device.type, enabled=False):
         if processes(group) == 1 and not use_kernel(x) and not x.is_cuda:
-            return clip_op(x, y, scale, torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale)))[0]
-        (all_x, _), (all_y, _) = gather(x, group), gather(y, group)  # (N, D)
+            wanted = any(t.requires_grad for t in (x, y, scale))
+            return clip_op(x, y, scale, torch.is_grad_enabled() and wanted)[0]
+
+        all_x, _ = all_gather_detached(x, group)  # (N, D)
+        all_y, _ = all_gather_detached(y, group)
         nobody = len(all_x)  # no row meets itself
-        lse_x = lse_op(x.detach(), all_y, scale.detach(), True, nobody)
+        lse_x = lse_op(x.detach(), all_y, scale.detach(), True, nobody)  # (n,)
         lse_y = lse_op(y.detach(), all_x, scale.detach(), True, nobody)
-        return (contrast_op(x, all_y, y.detach(), lse_x, gather(lse_y, group)[0], scale, True, nobody, 0.5)
-                + contrast_op(y, all_x, x.detach(), lse_y, gather(lse_x, group)[0], scale, True, nobody, 0.5))
+        all_lse_y, _ = all_gather_detached(lse_y, group)  # (N,)
+        all_lse_x, _ = all_gather_detached(lse_x, group)
+
+        options = (scale, True, nobody, 0.5)
+        loss_x = contrast_op(x, all_y, y.detach(), lse_x, all_lse_y, *options)
+        loss_y = contrast_op(y, all_x, x.detach(), lse_y, all_lse_x, *options)
+        return loss_x + loss_y
 
 
 def moco_loss(q, k, queue, temperature):
-    """MoCo's loss (Eq. 1) of queries q (n, D) with positives k (n, D) and shared negatives queue (K, D), rows of length 1: the
-    mean over this process's queries, in nats. Gradient to q only. Communicates nothing."""
-    q, k, queue = check(q=q, k=k, queue=queue)
+    """MoCo Eq. 1: the mean over the n queries of this process, in nats. Communicates nothing.
+
+    q, k: (n, D), each query and its positive, rows of length 1; only q gets a gradient.
+    queue: (K, D), the negatives of all queries: keys of earlier calls. To save a second reading of
+        the queue, the length of its rows is checked only under torch.autograd.set_detect_anomaly;
+        the loss is that of Eq. 1 for any length.
+    temperature, dtypes, result and errors: as for simclr_loss.
+    """
+    q, k, queue = checked(q=q, k=k, queue=queue)
     scale, _ = inverse(temperature, q)
     with torch.autocast(q.device.type, enabled=False):
         return moco_op(q, k.detach(), queue.detach(), scale)[0]
