@@ -1,83 +1,89 @@
-"""DINO: the loss, the centre, the schedules and the vision transformer against values computed by hand, by plain torch and by
-lightly, and the whole training loop for any number of processes."""
+"""DINO: the loss, the centre, the schedules, the head and drop path against values computed by hand
+and by lightly; what moves in every step of the training loop."""
 
 import itertools
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Recorder, arguments, noise
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from common import Data, Split
+from common import backbone, denormalize
 from methods import dino
 
-BATCH, SIZE, K = 6, 16, 8
-ARGUMENTS = ["--batch", BATCH, "--size", SIZE, "--small", 2, 8, "--head", 16, K, 1, "--epochs", 2, "--warmup", 0, "--m", 0.9]
+K = 8
+TINY = ["--batch", 12, "--size", 16, "--small-size", 8, "--hidden", 16, "--outputs", K]
+TINY += ["--epochs", 2, "--warmup", 0, "--m", 0.9]  # 24 images: two steps per epoch
+BOTH = pytest.mark.parametrize("arch", ["vit_micro", "resnet14"])
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+# -------- The loss --------------------------------------------------------------------------------
 
-
-def arguments(*flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dino.py", *map(str, flags)])
-        return dino.get_args()
-
-
-# -------- Loss ------------------------------------------------------------------------------------------------------------
 
 def test_loss_by_hand():
-    """K = 2, one image, two large views and a small one, tau_s = 1, tau_t = 1/2, centre (1, 0): softmaxes of two numbers are
-    the logistic function of their difference."""
+    """K = 2, one image, two large views and a small one, tau_s = 1, tau_t = 1/2, centre (1, 0):
+    softmaxes of two numbers are the logistic function of their difference."""
     student = torch.tensor([[[0.0, 0.0]], [[2.0, 0.0]], [[0.0, 1.0]]])
-    teacher, center = torch.tensor([[[1.0, 0.0]], [[2.0, 0.0]]]), torch.tensor([1.0, 0.0])
-    a = 1 / (1 + math.exp(-2))  # what the second teacher view gives the first dimension: (2 - 1) / (1/2) = 2; the first 1/2
-    down, up = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
-    low, high = math.log(1 + math.exp(-1)), math.log(1 + math.e)
+    teacher = torch.tensor([[[1.0, 0.0]], [[2.0, 0.0]]])
+    center = torch.tensor([1.0, 0.0])
+    # what the second teacher view gives the first dimension: (2 - 1) / (1/2) = 2; the first 1/2
+    a = 1 / (1 + math.exp(-2))
+    down = math.log(1 + math.exp(-2))
+    up = math.log(1 + math.exp(2))
+    low = math.log(1 + math.exp(-1))
+    high = math.log(1 + math.e)
     terms = [(down + up) / 2, (high + low) / 2, math.log(2), a * high + (1 - a) * low]
-    assert dino.dino_loss(student, teacher, center, 1.0, 0.5).item() == pytest.approx(sum(terms) / 4, abs=1e-6)
+    found = dino.dino_loss(student, teacher, center, 1.0, 0.5)
+    assert found.item() == pytest.approx(sum(terms) / 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("V", [2, 5])
 def test_loss_of_equal_student_outputs_is_log_of_the_dimensions(V):
-    loss = dino.dino_loss(torch.full((V, 3, K), 0.3), noise(2, 3, K), noise(K, seed=1), 0.1, 0.04)
+    student = torch.full((V, 3, K), 0.3, dtype=torch.float64)
+    loss = dino.dino_loss(student, noise(2, 3, K), noise(K, seed=1), 0.1, 0.04)
     assert loss.item() == pytest.approx(math.log(K), abs=1e-5)
 
 
 def test_gradient_is_that_of_softmax_cross_entropy_and_reaches_the_student_alone():
-    student, teacher = noise(3, 4, K).double().requires_grad_(), noise(2, 4, K, seed=1).double().requires_grad_()
-    center = noise(K, seed=2).double().requires_grad_()
-    dino.dino_loss(student, teacher, center.detach(), 0.1, 0.05).backward()
+    student = noise(3, 4, K).requires_grad_()
+    teacher = noise(2, 4, K, seed=1).requires_grad_()
+    center = noise(K, seed=2)
+    dino.dino_loss(student, teacher, center, 0.1, 0.05).backward()
     assert teacher.grad is None
-    q, p = ((teacher - center) / 0.05).softmax(2).detach(), (student / 0.1).softmax(2).detach()
-    # 4 terms: view 0 predicts teacher 1, view 1 teacher 0, view 2 both; each is a mean over 4 images
+    q = ((teacher - center) / 0.05).softmax(2).detach()
+    p = (student / 0.1).softmax(2).detach()
+    # 4 terms: view 0 predicts teacher 1, view 1 teacher 0, view 2 both; each a mean over 4 images
     expected = torch.stack([p[0] - q[1], p[1] - q[0], 2 * p[2] - q[0] - q[1]]) / (0.1 * 4 * 4)
     torch.testing.assert_close(student.grad, expected)
 
 
 def test_lightly_agrees_in_loss_gradient_and_center():
     lightly = pytest.importorskip("lightly.loss.dino_loss")
-    loss, center = lightly.DINOLoss(output_dim=K, center_momentum=0.9).double(), torch.zeros(K, dtype=torch.float64)
+    loss = lightly.DINOLoss(output_dim=K, center_momentum=0.9).double()
+    center = torch.zeros(K, dtype=torch.float64)
     for step in range(3):
-        ours, theirs = (noise(4, 6, K, seed=step).double().requires_grad_() for _ in range(2))
-        teacher = noise(2, 6, K, seed=10 + step).double() + 1
+        ours = noise(4, 6, K, seed=step).requires_grad_()
+        theirs = noise(4, 6, K, seed=step).requires_grad_()
+        teacher = noise(2, 6, K, seed=10 + step) + 1
         found = dino.dino_loss(ours, teacher, center, 0.1, 0.07)
         expected = loss(list(teacher), list(theirs), teacher_temp=0.07)
         dino.update_center(center, teacher.mean((0, 1)), 0.9)
         found.backward()
         expected.backward()
-        # lightly's temperature is a float32 number: 0.07 is rounded by 3e-8 of itself, which logits of 60 enlarge.
+        # lightly's temperature is a float32 number: 0.07 is rounded by 3e-8 of itself, which
+        # logits of 60 enlarge.
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(center, loss.center.flatten())
 
 
-# -------- State and schedules ---------------------------------------------------------------------------------------------
+# -------- State and schedules ---------------------------------------------------------------------
+
 
 def test_center_moves_by_a_tenth_of_the_difference():
     center = torch.tensor([0.0, 10.0])
@@ -85,89 +91,117 @@ def test_center_moves_by_a_tenth_of_the_difference():
     torch.testing.assert_close(center, torch.tensor([0.1, 9.0]))
 
 
-def test_moving_average_moves_by_one_minus_m_of_the_difference():
-    target, online = nn.Linear(3, 2), nn.Linear(3, 2)
-    before = [w.clone() for w in target.parameters()]
-    dino.ema_update(target, online, 0.75)
-    for old, new, o in zip(before, target.parameters(), online.parameters()):
-        torch.testing.assert_close(new - old, 0.25 * (o - old))
-
-
 def test_schedules():
-    assert [dino.cosine(0.04, 0.4, t) for t in (0, 0.5, 1)] == pytest.approx([0.04, 0.22, 0.4])
-    assert [dino.cosine(0.996, 1.0, t) for t in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1])
+    half = [0, 0.5, 1]
+    assert [dino.cosine(0.04, 0.4, t) for t in half] == pytest.approx([0.04, 0.22, 0.4])
+    assert [dino.cosine(0.996, 1.0, t) for t in half] == pytest.approx([0.996, 0.998, 1])
     official = [*np.linspace(0.04, 0.07, 30), *[0.07] * 10]
-    assert [dino.teacher_temperature(epoch, 0.04, 0.07, 30) for epoch in range(40)] == pytest.approx(official)
-    assert dino.teacher_temperature(0, 0.04, 0.04, 0) == 0.04
+    found = [dino.teacher_temperature(epoch, 0.04, 0.07, 30) for epoch in range(40)]
+    assert found == pytest.approx(official)
+    assert dino.teacher_temperature(0, 0.02, 0.04, 0) == 0.04
 
 
-# -------- Networks --------------------------------------------------------------------------------------------------------
-
-def test_feature_is_the_class_token_and_attention_that_of_the_last_block():
-    """The block written out by plain matrix products, without scaled_dot_product_attention."""
-    torch.manual_seed(0)
-    vit, x = dino.ViT("vit_micro", 16).double(), noise(2, 3, 16, 16).double()
-    for w in vit.parameters():
-        nn.init.normal_(w, std=0.2)
-    tokens = vit.tokens(x)
-    patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 16, 48)  # in reading order
-    conv = vit.patch_embed["proj"]
-    torch.testing.assert_close(tokens[:, 1:], F.linear(patches, conv.weight.flatten(1), conv.bias) + vit.pos_embed[:, 1:])
-    torch.testing.assert_close(tokens[:, 0], (vit.cls_token + vit.pos_embed[:, :1])[:, 0].expand(2, -1))
-    for block in vit.blocks:
-        n, t, dim = tokens.shape
-        q, k, v = (y.view(n, t, 3, dim // 3).transpose(1, 2) for y in block.attn["qkv"](block.norm1(tokens)).chunk(3, 2))
-        attention = (q @ k.transpose(2, 3) / math.sqrt(dim / 3)).softmax(3)  # (n, 3, t, t)
-        tokens = tokens + block.attn["proj"]((attention @ v).transpose(1, 2).reshape(n, t, dim))
-        tokens = tokens + block.mlp(block.norm2(tokens))
-    torch.testing.assert_close(vit(x), vit.norm(tokens)[:, 0])
-    torch.testing.assert_close(vit.attention(x), attention[:, :, 0, 1:].view(2, 3, 4, 4))
-
-
-def test_positions_of_a_small_crop_span_those_of_a_large_one():
-    vit = dino.ViT("vit_micro", 32)
-    with torch.no_grad():  # a plane: rows and columns, that interpolation keeps away from the borders
-        row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-        vit.pos_embed.zero_()
-        vit.pos_embed[0, 1:, 0], vit.pos_embed[0, 1:, 1] = row.flatten(), column.flatten()
-        nn.init.zeros_(vit.patch_embed["proj"].weight)
-        nn.init.zeros_(vit.patch_embed["proj"].bias)
-        found = vit.tokens(torch.zeros(1, 3, 16, 16))[0, 1:].view(4, 4, -1)
-    centres = torch.tensor([2.5, 4.5])  # of the second and third of four patches of twice the side
-    torch.testing.assert_close(found[1:3, 1, 0], centres)
-    torch.testing.assert_close(found[1, 1:3, 1], centres)
+# -------- Networks --------------------------------------------------------------------------------
 
 
 def test_head_gives_cosines():
-    head, h = dino.Head(8, 16, K, norm=0, bottleneck=4), noise(5, 8)
+    head = dino.Head(8, 16, K, norm=False, bottleneck=4).double()
+    h = noise(5, 8)
     with torch.no_grad():
         head.last_layer.weight.mul_(7)  # its length means nothing
         z = F.normalize(head.mlp(h), dim=1)
-        torch.testing.assert_close(head(h), torch.stack([F.cosine_similarity(z, w[None]) for w in head.last_layer.weight], 1))
+        cosines = [F.cosine_similarity(z, w[None]) for w in head.last_layer.weight]
+        torch.testing.assert_close(head(h), torch.stack(cosines, 1))
 
 
 def test_batch_norm_in_the_head_stands_where_the_official_one_does():
     """Official DINOHead with use_bn: each hidden layer is linear, batch-norm, GELU."""
-    kinds = [type(layer) for layer in dino.Head(8, 16, K, norm=1).mlp]
-    assert kinds == 2 * [nn.Linear, nn.BatchNorm1d, nn.GELU] + [nn.Linear]
-    assert [type(layer) for layer in dino.Head(8, 16, K, norm=0).mlp] == 2 * [nn.Linear, nn.GELU] + [nn.Linear]
+
+    def kinds(norm):
+        return [type(layer) for layer in dino.Head(8, 16, K, norm).mlp]
+
+    assert kinds(True) == 2 * [nn.Linear, nn.BatchNorm1d, nn.GELU] + [nn.Linear]
+    assert kinds(False) == 2 * [nn.Linear, nn.GELU] + [nn.Linear]
 
 
-@pytest.mark.parametrize("arch", ["vit_micro", "resnet14"])
-def test_teacher_starts_as_the_student_sees_large_views_alone_and_gets_no_gradient(arch):
+def make(arch, drop_path=0.0):
     torch.manual_seed(0)
-    model = dino.DINO(arch, 16, 16, K, norm=0)
-    crops = [noise(4, 3, 16, 16), noise(4, 3, 16, 16, seed=1), noise(4, 3, 8, 8, seed=2)]
-    g_s, g_t = model(crops)
-    assert g_s.shape == (3, 4, K) and torch.equal(g_t, g_s[:2]) and not g_t.requires_grad
+    return dino.DINO(arch, 16, 16, K, head_norm=False, drop_path=drop_path).double()
+
+
+def crops_of(n):
+    return [noise(n, 3, 16, 16), noise(n, 3, 16, 16, seed=1), noise(n, 3, 8, 8, seed=2)]
+
+
+@BOTH
+def test_teacher_starts_as_the_student_sees_large_views_alone_and_gets_no_gradient(arch):
+    model = make(arch)
+    g_s, g_t = model(crops_of(4))
+    assert g_s.shape == (3, 4, K) and g_t.shape == (2, 4, K) and not g_t.requires_grad
+    # not to the last bit: a product of 12 rows may add in another order than one of 8
+    torch.testing.assert_close(g_t, g_s[:2], rtol=0, atol=1e-14)
     dino.dino_loss(g_s, g_t, noise(K), 0.1, 0.04).backward()
     for name, w in model.named_parameters():
         if name.startswith("student"):
             assert w.grad.isfinite().all() and w.grad.abs().max() > 0, name
         else:
             assert not w.requires_grad and w.grad is None
-    saved = model.backbone.state_dict()
-    dino.backbone(arch, 16).load_state_dict(saved)
+    backbone(arch, 16).load_state_dict(model.backbone.state_dict())
+
+
+def test_without_small_crops_there_are_two_views():
+    g_s, g_t = make("vit_micro")(crops_of(2)[:2])
+    assert g_s.shape == g_t.shape == (2, 2, K)
+
+
+# -------- Drop path -------------------------------------------------------------------------------
+
+
+def test_drop_path_keeps_the_expectation_of_a_branch():
+    """Of ten equally spaced numbers, 0.3 leaves seven: each 1 / 0.7 times the branch."""
+    last = make("vit_micro", drop_path=0.3).student["backbone"].blocks[-1]
+    u = (torch.arange(10, dtype=torch.float64)[:, None] + 0.5).expand(-1, 2) / 10
+    branch = noise(1, 5, 96).expand(10, -1, -1)
+    for number in (0, 1):
+        kept = last.kept(branch, u, number)
+        assert (kept == 0).all((1, 2)).sum() == 3
+        torch.testing.assert_close(kept.mean(0), branch[0])
+
+
+def test_drop_path_is_the_students_alone_and_each_crop_has_its_own_numbers():
+    model = make("vit_micro", drop_path=0.5)
+    depth = model.backbone.depth
+    keep = torch.full((3, 4, depth, 2), 0.99, dtype=torch.float64)
+    with torch.no_grad():
+        plain, g_t = model(crops_of(4))
+        before, teacher = model(crops_of(4), keep)
+        assert torch.equal(teacher, g_t)  # it never drops anything
+        assert ((before - plain).abs().amax(2) > 0).all()  # kept branches are enlarged
+        for v, image, block, branch in [(0, 3, depth - 1, 0), (1, 2, 1, 1), (2, 0, 2, 0)]:
+            u = keep.clone()
+            u[v, image, block, branch] = 0.01
+            after, teacher = model(crops_of(4), u)
+            changed = (after - before).abs().amax(2) > 1e-9
+            assert changed.nonzero().tolist() == [[v, image]]
+            assert torch.equal(teacher, g_t)
+        u = keep.clone()
+        u[:, :, 0] = 0.0  # the first block is never left out
+        assert torch.equal(model(crops_of(4), u)[0], before)
+
+
+def test_drop_path_trains_the_same_on_one_and_two_processes(train):
+    flags = [*TINY, "--arch", "vit_micro", "--epochs", 1]
+    one = train("dino", *flags, "--drop-path", 0.5)
+    two = train("dino", *flags, "--drop-path", 0.5, world=2)
+    # Float64 in another order of summation. Other numbers change the losses by 0.001 and more.
+    torch.testing.assert_close(two.losses, one.losses, rtol=1e-6, atol=1e-6)
+    for name, value in one.state.items():
+        torch.testing.assert_close(two.state[name], value, rtol=1e-6, atol=1e-6, msg=name)
+    without = train("dino", *flags)
+    assert (without.losses - one.losses).abs().min() > 1e-4
+
+
+# -------- Views and flags -------------------------------------------------------------------------
 
 
 def test_views(monkeypatch):
@@ -176,102 +210,128 @@ def test_views(monkeypatch):
     monkeypatch.setattr(dino, "solarize", lambda x, rand, p: seen.append(p) or x)
     for name in ("random_flip", "color_jitter", "random_grayscale"):
         monkeypatch.setattr(dino, name, lambda x, rand, **options: x)
-    found = dino.views(arguments("--small", 2, 16, "--scale", 0.05, 0.4, "--blur", 1, 0.1, 0.5))
-    assert [(crop.size, crop.scale) for crop, _ in found] == 2 * [(32, (0.4, 1.0))] + 2 * [(16, (0.05, 0.4))]
+    flags = ["--small-size", 20, "--small-scale", 0.05, "--large-scale", 0.4]
+    flags += ["--blur1", 1, "--blur2", 0.1, "--blur-small", 0.5]
+    found = dino.views(arguments("dino", *flags))
+    expected = 2 * [(32, (0.4, 1.0))] + 2 * [(20, (0.05, 0.4))]
+    assert [(crop.size, crop.scale) for crop, _ in found] == expected
     for _, augment in found:
         augment(torch.rand(1, 3, 8, 8), None)
     assert seen == [1, 0, 0.1, 0.2, 0.5, 0, 0.5, 0]
 
 
-def test_small_crop_of_broken_patches_is_refused(capsys):
+def test_crops_have_headings():
+    crops = [noise(2, 3, side, side, seed=side) for side in (16, 17, 8, 9)]
+    shown = dino.name_crops(crops)
+    assert list(shown) == ["large 1", "large 2", "small 1", "small 2"]
+    for crop, image in zip(crops, shown.values()):
+        assert torch.equal(image, denormalize(crop))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--small-size 18 --arch vit_micro", "--small-size 18: choose a multiple of 4"),
+        ("--drop-path 0.1", "--drop-path 0.1 needs a vision transformer"),
+        ("--drop-path 1 --arch vit_micro", "--drop-path 1: choose at least 0 and less than 1"),
+        ("--blur-small 0.5", "--blur-small 0.5: crops of 16 pixels are too small"),
+        ("--blur2 0.1 --size 16", "crops of 16 pixels are too small"),
+        ("--small-scale 0.5", "--small-scale 0.5: choose at most --large-scale, which is 0.4"),
+    ],
+)
+def test_flags_that_make_no_sense_together_are_refused(capsys, flags, words):
     with pytest.raises(SystemExit) as error:
-        arguments("--small", 2, 18, "--arch", "vit_micro")
-    assert error.value.code == 1 and "--small 18" in capsys.readouterr().err
-    assert arguments("--small", 2, 18).small == [2, 18]  # a ResNet has no patches
+        arguments("dino", *flags.split())
+    message = capsys.readouterr().err
+    assert error.value.code == 1 and words in message and message.count("\n") == 1
 
 
-# -------- The training loop -----------------------------------------------------------------------------------------------
-
-def tiny_data():
-    images = np.random.default_rng(0).integers(0, 256, (2 * BATCH, 3, SIZE, SIZE), dtype=np.uint8)  # two steps an epoch
-    split = Split(torch.from_numpy(images))
-    return Data("tiny", split, split, None)
-
-
-def train(folder, arch, seen=None):
-    """After main() on tiny data, the network in float64: the losses of this process; at every step the last layer, weight
-    decays and the gradients of the student in a row, without the last layer's; the model's state. Nothing is evaluated; a ViT's
-    attention is drawn into folder. A list `seen` gets a line before the first step and one after each: student, teacher,
-    centre, and what the teacher's head gave in that step."""
-    def record(name, args, data, loader, model, state, collapse):
-        assert name == "dino" and collapse == pytest.approx(math.log(K))
-        run.model, run.optimizer, run.args, run.data, run.device = model, state["optimizer"], args, data, loader.device
-        model.head.register_forward_hook(lambda head, inputs, output: outputs.append(output.detach()))
-        see()
-        return run
-
-    def see():
-        if seen is not None:
-            parts = run.model.student.parameters(), [*run.model.backbone.parameters(), *run.model.head.parameters()]
-            student, teacher = (torch.cat([w.detach().flatten() for w in part]) for part in parts)
-            seen.append(SimpleNamespace(student=student, teacher=teacher, center=run.model.center.clone(), out=outputs[-1:]))
-
-    def log(loss, lr):
-        see()
-        run.losses.append(loss.detach())
-        run.last.append(run.model.student["head"].last_layer.weight.detach().clone())
-        run.gradients.append(torch.cat([w.grad.flatten() for name, w in run.model.student.named_parameters()
-                                        if name != "head.last_layer.weight"]))
-        run.decays.append([group["weight_decay"] for group in run.optimizer.param_groups])
-
-    outputs, run = [], SimpleNamespace(step=0, losses=[], last=[], decays=[], gradients=[], log=log, folder=folder)
-    run.end_epoch, run.finish = lambda epoch: None, lambda: None
-    make, normalize = dino.DINO, dino.normalize
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dino, "normalize", lambda x: normalize(x).double())
-        patch.setattr(dino, "DINO", lambda *options: make(*options).double())
-        patch.setattr(sys, "argv", ["dino.py", "--arch", arch, *map(str, ARGUMENTS)])
-        patch.setattr(dino, "load_data", lambda name, root, device: tiny_data())
-        patch.setattr(dino, "Run", record)
-        dino.main()
-    return torch.stack(run.losses), torch.stack(run.last), run.decays, torch.stack(run.gradients), run.model.state_dict()
+def test_flags_that_make_sense_are_not_refused():
+    assert arguments("dino", "--small-size", 18).small_size == 18  # a ResNet has no patches
+    arguments("dino", "--small-size", 18, "--small-crops", 0, "--arch", "vit_micro")
+    arguments("dino", "--blur-small", 0.5, "--small-crops", 0)
+    arguments("dino", "--blur-small", 0.5, "--small-size", 20)
+    paper = arguments("dino", "--recipe", "paper", "--data", "emoji")
+    assert (paper.tau_t_start, paper.tau_t, paper.drop_path) == (0.04, 0.07, 0.1)
 
 
-@pytest.mark.parametrize("arch", ["vit_micro", "resnet14"])
-def test_teacher_and_center_follow_in_every_step(tmp_path, arch):
-    """By section 3.1: theta_t <- m theta_t + (1 - m) theta_s with the student after its update, m from 0.9 to 1 by a cosine;
-    and by Eq. 4 with the mean of both large views."""
-    seen = []
-    train(tmp_path, arch, seen)
-    assert len(seen) == 5
-    for step, (before, after) in enumerate(itertools.pairwise(seen)):
+def test_colours_of_attention():
+    """Violet at 0, yellow at 1, the third colour half-way; a third of it is the grey image."""
+    maps = torch.tensor([0.0, 1.0, 0.5, 0.125]).view(1, 1, 2, 2)
+    black = dino.overlay(torch.zeros(1, 3, 2, 2), maps)[0, 0].flatten(1).T / 0.65 * 255
+    table = torch.tensor(dino.VIRIDIS, dtype=torch.float32)
+    expected = torch.stack([table[0], table[4], table[2], (table[0] + table[1]) / 2])
+    torch.testing.assert_close(black, expected)
+    image = noise(1, 3, 2, 2, dtype=torch.float32)
+    shown = dino.overlay(image, maps) - dino.overlay(torch.zeros(1, 3, 2, 2), maps)
+    torch.testing.assert_close(shown[0, 0], 0.35 * image.mean(1).expand(3, -1, -1))
+
+
+# -------- The training loop -----------------------------------------------------------------------
+
+
+def look(model):
+    """Student, teacher, centre, the last layer, and the teacher's outputs of the step before."""
+    if not hasattr(model, "outputs"):
+        model.outputs = []
+        model.head.register_forward_hook(lambda head, inputs, g_t: model.outputs.append(g_t))
+    teacher = [*model.backbone.parameters(), *model.head.parameters()]
+    return SimpleNamespace(
+        student=torch.cat([w.detach().flatten() for w in model.student.parameters()]),
+        teacher=torch.cat([w.flatten() for w in teacher]),
+        center=model.center.clone(),
+        last=model.student["head"].last_layer.weight.detach().clone(),
+        outputs=model.outputs[-1:],
+    )
+
+
+@BOTH
+def test_what_moves_in_every_step(train, arch):
+    """By section 3.1: theta_t <- m theta_t + (1 - m) theta_s with the student after its update, m
+    from 0.9 to 1 by a cosine; and by Eq. 4 with the mean of both large views. The last layer is
+    frozen in the first epoch; the weight decay of the matrices follows a cosine."""
+    decays = []
+
+    def note(optimizer, args, kwargs):
+        decays.append([group["weight_decay"] for group in optimizer.param_groups])
+
+    handle = register_optimizer_step_pre_hook(note)
+    run = train("dino", *TINY, "--arch", arch, spy=look)
+    handle.remove()
+    assert len(run.looks) == 5
+    for step, (before, after) in enumerate(itertools.pairwise(run.looks)):
         m = 1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
         moved = after.teacher - before.teacher
         assert moved.abs().max() > 1e-6
-        torch.testing.assert_close(moved, (1 - m) * (after.student - before.teacher), rtol=1e-9, atol=1e-14)
-        outputs, = after.out
-        assert outputs.shape == (2 * BATCH, K)
-        torch.testing.assert_close(after.center, 0.9 * before.center + 0.1 * outputs.mean(0), rtol=1e-9, atol=1e-14)
+        expected = (1 - m) * (after.student - before.teacher)
+        torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-14)
+        (outputs,) = after.outputs
+        assert outputs.shape == (2 * 12, K)
+        expected = 0.9 * before.center + 0.1 * outputs.mean(0)
+        torch.testing.assert_close(after.center, expected, rtol=1e-9, atol=1e-14)
 
-
-# Float64 in another order of summation: differences near 1e-15, which batch-norm among 6 images of noise enlarges about tenfold
-# at each of the four steps. Images of another process or the centre of a share of the batch change them by 0.01 and more.
-TRAINED = {"rtol": 1e-6, "atol": 1e-6}
-
-
-@pytest.mark.parametrize("arch", ["vit_micro", "resnet14"])
-def test_training_is_the_same_on_any_number_of_processes(processes, tmp_path, arch):
-    losses, last, decays, gradients, state = processes(1, train, tmp_path, arch)[0]
-    assert torch.equal(last[0], last[1]) and not torch.equal(last[1], last[2])  # frozen in epoch 0
-    assert [decay for decay, _ in decays] == pytest.approx([dino.cosine(0.04, 0.4, t / 4) for t in range(4)])
+    frozen = [torch.equal(a.last, b.last) for a, b in itertools.pairwise(run.looks)]
+    assert frozen == [True, True, False, False]
+    matrices = [decay for decay, _ in decays]
+    assert matrices == pytest.approx([dino.cosine(0.04, 0.4, t / 4) for t in range(4)])
     assert all(decay == 0 for _, decay in decays)
-    assert state["center"].abs().max() > 0
-    assert (tmp_path / "attention.png").exists() == (arch == "vit_micro")
-    for count in (2, 3):
-        results = processes(count, train, tmp_path, arch)
-        torch.testing.assert_close(torch.stack([found for found, *_ in results]).mean(0), losses, **TRAINED)
-        for *_, found, values in results:
-            assert ((found - gradients).norm(dim=1) < 1e-6 * gradients.norm(dim=1)).all()
-            for name, value in values.items():
-                assert torch.equal(value, results[0][-1][name]), name  # the processes agree to the last bit
-                torch.testing.assert_close(value, state[name], msg=name, **TRAINED)
+    assert Recorder.latest.reference_loss == ("collapsed", pytest.approx(math.log(K)))
+    assert ("attention.png" in run.pictures) == (arch == "vit_micro")
+
+
+def test_every_parameter_is_clipped_by_itself_and_the_teacher_warms_up(train):
+    temperatures = []
+
+    def loss(student, teacher, center, tau_s, tau_t):
+        temperatures.append((tau_s, tau_t))
+        return dino_loss(student, teacher, center, tau_s, tau_t)
+
+    dino_loss = dino.dino_loss
+    flags = ["--tau-t-start", 0.04, "--tau-t", 0.07, "--tau-t-warmup", 2]
+    flags += ["--arch", "vit_micro"]
+    run = train("dino", *TINY, *flags, dino_loss=loss, CLIP=1e-5)
+    assert temperatures == [(0.1, 0.04)] * 2 + [(0.1, 0.07)] * 2
+    for gradients in run.gradients:
+        norms = torch.stack([g.norm() for g in gradients.values()])
+        assert (norms < 1.001e-5).all()
+        assert (norms > 0.9e-5).sum() > len(norms) / 2  # many, so not all of them together

@@ -1,241 +1,367 @@
-"""Every file in methods/, found by its path, so that a new one is tested without new tests: the shape of the file, its flags,
-marked copies, the commands of its docstring, and a tiny run of main() with all that a run folder must hold."""
+"""Every file in methods/, found by its path: its shape, its flags, three steps on a stand-in for a
+GPU, and a tiny run of main() with all that a run folder holds. What is due depends on the KIND of a
+file, so a new file of any kind needs no new code here."""
 
-import argparse
 import ast
 import contextlib
-import functools
-import importlib
+import inspect
 import io
 import json
 import math
 import re
 import shlex
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+import tokenize
+from typing import NamedTuple
 
+import copies
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    EVERY_METHOD,
+    FIRST_OF_ITS_KIND,
+    METHODS,
+    ROOT,
+    SCRIPTS,
+    Recorder,
+    arguments,
+    call_main,
+    kind_of,
+    light,
+    method,
+    short,
+    source,
+    tiny_data,
+)
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
-from common import Data, Split, load_data
+from common import Data, InMemory, Split, flag_of
 
-ROOT = Path(__file__).resolve().parents[1]
-METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
-EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
-SHARED = ("data", "root", "size", "arch", "batch", "epochs", "lr", "seed", "eval_every", "out", "workers", "compile")
-TINY = ("--batch", 12, "--epochs", 2, "--eval-every", 1)  # 48 images: four steps an epoch
-
-
-# -------- Running a method in this process ------------------------------------------------------------------------------------
-
-@functools.cache
-def tiny_data(train=48, test=24):
-    """Data of some embedded emoji, evenly spread over the categories, each with all of its drawings."""
-    def cut(split, count):
-        names = split.emoji.unique()
-        names = names[np.random.default_rng(0).permutation(len(names))[:count]]  # more than enough: each has several drawings
-        chosen = torch.isin(split.emoji, names).nonzero()[:count, 0]
-        return Split(*(part[chosen].clone() for part in split))
-
-    data = load_data("emoji", "", torch.device("cpu"))
-    bank = cut(data.train, train)
-    return Data("tiny", bank, bank, cut(data.test, test))
+SOME_THOROUGH = [  # one of each kind in the ordinary suite
+    name if name in FIRST_OF_ITS_KIND else pytest.param(name, marks=pytest.mark.thorough)
+    for name in METHODS
+]
+EVERY_SCRIPT = pytest.mark.parametrize("name", SCRIPTS)
+METHOD_TOKENS = 3400  # the most that a file may hold
+COMMON_TOKENS = 14500
+LINE_TOKENS = 32
 
 
-def method(name):
-    return importlib.import_module(f"methods.{name}")
+class Due(NamedTuple):
+    """What a file of a kind must have. optional: sections that may be missing."""
+
+    settings: tuple = ("size", "arch", "batch", "epochs", "lr")
+    sections: tuple = ("The loss.", "The network.", "The views.", "Training.")
+    optional: tuple = ()
+    parts: tuple = ("Idea. ", "Notation. ", "Run.\n", "Reached. ", "Differs from the paper.\n")
 
 
-def call_main(name, *flags, data=None, **patches):
-    """main() of a method with these flags, on the data given; patches replace names that the method file imports. Returns the
-    exit code (0 if main returned), stdout and stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        patch.setattr(method(name), "load_data", lambda *_: data or tiny_data())
-        for attribute, value in patches.items():
-            patch.setattr(method(name), attribute, value)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                method(name).main()
-            except SystemExit as error:
-                code = error.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+KINDS = {
+    "image": Due(),
+    "metric": Due(),
+    "video": Due(),
+    "sound": Due(settings=("batch", "epochs", "lr")),
+    "generative": Due(settings=("batch", "epochs", "lr"), optional=("The views.",)),
+    "words": Due(settings=("batch", "epochs", "lr"), optional=("The views.",)),
+    "evaluation": Due(
+        settings=(),
+        sections=("The measure.", "The evaluation."),
+        parts=("Idea. ", "Notation. ", "Run.\n"),
+    ),
+}
 
 
-class Recorder(common.Run):
-    """A Run that keeps the losses in memory; it reads, evaluates and writes nothing. `latest` is the last one."""
-
-    def resume(self):
-        type(self).latest, self.losses = self, []
-        self.folder.mkdir(parents=True, exist_ok=True)  # for what a method may draw
-
-    def log(self, loss, lr):
-        self.losses.append(loss.detach())
-        self.step += 1
-
-    def end_epoch(self, epoch):
-        pass
-
-    def finish(self):
-        pass
+# -------- The shape of a file ---------------------------------------------------------------------
 
 
-# -------- The shape of a file -------------------------------------------------------------------------------------------------
-
-def source(name):
-    return (ROOT / "methods" / f"{name}.py").read_text()
+def test_every_file_is_of_a_known_kind():
+    assert {name: kind_of(name) for name in SCRIPTS if kind_of(name) not in KINDS} == {}
 
 
 def definitions(tree):
     return [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
 
-@EVERY_METHOD
+def tokens(text):
+    """{line: tokens of code that begin there}, without comments, docstrings, newlines and indents.
+    An f-string counts as one: since Python 3.12 tokenize splits it into its parts."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+            if ast.get_docstring(node) is not None:
+                docstrings.add((node.body[0].lineno, node.body[0].col_offset))
+    layout = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
+
+    count = {}
+    depth = 0  # of f-strings inside f-strings
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_END":
+            depth -= 1
+        elif depth == 0 and kind not in layout and token.start not in docstrings:
+            count[token.start[0]] = count.get(token.start[0], 0) + 1
+        if kind == "FSTRING_START":
+            depth += 1
+    return count
+
+
+def table_lines(text):
+    """The lines of tables: assignments of a dict, list or tuple to a CONSTANT, and long imports."""
+    lines = set()
+    for node in ast.parse(text).body:
+        constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()
+        if constant and isinstance(node.value, ast.Dict | ast.List | ast.Tuple):
+            lines |= set(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def test_tokens_are_counted_as_one_would():
+    text = '"""Doc."""\nx = f"{a!r:>{width}} {f(\'b\')}" "c"  # comment\n\n'
+    text += 'def f(b):\n    """Doc."""\n'
+    assert tokens(text) == {2: 4, 4: 6}
+
+
+@EVERY_SCRIPT
 def test_file_is_short(name):
-    lines = source(name).splitlines()
-    assert len(lines) <= 300 and max(map(len, lines)) <= 128
+    assert sum(tokens(source(name)).values()) <= METHOD_TOKENS
 
 
 def test_common_is_short():
-    lines = (ROOT / "common.py").read_text().splitlines()
-    assert len(lines) < 900 and max(map(len, lines)) <= 128
+    assert sum(tokens((ROOT / "common.py").read_text()).values()) <= COMMON_TOKENS
 
 
-@EVERY_METHOD
+@pytest.mark.parametrize("file", ["common.py", *(f"methods/{name}.py" for name in SCRIPTS)])
+def test_lines_are_short(file):
+    """One line, one thought. (The columns of all files are counted in test_repo.py.)"""
+    text = (ROOT / file).read_text()
+    tables = table_lines(text)
+    assert {n: k for n, k in tokens(text).items() if k > LINE_TOKENS and n not in tables} == {}
+
+
+@EVERY_SCRIPT
 def test_docstring_has_its_parts_in_order(name):
+    """Title; links, on arXiv or elsewhere; the parts of the kind; differences, numbered."""
     text = ast.get_docstring(ast.parse(source(name)))
-    parts = [r"\A[^\n:]+: [^\n]+\.$", r"^[^\n]+ https://arxiv\.org/abs/\d{4}\.\d{4,5}$", r"^Official code[^\n:]*: https://",
-             r"^Idea\. ", r"^Notation\. ", r"^Run\.$", r"--batch counts\s+the\s+images\s+of\s+all\s+processes\s+together",
-             r"^Differs from the paper\.$"]
-    found = [re.search(part, text, re.MULTILINE) for part in parts]
-    assert all(found), [part for part, match in zip(parts, found) if not match]
+    due = KINDS[kind_of(name)].parts
+    patterns = [r"\A[^\n:]+: [^\n]+[.?]$", "https://", *[f"^{re.escape(part)}" for part in due]]
+    found = [re.search(pattern, text, re.MULTILINE) for pattern in patterns]
+    assert all(found), [pattern for pattern, match in zip(patterns, found) if not match]
     places = [match.start() for match in found]
     assert places == sorted(places)
-    numbers = re.findall(r"^    (\d+)\. ", text[places[-1]:], re.MULTILINE)
-    assert numbers == [str(i + 1) for i in range(len(numbers))] and numbers
-    assert not re.search(r"\b(FACTOR|TODO|FIXME|XXX)\b", source(name))  # a figure or a sentence still to be written
+    if kind_of(name) == "image":
+        assert re.search(r"^Official code", text[: places[2]], re.MULTILINE)
+    if kind_of(name) != "evaluation":
+        run = text[places[4] : places[5]]
+        assert re.search(r"^--batch counts the images of all\s+processes\s+together\b", run, re.M)
+        numbers = re.findall(r"^    (\d+)\. ", text[places[-1] :], re.MULTILINE)
+        assert numbers == [str(i + 1) for i in range(len(numbers))] and numbers
+    assert not re.search(r"\b(FACTOR|TODO|FIXME|XXX)\b", source(name))  # still to be written
 
 
-@EVERY_METHOD
+@EVERY_SCRIPT
 def test_sections_are_in_order(name):
-    """get_args, views, then classes and functions in any order, learning_rate, pictures, main, and the guard; at top level
-    nothing but imports, the line that finds common.py, and constants: importing a method has no effect and needs nothing."""
-    tree = ast.parse(source(name))
-    names = [node.name for node in definitions(tree)]
-    assert names[0] == "get_args" and names[-1] == "main"
-    classes = [node for node in definitions(tree) if isinstance(node, ast.ClassDef)]
-    model = [node.name for node in classes if re.search(r"self\.backbone\b.* = ", ast.unparse(node))]
-    assert len(model) == 1, "one class has the backbone"
-    pictures = [n for n in names if n.startswith("draw_") and n not in ("draw_masks", "draw_puzzles")]
-    order = ["get_args", "views", model[0], "learning_rate", *pictures, "main"]
-    assert [n for n in names if n in order] == order
+    """The loss comes first of all code, near the top, main() last; at top level nothing but
+    imports, the line that finds common.py, and constants: importing a file has no effect."""
+    text = source(name)
+    due = KINDS[kind_of(name)]
+    sections = re.findall(r"^# ([A-Z][a-z]*(?: [a-z]+)*\.)$", text, re.MULTILINE)
+    wanted = [part for part in due.sections if part in sections or part not in due.optional]
+    assert sections == wanted
+
+    tree = ast.parse(text)
+    parts = definitions(tree)
+    assert parts[-1].name == "main" and ast.unparse(parts[-1].args) == "argv=None"
+    first = text.splitlines().index(f"# {due.sections[0]}") + 1
+    assert first < parts[0].lineno and parts[0].lineno < 80
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    main()"
+
+    finds_common = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
     for node in tree.body[1:-1]:
         line = ast.unparse(node)
-        assert isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign) or (
-            line == "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"), line
-        assert not isinstance(node, ast.Assign) or re.match(r"[A-Z_, ]+ = |backbone = [A-Z]", line), line
+        assert isinstance(node, kinds) or line == finds_common, line
+        assert not isinstance(node, ast.Assign) or re.match(r"[A-Z_\d]+ = ", line), line
+    constants = [node for node in tree.body if isinstance(node, ast.Assign)]
+    assert ast.unparse(constants[0]).startswith("KIND = ")
 
 
-@EVERY_METHOD
+@EVERY_SCRIPT
 def test_imports(name):
-    """The standard library, numpy, torch and torchvision, common and kernels; never another method; all at the top."""
+    """The standard library, numpy, torch and torchvision, common and kernels; never another method;
+    all at the top, except matplotlib's, which takes long."""
     tree = ast.parse(source(name))
-    allowed = {*sys.stdlib_module_names, "numpy", "torch", "torchvision", "einops", "common", "kernels"}
+    allowed = {*sys.stdlib_module_names, "numpy", "torch", "torchvision", "einops"}
+    allowed |= {"common", "kernels"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            assert node in tree.body, ast.unparse(node)
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            assert {module.split(".")[0] for module in modules} <= allowed, ast.unparse(node)
+            names = [alias.name for alias in node.names]
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else names
+            wanted = allowed if node in tree.body else {"matplotlib"}
+            assert {module.split(".")[0] for module in modules} <= wanted, ast.unparse(node)
 
 
 def imported_from_common(name):
-    return {alias.name for node in ast.parse(source(name)).body if isinstance(node, ast.ImportFrom) and node.module == "common"
-            for alias in node.names}
+    names = set()
+    for node in ast.parse(source(name)).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "common":
+            names |= {alias.name for alias in node.names}
+    return names
 
 
-@pytest.mark.skipif(len(METHODS) < 4, reason="with few methods, one may be the first of several to use a function")
 def test_common_holds_nothing_that_one_method_alone_uses():
-    """But for the augmentation primitives, functions of (x, rand): a recipe may be the only one to use one of them. What
-    common.py itself uses is at home there; the rest must be imported by two methods."""
+    """Except augmentations, functions of (x, rand): a recipe may be the only one to use one of
+    them. What common.py itself or a reader by README.md uses is at home there; the rest must be
+    imported by two scripts."""
     tree = ast.parse((ROOT / "common.py").read_text())
-    users = {name: imported_from_common(name) for name in METHODS}
+    users = {name: imported_from_common(name) for name in SCRIPTS}
+    quoted = (ROOT / "README.md").read_text()
+    names_in = {}
+    for part in tree.body:
+        names_in[part] = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)}
     for node in definitions(tree):
-        if isinstance(node, ast.FunctionDef) and [a.arg for a in node.args.args[:2]] == ["x", "rand"]:
+        arguments_of = node.args.args[:2] if isinstance(node, ast.FunctionDef) else []
+        if [argument.arg for argument in arguments_of] == ["x", "rand"]:
             continue
-        by_common = any(isinstance(n, ast.Name) and n.id == node.name for other in tree.body if other is not node
-                        for n in ast.walk(other))
-        by_methods = [name for name, names in users.items() if node.name in names]
-        assert by_common or len(by_methods) >= 2, f"{node.name} is used by {by_methods} alone"
+        by_common = any(node.name in names_in[part] for part in tree.body if part is not node)
+        by_scripts = [name for name, names in users.items() if node.name in names]
+        by_readers = f"{node.name}(" in quoted
+        assert by_common or by_readers or len(by_scripts) >= 2, f"{node.name}: {by_scripts}"
 
 
-# -------- Copies --------------------------------------------------------------------------------------------------------------
-
-MARK = re.compile(r"^(?:def|class) (\w+).*# copy of: methods/(\w+)\.py::(\w+)$", re.MULTILINE)
+# -------- Copies ----------------------------------------------------------------------------------
 
 
-def without_docstring(node):
-    node = ast.parse(ast.unparse(node)).body[0]
-    if ast.get_docstring(node) is not None:
-        node.body = node.body[1:]
-    return ast.dump(node)
+def test_copies_equal_their_originals():
+    """To the letter. `python tests/copies.py --fix` mends them."""
+    assert copies.check(ROOT) == []
 
 
-def test_marked_copies_equal_their_originals():
-    """To the letter, docstring included; comments may differ."""
-    for name in METHODS:
-        here = {node.name: node for node in definitions(ast.parse(source(name)))}
-        assert source(name).count("# copy of:") == len(MARK.findall(source(name))), f"{name}: a mark is not on a definition"
-        for copy, other, original in MARK.findall(source(name)):
-            there = {node.name: node for node in definitions(ast.parse(source(other)))}
-            assert other != name and original in there, f"{name}: {copy} is marked as a copy of what is not there"
-            assert original not in [c for c, _, _ in MARK.findall(source(other))], f"{name}: {copy} is a copy of a copy"
-            assert ast.dump(here[copy]) == ast.dump(there[original]), f"{name}: {copy} differs from {other}'s {original}"
+ORIGINAL = '''
+@torch.no_grad()
+def f(x):
+    """Doc."""
+    return x + 1  # one
 
 
-def test_copies_are_marked():
-    """Functions and classes of the same name and body, docstrings aside, in two files: all but one carry the mark."""
-    found = {}
-    for name in METHODS:
-        marked = [copy for copy, _, _ in MARK.findall(source(name))]
-        for node in definitions(ast.parse(source(name))):
-            if node.name not in marked:
-                found.setdefault((node.name, without_docstring(node)), []).append(name)
-    assert {function: files for (function, _), files in found.items() if len(files) > 1} == {}
+def g(x):
+    return x
+'''
 
 
-# -------- Flags ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def project(tmp_path):
+    """project(a=..., b=...): a project of such method files; its root."""
 
-def parse(name, *flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        return method(name).get_args()
+    def write(**texts):
+        (tmp_path / "methods").mkdir(exist_ok=True)
+        for name, text in texts.items():
+            (tmp_path / "methods" / f"{name}.py").write_text(text)
+        return tmp_path
+
+    return write
 
 
-def flags_of(name):
-    """{destination: action} of all flags but --help."""
+def test_copies_are_found_and_mended(project, capsys):
+    """Decorators, docstring and comments belong to a copy; the rest of the file stays as it is."""
+    old = "X = 1\n\n\ndef f(x):  # copy of: methods/a.py::f\n    return x + 2\n\n\nY = 2\n"
+    root = project(a=ORIGINAL, b=old)
+    with pytest.raises(SystemExit) as stop:
+        copies.main([], root)
+    assert stop.value.code == 1
+    assert capsys.readouterr().out == "methods/b.py: f differs from methods/a.py::f\n"
+
+    with pytest.raises(SystemExit) as stop:
+        copies.main(["--fix"], root)
+    assert stop.value.code == 0
+    assert "written: methods/b.py::f\n" in capsys.readouterr().out
+    copy = '@torch.no_grad()\ndef f(x):  # copy of: methods/a.py::f\n    """Doc."""\n'
+    new = f"X = 1\n\n\n{copy}    return x + 1  # one\n\n\nY = 2\n"
+    assert (root / "methods" / "b.py").read_text() == new
+    assert (root / "methods" / "a.py").read_text() == ORIGINAL
+    assert copies.check(root) == copies.fix(root) == []
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("def g(y):  # copy of: methods/a.py::h\n    pass\n", "a.py::h, which does not exist"),
+        ("def g(y):  # copy of: methods/b.py::g\n    pass\n", "b.py::g, which does not exist"),
+        ("def g(y):\n    pass  # copy of: methods/a.py::g\n", "must end the first line"),
+        ('def g(x):\n    """Other words."""\n    return x\n', "is equal to methods/a.py::g"),
+    ],
+)
+def test_marks_that_are_wrong_or_missing(project, text, words):
+    (problem,) = copies.check(project(a=ORIGINAL, b=text))
+    assert problem.startswith("methods/b.py: ") and words in problem
+
+
+def test_copy_of_a_copy_is_refused(project):
+    copy = "def g(x):  # copy of: methods/a.py::g\n    return x\n"
+    (problem,) = copies.check(project(a=ORIGINAL, b=copy, c=copy.replace("/a.py", "/b.py")))
+    assert problem.startswith("methods/c.py: ") and "a copy itself" in problem
+
+
+# -------- Flags -----------------------------------------------------------------------------------
+
+
+def columns(name):
+    return method(name).SETTINGS["recipe"][:-1]
+
+
+def numbers(name):
+    """[(setting, its interval)] of the settings that are numbers."""
+    count = len(columns(name))
     found = []
-    with pytest.MonkeyPatch.context() as patch:
-        real = argparse.ArgumentParser.parse_args
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *args: found.append(self) or real(self, *args))
-        parse(name)
-    return {action.dest: action for action in found[0]._actions if action.dest != "help"}
+    for setting, row in method(name).SETTINGS.items():
+        allowed = row[-1] if len(row) > count + 1 else common.RANGES.get(setting, "[0, inf)")
+        if isinstance(row[0], int | float) and not isinstance(row[0], bool):
+            found.append((setting, allowed))
+    return found
+
+
+@EVERY_SCRIPT
+def test_settings(name):
+    """The rows have one value per column, help in words, perhaps what is allowed; they are used.
+    The columns go from an embedded data set to the paper."""
+    settings = method(name).SETTINGS
+    assert list(settings)[0] == "recipe"
+    if kind_of(name) != "evaluation":
+        assert columns(name)[0] in common.EMBEDDED and columns(name)[-1] == "paper"
+    assert set(KINDS[kind_of(name)].settings) <= set(settings)
+    count = len(columns(name))
+    text = source(name) + (ROOT / "common.py").read_text()
+    for setting, row in settings.items():
+        values = row[:count]
+        assert len(row) in (count + 1, count + 2), setting
+        assert all(isinstance(value, str | int | float) for value in values), setting
+        assert len({isinstance(value, str | bool) for value in values}) == 1, setting
+        assert len(row[count].split()) >= 2, f"{setting} is not explained"
+        assert setting == "recipe" or re.search(rf"\bargs\.{setting}\b", text), f"unused: {setting}"
 
 
 @EVERY_METHOD
+def test_every_column_is_accepted(name):
+    for place, column in enumerate(columns(name)):
+        args = arguments(name, "--recipe", column, "--data", "emoji")
+        for setting, row in method(name).SETTINGS.items():
+            assert getattr(args, setting) == (column if setting == "recipe" else row[place])
+
+
+@EVERY_SCRIPT
 def test_help(name, monkeypatch, capsys):
-    """Needs neither a network nor a GPU, and explains every flag."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("--help looked for a GPU"))
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("--help connected to a network"))
+    """Needs neither a network nor a GPU, and shows every flag."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("connected to a network"))
     with pytest.raises(SystemExit) as stop:
-        parse(name, "--help")
+        method(name).main(["--help"])
     text = capsys.readouterr().out
-    assert not stop.value.code and all(f"--{flag.replace('_', '-')}" in text for flag in SHARED)
+    assert not stop.value.code
+    due = ["--data", "--seed", "--root", *map(flag_of, method(name).SETTINGS)]
+    assert [flag for flag in due if not re.search(rf"^  {flag}[ ,]", text, re.MULTILINE)] == []
 
 
 def test_help_of_the_program(program, tmp_path):
@@ -244,199 +370,365 @@ def test_help_of_the_program(program, tmp_path):
     assert "--tau" in found.stdout and not found.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, flags, words", [
-    *((name, "--batch 1", "--batch 1: choose") for name in METHODS),
-    *((name, "--size 0", "--size") for name in METHODS),
-    ("simclr", "--tau 0.001", "--tau 0.001: choose at least"), ("moco", "--tau 0.001", "--tau 0.001: choose at least"),
-    ("swav", "--epsilon 0", "--epsilon 0.0: choose"), ("swav", "--queue -1 0", "--queue -1: choose"),
-    ("swav", "--small 2 0", "--small"), ("dino", "--small 2 0", "--small"), ("jigsaw", "--shift -1", "--shift -1: choose"),
-    ("jigsaw", "--tile 0", "--tile 0"), ("colorization", "--temperature 0", "--temperature 0.0: choose")])
-def test_a_flag_that_makes_no_sense_ends_in_one_sentence_before_anything_is_written(name, flags, words, monkeypatch, capsys,
-                                                                                    tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+def below(interval):
+    """A number that lies under an interval, "[0, 1]" or "(0, inf)"."""
+    low = float(interval[1:-1].split(",")[0])
+    return low if interval[0] == "(" else low - 1
+
+
+def assert_refused(name, flags, words, capsys):
+    """In one sentence, before anything else happens."""
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"methods.{name}").main()
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 1 and error.startswith("error: ") and words in error and "\n" not in error
-    assert not list(tmp_path.iterdir())
+        arguments(name, *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert words in error
 
 
 @EVERY_METHOD
-def test_flags(name):
-    flags, pattern = flags_of(name), flags_of("simclr")
-    assert len(flags) <= 20 and set(SHARED) <= set(flags)
-    assert all(len((action.help or "").split()) >= 2 for action in flags.values())
-    assert flags["data"].help.startswith("emoji, ") and "or a folder" in flags["data"].help
-    for flag in ("root", "eval_every", "workers", "compile"):
-        assert flags[flag].help == pattern[flag].help
-    assert flags["out"].help.startswith(f"run folder (default: runs/{name}-DATA-SEED)") and "continued" in flags["out"].help
-    assert flags["seed"].help.startswith("of the weights, the order of the images")
-    for flag in ("batch", "lr"):  # what a rate or a batch means is the same everywhere; the recipe may add to it
-        assert flags[flag].help.startswith(pattern[flag].help.split(" (")[0])
-    for flag in ("size", "arch", "batch", "epochs", "lr"):
-        assert "paper" in flags[flag].help, f"--{flag} does not name the paper's value"
-    assert flags["data"].default == "emoji" and flags["out"].default is None and flags["seed"].default == 0
-
-
-@EVERY_METHOD
-def test_every_flag_is_used(name):
-    text = source(name) + (ROOT / "common.py").read_text()
-    assert [flag for flag in flags_of(name) if not re.search(rf"\bargs\.{flag}\b", text)] == []
+def test_what_makes_no_sense_is_refused(name, capsys):
+    """In one sentence: numbers below their intervals, a long warm-up, a wrong flag or recipe."""
+    for setting, interval in numbers(name):
+        number = below(interval)
+        words = str(round(number)) if isinstance(method(name).SETTINGS[setting][0], int) else number
+        assert_refused(name, [flag_of(setting), words], f"{flag_of(setting)} ", capsys)
+    if "warmup" in method(name).SETTINGS:
+        assert_refused(name, ["--epochs", 2, "--warmup", 3], "--warmup 3: choose at most", capsys)
+    assert_refused(name, ["--no-such-flag", 1], "--no-such-flag: no such flag", capsys)
+    assert_refused(name, ["--recipe", "paper"], "needs images", capsys)
 
 
 def commands(name):
-    """The commands of the docstring, as lists of words."""
-    text = ast.get_docstring(ast.parse(source(name))).replace("\\\n", " ")
-    found = re.findall(r"^ +((?:python|torchrun) .*?)(?:   .*)?$", re.sub(r"\n? {9,}--", " --", text), re.MULTILINE)
+    """The commands of the docstring, as lists of words; two spaces end a command."""
+    text = ast.get_docstring(ast.parse(source(name)))
+    found = re.findall(r"^ +((?:python|torchrun) .*?)(?:  .*)?$", text, re.MULTILINE)
     return [shlex.split(command) for command in found]
 
 
 @EVERY_METHOD
 def test_commands_of_the_docstring(name):
-    """One for two CPU cores, without a flag; one for a GPU; one for many. Their flags are accepted."""
-    found, script = commands(name), f"methods/{name}.py"
-    assert found[0] == ["python", script] and any(c[:2] == ["python", script] and len(c) > 2 for c in found)
-    assert any(c[:4] == ["torchrun", "--nproc_per_node", "8", script] for c in found) and all(script in c for c in found)
-    for command in found:
-        args = parse(name, *command[command.index(script) + 1:])
-        assert command[0] == "python" or args.batch % 8 == 0
+    """One without a flag, for two CPU cores; one with, for a GPU; the paper's, for many. (That
+    their flags are accepted is tested in test_repo.py.)"""
+    script = f"methods/{name}.py"
+    found = commands(name)
+    assert len(found) >= 3 and all(script in command for command in found)
+    assert found[0] == ["python", script]
+    assert found[1][:2] == ["python", script] and len(found[1]) > 2
+    paper = " ".join(found[-1])
+    assert paper.startswith(f"torchrun --nproc_per_node 8 {script} --recipe paper --data ")
+    assert len(paper.split()) == 8  # short
+
+
+# -------- A stand-in for a GPU --------------------------------------------------------------------
+
+META = torch.device("meta")
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises where an operation mixes the CPU with the device, as a GPU would. (The meta device
+    does so by itself in some operations, in a matrix product it does not.) The shape of a result is
+    computed once for the same operation on the same shapes: the meta device takes its time."""
+
+    known = {}  # operation and shapes -> shape, stride and type of a new tensor, or None: the first
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+        copies_values = operation.name().startswith(("aten::copy_", "aten::_to_copy"))
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim}
+        if len(devices) > 1 and not copies_values:
+            raise RuntimeError(f"{operation.name()} mixes tensors on {sorted(devices)}")
+        if not tensors or not all(tensor.is_meta for tensor in tensors):
+            return operation(*args, **kwargs)
+
+        key = (operation, *[about(leaf) if torch.is_tensor(leaf) else leaf for leaf in leaves])
+        if key in self.known:
+            made = self.known[key]
+            return torch.empty_strided(*made[:2], dtype=made[2], device=META) if made else args[0]
+        result = operation(*args, **kwargs)
+        returns = operation._schema.returns
+        if torch.is_tensor(result) and len(returns) == 1:
+            if returns[0].alias_info is None:
+                self.known[key] = about(result)
+            elif result is args[0]:  # in place
+                self.known[key] = None
+        return result
+
+
+def about(tensor):
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def meta_data():
+    """tiny_data() on the meta device: shapes without values."""
+
+    def move(split):
+        numbers = [part.to(META) for part in split[1:]]
+        return Split(InMemory(split.images.pixels.to(META)), *numbers)
+
+    data = tiny_data()
+    bank = move(data.train)
+    return Data(data.name, bank, bank, move(data.test))
+
+
+# What reads values once, before the training: other functions in their places.
+READS_VALUES = {"count_colours": lambda loader, bins: torch.ones(len(bins), device=META)}
+
+
+def on_meta(name, *flags, **patches):
+    """main() on the meta device: network, images and optimiser have shapes, but no values. What on
+    a GPU would fail, or would wait for the GPU in every step, raises: a tensor left on the CPU,
+    .item(), .cpu(), a boolean index. Random numbers are drawn on the CPU, as always; pictures are
+    not drawn, since they need values. Returns the Recorder."""
+    first = torch.zeros(1, dtype=torch.long), [torch.zeros(1, 3, 8, 8)]
+    shown = property(lambda self: first, lambda self, value: None)
+    patches["join_processes"] = lambda seed: torch.manual_seed(seed) and META
+    for attribute, value in vars(method(name)).items():
+        if attribute in READS_VALUES:
+            patches[attribute] = READS_VALUES[attribute]
+        elif attribute.startswith("draw_") and "path" in inspect.signature(value).parameters:
+            patches[attribute] = lambda *args, **options: None  # pictures
+    with pytest.MonkeyPatch.context() as patch, OneDevice():
+        patch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+        patch.setattr(common.Loader, "first_shown", shown, raising=False)
+        patches = {"Run": Recorder, **light(name), **patches}
+        result = call_main(name, *flags, data=meta_data(), **patches)
+    assert result.code == 0, result.err
+    run = Recorder.latest
+    assert all(loss.device == META for loss in run.losses)
+    assert all(value.device == META for value in run.model.state_dict().values())
+    return run
 
 
 @EVERY_METHOD
-@pytest.mark.parametrize("launcher", ["python", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_recipes_of_the_docstring_run(name, launcher, tmp_path):
-    """One step of four images with the file's default network. The recipes for several GPUs have large heads and images; they
-    run only if slow tests are asked for."""
-    smaller = ["--arch", parse(name).arch, "--batch", 4, "--epochs", 1, "--workers", 0, "--out", tmp_path]
-    for command in commands(name)[1:]:
-        if command[0] == launcher:
-            flags = command[command.index(f"methods/{name}.py") + 1:]
-            result = call_main(name, *flags, *smaller, data=tiny_data(4), Run=Recorder)
-            assert result.code == 0, f"{' '.join(command)}: {result.err}"
-            assert len(Recorder.latest.losses) == 1 and Recorder.latest.losses[0].isfinite()
+def test_three_steps_on_a_stand_in_for_a_gpu(name, tmp_path):
+    """One step in each of three epochs, so that what changes between epochs is seen, too."""
+    run = on_meta(name, *short(name, batch=16, epochs=3), "--out", tmp_path)
+    assert len(run.losses) == 3
 
 
-# -------- A tiny run ----------------------------------------------------------------------------------------------------------
+def loss_with(trouble):
+    def loss(z1, z2, tau):
+        trouble(z1)
+        return (z1 * z2).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        lambda z: z.sum().item(),
+        lambda z: z.cpu(),
+        lambda z: z[z > 0],
+        lambda z: z @ torch.ones(z.shape[1], 2),
+        lambda z: z[torch.arange(3)],
+        lambda z: print("large") if z.norm() > 1 else None,
+    ],
+    ids=["item", "cpu", "boolean index", "matrix on the CPU", "index on the CPU", "if"],
+)
+def test_the_stand_in_notices(trouble, tmp_path):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        on_meta("simclr", *short("simclr"), "--out", tmp_path, simclr_loss=loss_with(trouble))
+
+
+def test_the_stand_in_notices_a_network_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(method("simclr").SimCLR, "to", lambda self, device: self)
+    monkeypatch.setattr(common, "distribute", lambda model, *_: model)
+    with pytest.raises(RuntimeError):
+        on_meta("simclr", *short("simclr"), "--out", tmp_path, distribute=lambda model, *_: model)
+
+
+class Stop(Exception):
+    pass
+
+
+class OneStep(Recorder):
+    def log(self, loss, lr, **more):
+        super().log(loss, lr, **more)
+        raise Stop
+
+
+def without_values(*args, **options):
+    """common.backbone without its initial values, which take seconds for a large network."""
+    with META:
+        return common.backbone(*args, **options)
+
+
+def one_step(name, flags, folder):
+    """A step of 8 images on the meta device. Returns whether these flags are accepted."""
+    patches = {"backbone": without_values} if hasattr(method(name), "backbone") else {}
+    flags = [*flags, "--data", "emoji", "--batch", 8, "--workers", 0, "--out", folder]
+    try:
+        arguments(name, *flags)
+    except SystemExit:
+        return False
+    with pytest.raises(Stop):
+        on_meta(name, *flags, Run=OneStep, **patches)
+    return True
+
+
+@pytest.mark.parametrize("name", SOME_THOROUGH)
+def test_every_column_trains_a_step(name, tmp_path):
+    """With the column's network and image size, the paper's included: shapes without values."""
+    for column in columns(name)[1:]:
+        assert one_step(name, ["--recipe", column], tmp_path)
+
+
+@EVERY_METHOD
+def test_the_other_family_of_networks_trains_a_step_or_is_refused(name, tmp_path):
+    """A vision transformer where the default is a ResNet, and the other way round. It is refused by
+    the flags' check or not at all."""
+    if "arch" in method(name).SETTINGS:
+        default = arguments(name).arch
+        other = "resnet14" if default in common.VITS else "vit_micro"
+        one_step(name, ["--arch", other], tmp_path)
+
+
+@pytest.mark.thorough
+@EVERY_METHOD
+def test_every_column_trains_a_step_with_values(name, tmp_path):
+    """One step of four images with a small network of the column's family."""
+    for column in columns(name):
+        flags = ["--recipe", column, "--data", "emoji", "--batch", 4]
+        flags += ["--workers", 0, "--out", tmp_path]
+        if "arch" in method(name).SETTINGS:
+            vit = arguments(name, *flags).arch in common.VITS
+            flags += ["--arch", "vit_micro" if vit else "resnet14"]
+        with pytest.raises(Stop):
+            call_main(name, *flags, Run=OneStep)
+        assert OneStep.latest.losses[0].isfinite()
+
+
+# -------- A tiny run ------------------------------------------------------------------------------
+
+
+PICTURE = (ROOT / "tests" / "results" / "neighbours.png").read_bytes()  # any picture
+
 
 class Watched(common.Run):
     """A Run that looks at the gradients after every step."""
 
-    def __init__(self, name, args, data, loader, model, state, collapse=None):
-        super().__init__(name, args, data, loader, model, state, collapse)
-        type(self).latest, self.begin = self, {n: p.detach().clone() for n, p in model.named_parameters()}
-        self.learns, self.bad = set(), set()
+    def __init__(self, name, args, data, loader, model, *others, **options):
+        super().__init__(name, args, data, loader, model, *others, **options)
+        type(self).latest = self
+        self.begin = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.learns = set()
+        self.bad = set()
 
-    def log(self, loss, lr):
+    def log(self, loss, lr, **more):
         for name, p in self.model.named_parameters():
             if p.grad is not None:
-                self.bad |= {name} if not p.requires_grad or not p.grad.isfinite().all() else set()
-                self.learns |= {name} if p.grad.abs().max() > 0 else set()
-        super().log(loss, lr)
+                if not p.requires_grad or not p.grad.isfinite().all():
+                    self.bad.add(name)
+                if p.grad.abs().max() > 0:
+                    self.learns.add(name)
+        super().log(loss, lr, **more)
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def finished(request, tmp_path_factory):
-    """A run of two epochs of four steps, and the same command once more."""
-    name, folder = request.param, tmp_path_factory.mktemp(request.param) / "deep" / "run"
-    watched = type("WatchedOnce", (Watched,), {})
+@EVERY_METHOD
+def test_tiny_run(name, tmp_path):
+    """Two epochs of two steps with everything around them; then the same command once more, and one
+    with other settings."""
+    folder = tmp_path / "deep" / "run"
+    flags = [*short(name), "--eval-every", 1, "--out", folder]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "pixels", lambda size: torch.nn.AdaptiveAvgPool2d(8))  # the probe of 3072 pixels takes seconds
-        first = call_main(name, *TINY, "--out", folder, Run=watched)
+        # What takes seconds and is the same for all: the probe, on all pixels too, and the curves.
+        patch.setattr(common, "pixels", lambda size: torch.nn.AdaptiveAvgPool2d(8))
+        if name not in FIRST_OF_ITS_KIND:
+            patch.setattr(common, "linear_probe", lambda *args, **options: 50.0)
+            patch.setattr(common, "draw_curve", lambda path, run: path.write_bytes(PICTURE))
+        first = call_main(name, *flags, Run=Watched, **light(name))
         assert first.code == 0, first.err
-        run, left = watched.latest, files(folder)
-        second = call_main(name, *TINY, "--out", folder, Run=watched)
-    return SimpleNamespace(name=name, folder=folder, run=run, first=first, left=left, second=second)
+        run = Watched.latest
+        left = files(folder)
+        check_metrics(name, flags, left["metrics.jsonl"].decode())
+        check_checkpoint(run, folder)
+        check_pictures(first.out, left)
+        check_gradients(run)
+        assert not [file for file in left if file.endswith(".part")]  # half written
+
+        words = ("knn20", "linear", "retrieval1", "raw pixels", "random init", name)
+        assert "epoch 2/2" in first.out and all(word in first.out for word in words)
+        second = call_main(name, *flags, **light(name))
+        assert second.code == 0 and all(word in second.out for word in words)
+        assert not re.search("epoch|evaluating|continuing", second.out)
+        assert files(folder) == left
+
+        other = call_main(name, *flags, "--epochs", 3, "--seed", 7, **light(name))
+        assert other.code == 1 and other.err.startswith("error: ") and other.err.count("\n") == 1
+        for word in ("epochs 2, now 3", "seed 0, now 7", "--out"):
+            assert word in other.err
+        assert files(folder) == left
 
 
-def test_metrics(finished):
-    first, *rows, last = (json.loads(line) for line in finished.left["metrics.jsonl"].decode().splitlines())
-    assert set(first) == {"method", "command", "commit", "versions", "device", "world_size", "settings"}
-    assert first["method"] == finished.name and first["world_size"] == 1
-    assert first["command"].startswith(f"methods/{finished.name}.py --batch 12 --epochs 2")
+def check_metrics(name, flags, text):
+    first, *rows, last = (json.loads(line) for line in text.splitlines())
+    about = {"method", "command", "commit", "versions", "device", "world_size", "settings"}
+    assert set(first) == about
+    assert first["method"] == name and first["world_size"] == 1
+    assert first["command"] == " ".join([f"methods/{name}.py", *map(str, flags)])
     assert {"python", "torch", "torchvision", "numpy"} <= set(first["versions"])
-    assert first["settings"]["seed"] == 0 and first["settings"]["train_images"] == 48
-    assert set(flags_of(finished.name)) - {"out", "root", "workers", "compile"} < set(first["settings"])
+    settings = first["settings"]
+    assert settings["seed"] == 0 and settings["train_images"] == 24
+    assert {*method(name).SETTINGS, "data", "eval_every"} - {"recipe"} <= set(settings)
 
-    assert [row["step"] for row in rows] == list(range(8)) and [row["epoch"] for row in rows] == [0] * 4 + [1] * 4
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["epoch"] for row in rows] == [0, 0, 1, 1]
     for row in rows:
         assert {"step", "epoch", "loss", "lr", "images_per_s"} <= set(row)
         assert math.isfinite(row["loss"]) and row["lr"] > 0 and row["images_per_s"] > 0
-    assert len({row["loss"] for row in rows}) == 8  # it moves
-    assert 0 <= rows[3]["knn20"] <= 100 and "knn20" not in rows[7]  # after the last epoch comes the whole evaluation
+    assert len({row["loss"] for row in rows}) == 4  # it moves
+    assert 0 <= rows[1]["knn20"] <= 100
+    assert "knn20" not in rows[3]  # after the last epoch comes the whole evaluation
 
-    assert set(last) == {"evaluation", "random_init", "pixels", "train_seconds", "unreadable_files"}
+    results = ("evaluation", "random_init", "pixels")
+    assert set(last) == {*results, "train_seconds", "unreadable_files"}
     accuracies = {"knn20", "knn200", "linear", "retrieval1", "retrieval5"}
     panel = {"feature_std", "feature_std_isotropic", "rankme", "alignment", "uniformity"}
-    for results in (last["evaluation"], last["random_init"], last["pixels"]):
-        assert set(results) == accuracies | panel and all(0 <= results[key] <= 100 for key in accuracies)
-        assert all(math.isfinite(value) for value in results.values())
+    for result in (last[part] for part in results):
+        assert set(result) == accuracies | panel
+        assert all(0 <= result[key] <= 100 for key in accuracies)
+        assert all(math.isfinite(value) for value in result.values())
     assert last["evaluation"] != last["random_init"] and last["train_seconds"] > 0
 
 
-def test_backbone_loads_into_a_new_one(finished):
-    args = finished.run.args
-    saved = torch.load(finished.folder / "backbone.pt", weights_only=True)
-    network = method(finished.name).backbone(args.arch, args.size)
-    network.load_state_dict(saved, strict=True)
-    features = network.eval()(torch.zeros(2, 3, args.size, args.size)).flatten(1)
-    assert features.shape == (2, network.out_dim) and features.isfinite().all()
-    for key, value in finished.run.model.backbone.state_dict().items():
-        assert torch.equal(saved[key], value)
+def check_checkpoint(run, folder):
+    """last.pt holds all state; backbone.pt gives the trained network back."""
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert set(saved) == {"state", "settings", "baselines", "step", "seconds"}
+    assert saved["step"] == 4
+    assert set(saved["state"]) == {"model", *run.state} and "optimizer" in saved["state"]
+    assert list(saved["state"]["model"]) == list(run.model.state_dict())
+
+    net = common.load_backbone(folder)
+    features = net(torch.zeros(2, 3, net.size, net.size)).flatten(1)
+    assert features.shape == (2, net.out_dim) and features.isfinite().all()
+    weights = net.state_dict()
+    for key, value in run.model.backbone.state_dict().items():
+        assert torch.equal(weights[key], value)
 
 
-def test_checkpoint_holds_everything(finished):
-    saved = torch.load(finished.folder / "last.pt", weights_only=True)
-    assert set(saved) == {"state", "settings", "baselines", "step", "seconds"} and saved["step"] == 8
-    assert set(saved["state"]) == {"model", *finished.run.state} and "optimizer" in saved["state"]
-    assert list(saved["state"]["model"]) == list(finished.run.model.state_dict())
-
-
-def test_pictures(finished):
-    own = {"mae": ["reconstruction.png"], "colorization": ["colorized.png"]}.get(finished.name, [])  # dino's: test_dino.py
-    for name in ("views.png", "curve.png", "neighbours.png", *own):
-        assert name in finished.first.out
-        picture = np.asarray(Image.open(io.BytesIO(finished.left[name])).convert("RGB"))
+def check_pictures(out, left):
+    pictures = [name for name in left if name.endswith(".png")]
+    assert {"views.png", "curve.png", "neighbours.png"} <= set(pictures)
+    for name in pictures:
+        assert name in out
+        picture = np.asarray(Image.open(io.BytesIO(left[name])).convert("RGB"))
         assert min(picture.shape[:2]) >= 64 and picture.std() > 1, name
 
 
-def test_no_half_written_file_is_left(finished):
-    assert not [name for name in finished.left if name.endswith(".part")]
-
-
-def test_gradients(finished):
-    """Every trainable parameter gets a gradient that is finite at every step and not 0 at some; others get none."""
-    parameters = dict(finished.run.model.named_parameters())
-    assert finished.run.bad == set()
-    assert {name for name, p in parameters.items() if p.requires_grad} == finished.run.learns
-
-
-def test_every_trainable_parameter_moves(finished):
-    """A parameter that no optimiser knows of would stay."""
-    still = {name for name, p in finished.run.model.named_parameters() if torch.equal(p, finished.run.begin[name])}
-    assert {name for name, p in finished.run.model.named_parameters() if p.requires_grad} & still == set()
-
-
-def test_table_at_the_end(finished):
-    for text in (finished.first.out, finished.second.out):
-        assert all(word in text for word in ("knn20", "linear", "retrieval1", "raw pixels", "random init", finished.name))
-    assert "epoch 2/2" in finished.first.out
-
-
-def test_finished_run_only_shows_its_table_again(finished):
-    assert finished.second.code == 0 and "continuing after step 8 of 8" in finished.second.out
-    assert "epoch" not in finished.second.out and "evaluating" not in finished.second.out
-    again = files(finished.folder)
-    assert {name: again[name] for name in finished.left} == finished.left
-
-
-def test_other_settings_are_refused(finished):
-    """With one sentence that names what differs and what to do, before anything is written."""
-    found = call_main(finished.name, *TINY, "--epochs", 3, "--seed", 7, "--out", finished.folder)
-    assert found.code == 1 and "epochs 2, now 3" in found.err and "seed 0, now 7" in found.err and "--out" in found.err
-    assert found.err.startswith("error: ") and found.err.count("\n") == 1
-    assert {name: files(finished.folder)[name] for name in finished.left} == finished.left
+def check_gradients(run):
+    """Every trainable parameter gets a gradient that is finite at every step and not 0 at some, and
+    moves (one that no optimiser knows of would stay); others do neither."""
+    parameters = dict(run.model.named_parameters())
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    assert run.bad == set()
+    assert run.learns == trained
+    still = {name for name, p in parameters.items() if torch.equal(p, run.begin[name])}
+    assert trained & still == set()

@@ -1,11 +1,15 @@
-"""Keeps the recorded results and writes what README.md shows of them, so that no number there is typed by hand.
+"""Keeps the recorded results and writes what is shown of them, so that no number is typed by hand.
 
-    python tests/results/report.py add runs/simclr-emoji-0 ...      appends finished runs to rows.jsonl, one row a run
-    python tests/results/report.py                                  rewrites README's tables and draws knn.png from the rows
-    python tests/results/report.py --check                          fails if README's tables are not those of the rows
+    python tests/results/report.py add runs/simclr-emoji-0 ...    records finished runs
+    python tests/results/report.py                                writes what is shown of the rows
+    python tests/results/report.py --check                        fails if it differs from the rows
 
-A row holds what metrics.jsonl of the run folder says: command, commit, versions, device, settings, training seconds, the
-evaluation beside its two baselines, and kNN accuracy over time. Rows of equal settings, whatever the seed, form one entry.
+rows.jsonl has one row per run, as metrics.jsonl of its folder has it: command, commit, versions,
+device, settings, training seconds, the evaluation beside its two baselines, and kNN accuracy over
+time. Rows with the same settings, whatever the seed, form one entry. From the rows are made: the
+tables of README.md and of tests/results/README.md, the line "Reached." in the docstring of each
+method, and knn.png. A recorded run also leaves a picture of what its network is shown,
+views/NAME.png; SimCLR's default run the picture at the top of README.md, neighbours.png.
 """
 
 import argparse
@@ -15,62 +19,128 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
-from unittest import mock
+
+import torch
+from PIL import Image, ImageOps
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
-from common import table
+import common
 from kernels import bench
 
-ROWS, README = HERE / "rows.jsonl", ROOT / "README.md"
-FACTS = {  # file -> the idea in at most ten words, and the paper's own figure with its setting
-    "barlow_twins": ("dimensions agree between views, not with each other", "73.2 % ImageNet linear, ResNet-50, 1000 epochs"),
-    "byol": ("predict a slowly moving average's view; no negatives", "74.3 % ImageNet linear, ResNet-50, 1000 epochs"),
-    "colorization": ("what colours does this grey image have?", "65.6 % mAP VOC 2007 classification, AlexNet"),
-    "dino": ("a student matches its own moving average across crops", "77.0 % ImageNet linear, ViT-S/16, 800 epochs"),
-    "jigsaw": ("in which order were the nine tiles shuffled?", "67.6 % mAP VOC 2007 classification, AlexNet"),
-    "mae": ("paint the three quarters of the patches that are hidden", "73.5 % ImageNet linear, ViT-L, 800 epochs"),
-    "moco": ("a key among a queue of thousands of others", "71.1 % ImageNet linear, ResNet-50, v2, 800 epochs"),
-    "rotnet": ("which of four ways was the image turned?", "91.2 % CIFAR-10, NIN, conv classifier on block 2"),
-    "simclr": ("two views of an image attract, other images repel", "69.3 % ImageNet linear, ResNet-50, 1000 epochs"),
-    "simsiam": ("predict the other view; its gradient is stopped", "71.3 % ImageNet linear, ResNet-50, 800 epochs"),
-    "swav": ("predict the cluster of another view; clusters equally filled", "75.3 % ImageNet linear, ResNet-50, 800 epochs"),
+ROWS = HERE / "rows.jsonl"
+PAGES = {"README.md": ROOT, "tests/results/README.md": ROOT}  # pages with blocks, and their root
+FREE = {"data", "arch", "batch", "epochs", "seed", "eval_every"}  # have columns, or change nothing
+FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own number)}
+    "Pretext tasks": {
+        "rotnet": (
+            "which of four ways was the image turned?",
+            "91.2 % CIFAR-10, NIN, conv classifier on block 2",
+        ),
+        "jigsaw": (
+            "in which order were the nine tiles shuffled?",
+            "67.6 % mAP VOC 2007 classification, AlexNet",
+        ),
+        "colorization": (
+            "what colours does this grey image have?",
+            "65.6 % mAP VOC 2007 classification, AlexNet",
+        ),
+    },
+    "Contrastive": {
+        "simclr": (
+            "two views of an image attract, other images repel",
+            "69.3 % ImageNet linear, ResNet-50, 1000 epochs",
+        ),
+        "moco": (
+            "a key among a queue of thousands of others",
+            "71.1 % ImageNet linear, ResNet-50, v2, 800 epochs",
+        ),
+    },
+    "Clustering and decorrelation": {
+        "swav": (
+            "predict the cluster of another view; clusters equally filled",
+            "75.3 % ImageNet linear, ResNet-50, 800 epochs",
+        ),
+        "barlow_twins": (
+            "dimensions agree between views, not with each other",
+            "73.2 % ImageNet linear, ResNet-50, 1000 epochs",
+        ),
+    },
+    "Distillation": {
+        "byol": (
+            "predict a slowly moving average's view; no negatives",
+            "74.3 % ImageNet linear, ResNet-50, 1000 epochs",
+        ),
+        "simsiam": (
+            "predict the other view; its gradient is stopped",
+            "71.3 % ImageNet linear, ResNet-50, 800 epochs",
+        ),
+        "dino": (
+            "a student matches its own moving average across crops",
+            "77.0 % ImageNet linear, ViT-S/16, 800 epochs",
+        ),
+    },
+    "Masked images": {
+        "mae": (
+            "paint the three quarters of the patches that are hidden",
+            "73.5 % ImageNet linear, ViT-L, 800 epochs",
+        ),
+    },
 }
 
 
+# -------- Rows ------------------------------------------------------------------------------------
+
+
 def read_rows():
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return common.read_lines(ROWS)
 
 
 def add(folders):
-    """Appends the finished runs in these folders; a run recorded before with the same settings is replaced."""
+    """Appends the finished runs in these folders. A run that was recorded before with the same
+    settings, on the same device, is replaced."""
     rows = read_rows()
     for folder in folders:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        if "evaluation" not in lines[-1]:
-            sys.exit(f"error: {folder} holds no finished run: run its command again to complete it")
+        lines = common.read_lines(folder / "metrics.jsonl")
+        if not lines or "evaluation" not in lines[-1]:
+            common.fail(f"{folder} holds no finished run: run its command again to complete it")
         first, last = lines[0], lines[-1]
-        curve = [[0, last["random_init"]["knn20"]]] + [[row["seconds"], row["knn20"]] for row in lines if "knn20" in row]
-        row = {**first, **last, "curve": [*curve, [last["train_seconds"], last["evaluation"]["knn20"]]]}
-        rows = [r for r in rows if any(r[k] != row[k] for k in ("method", "settings", "world_size", "device"))] + [row]
-    rows.sort(key=lambda r: (r["method"], r["settings"]["data"], r["settings"]["epochs"], r["settings"]["seed"]))
+        curve = [[0, last["random_init"]["knn20"]]]
+        curve += [[line["seconds"], line["knn20"]] for line in lines if "knn20" in line]
+        curve.append([last["train_seconds"], last["evaluation"]["knn20"]])
+        row = {**first, **last, "curve": curve}
+        same = ("method", "settings", "world_size", "device")
+        rows = [r for r in rows if any(r[key] != row[key] for key in same)] + [row]
+        keep_pictures(folder, row)
+
+    def place(row):
+        settings = row["settings"]
+        return row["method"], settings["data"], settings["epochs"], settings["seed"]
+
+    rows.sort(key=place)
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def entries(rows):
-    """[[row of each run], ...]: runs that differ by nothing but the seed, the device, and how often they were looked at."""
+    """[[row of each run], ...]: runs that differ by nothing but the seed, the device, and how often
+    they were looked at."""
     groups = {}
     for row in rows:
-        settings = {k: v for k, v in row["settings"].items() if k not in ("seed", "eval_every")}
-        groups.setdefault((row["method"], json.dumps(settings, sort_keys=True)), []).append(row)
+        free = ("seed", "eval_every")
+        settings = {name: v for name, v in row["settings"].items() if name not in free}
+        key = row["method"], json.dumps(settings, sort_keys=True)
+        groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
 def by_device(runs):
     """{device: its runs}, the fastest first."""
-    devices = {device: [run for run in runs if run["device"] == device] for device in {run["device"] for run in runs}}
+    devices = {}
+    for run in runs:
+        devices.setdefault(run["device"], []).append(run)
     return dict(sorted(devices.items(), key=lambda item: seconds(item[1])))
 
 
@@ -78,142 +148,365 @@ def seconds(runs):
     return statistics.mean(run["train_seconds"] for run in runs)
 
 
-def defaults(row):
-    with mock.patch.object(sys, "argv", [row["method"]]):  # no flags
-        return vars(importlib.import_module(f"methods.{row['method']}").get_args())
+def fastest(runs):
+    """Training seconds, the mean of the runs on the fastest device."""
+    return seconds(next(iter(by_device(runs).values())))
+
+
+def defaults(method):
+    """{setting: today's default} of a method's first column."""
+    settings = importlib.import_module(f"methods.{method}").SETTINGS
+    return {name: row[0] for name, row in settings.items() if name != "recipe"}
 
 
 def is_default(row):
     """Whether the run had today's defaults, on whatever data."""
-    free = {"data", "eval_every", "seed", "out", "root", "workers", "compile"}
-    return all(row["settings"].get(name, "?") == value for name, value in defaults(row).items() if name not in free)
+    free = {"data", "eval_every", "seed"}
+    today = defaults(row["method"])
+    return all(row["settings"].get(name) == v for name, v in today.items() if name not in free)
 
 
-def label(row):
-    """'**swav** `--optimizer lars`, resnet14': the flags that are not today's defaults, but for those of other columns and
-    those that change no result; a flag that is newer than the row has a question mark."""
+def changed(row):
+    """The flags that are not today's defaults, like "--optimizer lars", without those that have
+    columns of their own or change no result."""
     flags = []
-    elsewhere = {"data", "arch", "batch", "epochs", "eval_every", "seed", "out", "root", "workers", "compile"}
-    for name, default in defaults(row).items():
-        value = default if name in elsewhere else row["settings"].get(name, "?")
-        if value != default:
-            words = [] if value is True else value if isinstance(value, list) else [value]
-            flags.append(" ".join(map(str, [f"--{name.replace('_', '-')}", *words])))
-    flags = f" `{' '.join(sorted(flags))}`" if flags else ""
-    return f"**{row['method']}**{flags}, {row['settings']['arch']}"
+    for name, default in sorted(defaults(row["method"]).items()):
+        value = row["settings"].get(name, "?")
+        if name in FREE or value == default:
+            continue
+        flag = common.flag_of(name)
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags.append(f"{flag} {value}")
+    return " ".join(flags)
+
+
+# -------- Pictures --------------------------------------------------------------------------------
+
+
+def keep_pictures(folder, row):
+    """views/NAME.png: the headings and the first two rows of the run's views.png; and, of SimCLR's
+    default run with seed 0, neighbours.png."""
+    if not is_default(row) or row["settings"]["data"] != "emoji" or row["settings"]["seed"] != 0:
+        return
+    picture = Image.open(folder / "views.png").convert("RGB")
+    picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
+    right = ImageOps.invert(picture).getbbox()[2]  # the note below may be wider than the images
+    picture = picture.crop((0, 0, right + 8, picture.height))
+    if picture.width > 420:
+        height = round(picture.height * 420 / picture.width)
+        picture = picture.resize((420, height), Image.Resampling.LANCZOS)
+    (HERE / "views").mkdir(exist_ok=True)
+    picture.quantize(128).save(HERE / "views" / f"{row['method']}.png", optimize=True)
+    if row["method"] == "simclr":
+        draw_neighbours(folder, HERE / "neighbours.png")
+
+
+@torch.no_grad()
+def draw_neighbours(folder, path, queries=8, shown=5):
+    """The same test images, each with its nearest drawings by other artists, as raw pixels, the
+    untrained network and the trained one find them."""
+    from matplotlib.figure import Figure
+
+    device = torch.device("cpu")
+    trained = common.load_backbone(folder)
+    torch.manual_seed(0)
+    untrained = common.new_backbone(trained.method, trained.arch, trained.size)
+    split = common.load_data(trained.data, "data", device).test
+    networks = {
+        "raw pixels": common.pixels(trained.size),
+        "the same network, untrained": untrained.to(memory_format=torch.channels_last),
+        "after SimCLR": trained,
+    }
+
+    figure = Figure((11, 5.2), dpi=100)
+    panels = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.89, bottom=0.06, wspace=0.05)
+    sample = torch.from_numpy(common.np.random.default_rng(1).permutation(len(split.labels)))
+    for panel, (name, network) in zip(panels, networks.items()):
+        x, _ = common.features(network, split, trained.size, device)
+        nearest = common.across_drawings(x, split.drawing, shown)
+        found = common.retrieval(x, split.emoji, split.drawing, shown)
+        grid = torch.cat([sample[:queries, None], nearest[sample[:queries]]], 1)
+        draw_grid(panel, split, grid)
+        found = f"the same emoji among the nearest {shown}: {found:.1f} %"
+        panel.set_title(f"{name}\n{found}", fontsize=10)
+    text = "test images, each with its nearest drawings by other artists; green: the same emoji"
+    figure.supxlabel(text, fontsize=10)
+    figure.savefig(path)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+def draw_grid(axes, split, grid):
+    """Images at the places grid (rows, columns), the first column apart; green frames for the same
+    emoji as in the first column."""
+    axes.axis("off")
+    rows, columns = grid.shape
+    axes.set(xlim=(-0.1, columns + 0.3), ylim=(rows, -0.1))
+    for r in range(rows):
+        for c in range(columns):
+            x = c + (0.2 if c else 0)
+            image = split.images.pixels[grid[r, c]].permute(1, 2, 0).numpy()
+            axes.imshow(image, extent=(x + 0.06, x + 0.94, r + 0.94, r + 0.06))
+            if c and split.emoji[grid[r, c]] == split.emoji[grid[r, 0]]:
+                frame = {"fill": False, "edgecolor": "green", "linewidth": 2.5}
+                axes.add_patch(rectangle(x + 0.02, r + 0.02, **frame))
+
+
+def rectangle(x, y, **style):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 0.96, 0.96, **style)
+
+
+def draw_curves(rows, path):
+    """kNN accuracy against training time on emoji: for each method at its defaults the mean of its
+    runs on the fastest device, labelled at its end."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.set(
+        xlabel="training time, seconds on two CPU cores",
+        ylabel="kNN accuracy, % (k = 20)",
+        title="emoji, from scratch, at the defaults of each file",
+    )
+    ends = []
+    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and is_default(e[0])]
+    for i, e in enumerate(runs):
+        color = colormaps["tab10"](i % 10)
+        curves = [run["curve"] for run in next(iter(by_device(e).values()))]
+        mean = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
+        axes.plot(*zip(*mean), color=color, linewidth=1.6, marker="o", markersize=3)
+        ends.append((mean[-1][1], mean[-1][0], e[0]["method"], color))
+    if runs:
+        pixels = runs[0][0]["pixels"]["knn20"]
+        axes.axhline(pixels, color="gray", linestyle="--")
+        axes.text(axes.get_xlim()[1], pixels, "raw pixels ", color="gray", ha="right", va="bottom")
+
+    # Labels at the right border, pushed apart, each with a thin line to its curve's end.
+    low, high = axes.get_ylim()
+    right = axes.get_xlim()[1]
+    above = -1e9
+    for y, x, name, color in sorted(ends):
+        above = max(y, above + (high - low) / 22)
+        axes.plot([x, 1.03 * right], [y, above], color=color, linewidth=0.5, alpha=0.6)
+        axes.text(1.04 * right, above, name, color=color, va="center")
+    axes.set_xlim(0, 1.22 * right)
+    figure.savefig(path)
+
+
+# -------- Tables ----------------------------------------------------------------------------------
 
 
 def spread(runs, part, key):
-    """'59.2 ± 0.4' over the runs, without the spread for one run or none to report."""
+    """"59.2 ± 0.4" over the runs; without the spread for one run, a dash for none."""
     values = [run[part][key] for run in runs if key in run[part]]
     if not values:
         return "–"
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    text = f"{statistics.mean(values):.1f}"
+    return text + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def method_table():
-    """One line per file in methods/: paper, idea, length, the paper's own figure."""
-    lines = ["| file | paper | idea | lines | the paper's figure |", "|---|---|---|---|---|"]
-    for path in sorted((ROOT / "methods").glob("*.py")):
-        doc = ast.get_docstring(ast.parse(path.read_text())).splitlines()
-        text = " ".join(doc[1:])  # the list of authors may take more than one line
-        year, link = re.search(r"\b(?:19|20)\d\d\b", text)[0], re.search(r"https://arxiv\.org/\S+", text)[0]
-        idea, figure = FACTS.get(path.stem, ("", ""))
-        lines.append(f"| [{path.name}](methods/{path.name}) | [{doc[0].split(':')[0]}]({link}), {year} | {idea} | "
-                     f"{len(path.read_text().splitlines())} | {figure} |")
-    return lines
+def mean(runs, part, key):
+    return statistics.mean(run[part][key] for run in runs)
 
 
-def result_table(rows, data):
-    """The measured figures on one data set, accuracies in percent, beside raw pixels and the untrained networks."""
+def markdown(heads, lines):
+    table = [heads, ["---"] * len(heads), *lines]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in table]
+
+
+def headline(rows):
+    """{method: its runs on emoji at the defaults}."""
+    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and is_default(e[0])]
+    return {e[0]["method"]: e for e in runs}
+
+
+def about(method):
+    """Name, year and link of a method's paper, from its docstring."""
+    source = (ROOT / "methods" / f"{method}.py").read_text()
+    lines = ast.get_docstring(ast.parse(source)).splitlines()
+    text = " ".join(lines[1:])  # the list of authors may take more than one line
+    year = re.search(r"\b(?:19|20)\d\d\b", text)[0]
+    link = re.search(r"https://\S+", text)[0]
+    return lines[0].split(":")[0], year, link
+
+
+def method_table(rows):
+    """One block per family: what the network is shown, the file, the idea, how far it came."""
+    best = headline(rows)
+    lines = []
+    for family, files in FAMILIES.items():
+        lines += ["", f"**{family}**", ""]
+        cells = []
+        for method, (idea, _) in files.items():
+            name, year, link = about(method)
+            runs = best.get(method)
+            numbers = ["not run", "not run"]
+            if runs:
+                linear = f"{mean(runs, 'evaluation', 'linear'):.1f}"
+                before = f"{mean(runs, 'random_init', 'linear'):.1f}"
+                numbers = [f"{linear} ({before})", f"{fastest(runs) / 60:.1f}"]
+            picture = f"![{method}](tests/results/views/{method}.png)"
+            file = f"[{method}.py](methods/{method}.py)<br>[{name}]({link}), {year}"
+            cells.append([picture, file, idea, *numbers])
+        heads = ["what the network is shown", "file, paper", "idea"]
+        heads += ["linear (untrained)", "minutes"]
+        lines += markdown(heads, cells)
+    return lines[1:]
+
+
+def short_table(rows):
+    """The defaults on emoji, six columns, the best linear accuracy first."""
+    best = headline(rows)
+    ordered = sorted(best.values(), key=lambda runs: -mean(runs, "evaluation", "linear"))
+    heads = ["features", "kNN", "linear", "R@1", "minutes", "runs"]
+    if not ordered:
+        return ["not run"]
+    keys = ("knn20", "linear", "retrieval1")
+    raw = [spread(ordered[0][:1], "pixels", key) for key in keys]
+    lines = [["raw pixels", *raw, "", ""]]
+    for name, arch in (("untrained resnet14", "resnet14"), ("untrained vit_mini", "vit_mini")):
+        plain = ("simclr", "moco", "mae")  # whose networks see the image as it is
+        runs = [run for m in plain for run in best.get(m, []) if run["settings"]["arch"] == arch]
+        if runs:
+            numbers = [spread(runs, "random_init", key) for key in keys]
+            lines.append([name, *numbers, "", len(runs)])
+    for runs in ordered:
+        numbers = [spread(runs, "evaluation", key) for key in keys]
+        minutes = f"{fastest(runs) / 60:.1f}"
+        lines.append([f"**{runs[0]['method']}**", *numbers, minutes, len(runs)])
+    missing = [m for files in FAMILIES.values() for m in files if m not in best]
+    return markdown(heads, lines + [[m, *["not run"] * 5] for m in missing])
+
+
+def full_table(rows, data):
+    """Everything that was measured on one data set, beside raw pixels and untrained networks."""
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == data]
-    retrieval = any("retrieval1" in e[0]["evaluation"] for e in runs)
     heads = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear"}
-    heads |= {"retrieval1": "retrieval R@1", "retrieval5": "R@5"} if retrieval else {}
+    if any("retrieval1" in e[0]["evaluation"] for e in runs):
+        heads |= {"retrieval1": "R@1", "retrieval5": "R@5"}
     heads |= {"rankme": "RankMe"}
-    before = {"knn20": "untrained kNN, k = 20", "linear": "untrained linear"}
-    before |= {"retrieval1": "untrained R@1"} if retrieval else {}
-    before |= {"rankme": "untrained RankMe"}
-    heading = ["features", *heads.values(), *before.values(), "epochs × batch, runs", "training time", "hardware", "commit"]
-    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    before = {key: f"untrained {heads[key]}" for key in heads}
+    before = {key: head for key, head in before.items() if key not in ("knn200", "retrieval5")}
+    where = ["epochs × batch", "runs", "seconds", "hardware", "commits"]
+    lines = []
     if runs:
-        figures = [spread(runs[0][:1], "pixels", k) for k in heads] + [""] * (len(before) + 4)
-        lines.append("| raw pixels | " + " | ".join(figures) + " |")
-    for e in sorted(runs, key=lambda e: -statistics.mean(run["evaluation"]["linear"] for run in e)):
-        s, devices = e[0]["settings"], by_device(e)
+        raw = [spread(runs[0][:1], "pixels", key) for key in heads]
+        lines.append(["raw pixels", *raw, *[""] * (len(before) + len(where))])
+    for e in sorted(runs, key=lambda e: -mean(e, "evaluation", "linear")):
+        settings = e[0]["settings"]
+        devices = by_device(e)
+        flags = changed(e[0])
+        name = f"**{e[0]['method']}**" + (f" `{flags}`" if flags else "") + f", {settings['arch']}"
+        numbers = [spread(e, "evaluation", key) for key in heads]
+        numbers += [spread(e, "random_init", key) for key in before]
+        size = f"{settings['epochs']} × {settings['batch']}"
+        took = ", ".join(f"{seconds(runs):.0f}" for runs in devices.values())
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
-        figures = [spread(e, "evaluation", k) for k in heads] + [spread(e, "random_init", k) for k in before]
-        lines.append(f"| {label(e[0])} | " + " | ".join(figures) + f" | {s['epochs']} × {s['batch']}, {len(e)} | "
-                     f"{', '.join(f'{seconds(runs):.0f} s' for runs in devices.values())} | {'; '.join(devices)} | {commits} |")
+        lines.append([name, *numbers, size, len(e), took, "; ".join(devices), commits])
     done = {e[0]["method"] for e in runs}
-    for path in sorted((ROOT / "methods").glob("*.py")):
-        if path.stem not in done:
-            lines.append(f"| {path.stem} | " + "not run | " * len(heads) + "| " * (len(before) + 3) + "|")
-    return lines
+    missing = [m for files in FAMILIES.values() for m in files if m not in done]
+    table = markdown(["features", *heads.values(), *before.values(), *where], lines)
+    return [*table, *(["", f"Not run: {', '.join(sorted(missing))}."] if missing else [])]
+
+
+def papers_table():
+    """The papers' own numbers, which are of other networks, data and budgets."""
+    lines = []
+    for files in FAMILIES.values():
+        lines += [[method, number] for method, (_, number) in files.items()]
+    return markdown(["method", "the paper's number"], sorted(lines))
 
 
 def quick_start(rows):
     """What the default command prints at its end, from the last recorded run with seed 0."""
-    runs = [r for r in rows if r["method"] == "simclr" and r["settings"]["data"] == "emoji" and r["settings"]["seed"] == 0]
-    return ["```", *table(runs[-1], "simclr").splitlines(), "```"] if runs else ["not run"]
+    runs = [r for r in headline(rows).get("simclr", []) if r["settings"]["seed"] == 0]
+    return ["```", *common.table(runs[-1], "simclr").splitlines(), "```"] if runs else ["not run"]
 
 
 def kernel_table():
     """What kernels/bench.py has measured; for GPUs only a line as long as there is nothing."""
     rows = bench.read(bench.RESULTS)
-    return bench.table(rows, bench.GPU_CASES if any(row["type"] == "cuda" for row in rows) else ()).splitlines()
+    on_gpu = any(row["type"] == "cuda" for row in rows)
+    return bench.table(rows, bench.GPU_CASES if on_gpu else ()).splitlines()
 
 
-def readme(rows):
-    """README's text with every block between <!-- NAME --> and <!-- /NAME --> made anew."""
-    blocks = {"quickstart": quick_start(rows), "methods": method_table(), "emoji": result_table(rows, "emoji"),
-              "fashion": result_table(rows, "fashion"), "kernels": kernel_table()}
-    text = README.read_text()
-    for name, lines in blocks.items():
-        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-                              lambda m: m[1] + "\n".join(["", *lines, "", ""]) + m[2], text, flags=re.S)
-        if count != 1:
-            sys.exit(f"error: README.md must hold one block <!-- {name} --> ... <!-- /{name} -->")
-    return text
+def reached(runs):
+    """The docstring's paragraph: what the defaults reached, and what was not measured."""
+    if not runs:
+        return "Reached. Not run."
+    keys = {"kNN": "knn20", "linear": "linear"}
+    words = []
+    for name, key in keys.items():
+        number = mean(runs, "evaluation", key)
+        baselines = f"untrained {mean(runs, 'random_init', key):.1f}"
+        baselines += f", raw pixels {mean(runs, 'pixels', key):.1f}"
+        words.append(f"{name} {number:.1f} % ({baselines})")
+    settings = runs[0]["settings"]
+    return (
+        f"Reached. On emoji after {settings['epochs']} epochs, {fastest(runs):.0f} seconds on two "
+        f"CPU cores: {'; '.join(words)}; mean of {len(runs)} runs. Other columns: not run."
+    )
 
 
-def draw(rows, path):
-    """kNN accuracy against training time on emoji: a line a method at its defaults, the mean of its runs on the fastest device;
-    thin lines are the runs themselves."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    figure = Figure((9, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel="training time, s (hardware: see the table)", ylabel="kNN accuracy, % (k = 20)",
-             title="emoji, from scratch")
-    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and is_default(e[0])]
-    for e, color in zip(runs, map(colormaps["tab20"], range(20))):
-        curves = [run["curve"] for run in next(iter(by_device(e).values()))]
-        for curve in curves:
-            axes.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
-        mean = [(statistics.mean(p[0] for p in points), statistics.mean(p[1] for p in points)) for points in zip(*curves)]
-        name = f"{e[0]['method']}, {e[0]['settings']['epochs']} epochs"
-        axes.plot(*zip(*mean), color=color, marker="o", markersize=3, label=name)
-    if runs:
-        axes.axhline(runs[0][0]["pixels"]["knn20"], color="gray", linestyle="--", label="raw pixels")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, which may end anywhere
-    figure.savefig(path)
+# -------- Writing ---------------------------------------------------------------------------------
 
 
-def main():
+def pages(rows):
+    """{path: its text with all that is generated made anew}."""
+    blocks = {
+        "quickstart": quick_start(rows),
+        "methods": method_table(rows),
+        "results": short_table(rows),
+        "emoji": full_table(rows, "emoji"),
+        "fashion": full_table(rows, "fashion"),
+        "papers": papers_table(),
+        "kernels": kernel_table(),
+    }
+    texts = {}
+    used = []
+    for name, root in PAGES.items():
+        text = (root / name).read_text()
+        for block, lines in blocks.items():
+            pattern = rf"(<!-- {block} -->\n).*?(<!-- /{block} -->)"
+            new = "\n".join(["", *lines, "", ""])
+            text, count = re.subn(pattern, lambda m: m[1] + new + m[2], text, flags=re.S)
+            used += [block] * count
+        texts[root / name] = text
+    if sorted(used) != sorted(blocks):
+        common.fail(f"each of {', '.join(blocks)} must be one block <!-- NAME --> on a page")
+
+    best = headline(rows)
+    for method in [m for files in FAMILIES.values() for m in files]:
+        path = ROOT / "methods" / f"{method}.py"
+        lines = textwrap.fill(reached(best.get(method)), 100, break_on_hyphens=False)
+        text = re.sub(r"^Reached\. .*?(?=\n\n)", lambda _: lines, path.read_text(), 1, re.S | re.M)
+        texts[path] = text
+    return texts
+
+
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("add", nargs="*", help="the word add, then the folders of finished runs to record")
-    p.add_argument("--check", action="store_true", help="change nothing; fail if README's tables are not those of the rows")
-    args = p.parse_args()
+    p.add_argument("add", nargs="*", help="the word add, then the folders of finished runs")
+    p.add_argument("--check", action="store_true", help="change nothing; fail if a page differs")
+    args = p.parse_args(argv)
     if args.add and (args.add[0] != "add" or len(args.add) < 2):
-        sys.exit("error: give nothing, or the word add and the folders of finished runs")
+        common.fail("give nothing, or the word add and the folders of finished runs")
     if args.add:
         add([Path(folder) for folder in args.add[1:]])
-    text = readme(read_rows())
-    if args.check:
-        sys.exit(None if text == README.read_text() else "error: README.md differs from the rows: run tests/results/report.py")
-    README.write_text(text)
-    draw(read_rows(), HERE / "knn.png")
+
+    rows = read_rows()
+    for path, text in pages(rows).items():
+        if args.check and text != path.read_text():
+            common.fail(f"{path.name} differs from the rows: run tests/results/report.py")
+        if not args.check:
+            path.write_text(text)
+    if not args.check:
+        draw_curves(rows, HERE / "knn.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""What README.md says: its Python runs, its sentences about the results follow from the rows, and
+what is generated is what the rows say."""
+
+import importlib.util
+import re
+import statistics
+import sys
+
+import pytest
+import torch
+from conftest import METHODS, ROOT, arguments, tiny_data
+from PIL import Image
+
+import common
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "tests/results/report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# -------- Python ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder with what README's Python expects: a folder of images, a finished run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for i, image in enumerate(tiny_data(96).train.images.pixels):
+        folder = tmp_path / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    run = tmp_path / "runs" / "simclr-emoji-0"
+    run.mkdir(parents=True)
+    weights = common.backbone("resnet14", 32).state_dict()
+    saved = {"method": "simclr", "arch": "resnet14", "size": 32, "data": "emoji"}
+    torch.save({**saved, "weights": weights}, run / "backbone.pt")
+    return tmp_path
+
+
+def run_snippet(text):
+    text = text.replace("PATH/TO/THIS/PROJECT", str(ROOT)).replace("PATH/TO/FOLDER", "images")
+    names = {}
+    exec(compile(text, "README.md", "exec"), names)
+    return names
+
+
+def test_a_method_copied_into_a_loop_of_ones_own_trains(elsewhere):
+    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS[0].splitlines()) <= 32
+    names = run_snippet(SNIPPETS[0])
+    assert names["loss"].isfinite() and 0 < names["loss"] < 10
+    # backward has reached the first layer, and the optimiser has moved it
+    assert names["f"].conv1.weight.grad.abs().max() > 0
+
+
+def test_own_images_through_views_and_a_trained_network(elsewhere):
+    names = run_snippet(SNIPPETS[1])
+    assert names["x1"].shape == names["x2"].shape == (100, 3, 32, 32)
+    assert (names["x1"] - names["x2"]).abs().max() > 0.1
+    assert names["h"].shape == (100, names["net"].out_dim) == (100, 768)
+    assert names["h"].isfinite().all() and not names["h"].requires_grad
+
+
+# -------- Results ---------------------------------------------------------------------------------
+
+
+def test_pages_and_docstrings_are_generated_from_the_rows(report):
+    report.main(["--check"])  # exits with an error if not
+
+
+def test_a_wrong_number_on_a_page_is_found(report, tmp_path, monkeypatch, capsys):
+    for name in report.PAGES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text().replace("54.1", "99.9"))
+    monkeypatch.setattr(report, "PAGES", dict.fromkeys(report.PAGES, tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--check"])
+    assert stop.value.code == 1
+    assert "README.md differs from the rows" in capsys.readouterr().err
+
+
+def test_every_method_has_a_family_a_picture_and_three_seeds(report):
+    """Image methods: what its network is shown, at most 40 kB, and rows of its defaults."""
+    files = [name for family in report.FAMILIES.values() for name in family]
+    assert sorted(files) == METHODS
+    best = report.headline(report.read_rows())
+    for name in METHODS:
+        picture = ROOT / "tests" / "results" / "views" / f"{name}.png"
+        assert picture.stat().st_size < 40_000, name
+        assert min(Image.open(picture).size) > 60, name
+        assert {run["settings"]["seed"] for run in best[name]} == {0, 1, 2}, name
+
+
+def means(runs, part):
+    keys = runs[0][part].keys()
+    return {key: statistics.mean(run[part][key] for run in runs) for key in keys}
+
+
+def test_sentences_about_the_results(report):
+    """By linear accuracy every method above raw pixels and two points above its untrained network,
+    as means; ten minutes at most; none reaches raw pixels in R@1, six are below their untrained
+    network; no run has collapsed."""
+    rows = report.read_rows()
+    below = []
+    for name, runs in report.headline(rows).items():
+        after, before, raw = (means(runs, p) for p in ("evaluation", "random_init", "pixels"))
+        assert after["linear"] > raw["linear"], name
+        assert after["linear"] > before["linear"] + 2, name
+        assert after["retrieval1"] < raw["retrieval1"], name
+        assert report.fastest(runs) < 600, name
+        if after["retrieval1"] < before["retrieval1"]:
+            below.append(name)
+    assert len(below) == 6 and "six are below their own untrained network" in README
+    for row in rows:
+        for key in ("feature_std", "rankme"):
+            assert row["evaluation"][key] > row["random_init"][key], row["command"]
+
+
+def test_the_command_of_every_row_gives_the_settings_of_the_row(report):
+    """It runs today, and does what was recorded."""
+    for row in report.read_rows():
+        script, *flags = row["command"].split()
+        assert script == f"methods/{row['method']}.py"
+        settings = vars(arguments(row["method"], *flags))
+        recorded = dict(row["settings"])
+        recorded.pop("train_images")
+        recorded.pop("eval_every")
+        assert recorded == {name: settings[name] for name in recorded}, row["command"]
+        assert recorded.keys() >= set(report.defaults(row["method"]))
