@@ -32,8 +32,9 @@ Error       norm(difference) / norm of the value, and of the worst gradient, com
             32768 x 65536.
 Repeatable  Whether a second call with the same inputs gives the same bits, value and all gradients.
 
-Inputs. Embeddings are unit vectors in fp32 (for ours on a GPU: fp16), around 1000 centres, with the
-two of a pair closer to each other, as they are after some training; "random" ones are independent.
+Inputs. Embeddings are unit vectors in fp32 (ours rounds them to fp16 on a GPU), around 1000
+centres, with the two of a pair closer to each other, as they are after some training; "random" ones
+are independent.
 Scores are fp16 on a GPU, unless the size says "fp32", and fp32 on a CPU.
 
 The kernels of sinkhorn.py move more bytes than the work counts, so even at full speed their share
@@ -348,24 +349,13 @@ def distinct_noise(device, B, L):
 # -------- 4. Cases --------------------------------------------------------------------------------
 
 
-def halved(loss):
-    """Our loss as the methods call it: on a GPU in float16, for which the kernels are made.
-
-    Matrices are converted; a scale, a number, stays as it is."""
-
-    def half(x):
-        return x.half() if x.is_cuda and x.ndim and x.dtype == torch.float32 else x
-
-    return lambda *inputs: loss(*map(half, inputs))
-
-
 def contrastive(op, size, D, elements, flops, inputs, ours, plain, flex, packages):
     """A case of a contrastive loss. flops: per logit and dimension.
 
     "eager bf16" and the compiled ones multiply in bf16, eager in fp32. Attention takes rows of up
     to 256 numbers."""
     half = autocast(plain)
-    ways = {"ours": halved(ours), "eager": plain, "eager bf16": half}
+    ways = {"ours": ours, "eager": plain, "eager bf16": half}
     ways |= by_compiler(half)
     ways |= packages
     if D <= 256:

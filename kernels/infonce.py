@@ -54,6 +54,10 @@ One power per logit gives both terms of g. Where a > 43, e is exp(a s / 2), and 
 squares of e exp(-lse_i / 2) and e exp(-lse_j / 2). The formula for dL/da holds because L depends on
 a, x and y only through the products a s_ij.
 
+On a GPU step 3 rounds g to the 16 bits of y. Between views that agree g is almost 2, and of the
+small difference to the 2 in front of t_i nothing would be left. So there the sums leave out the
+positives, which then enter in float32, with the weight exp(-loss_i) - 1 + exp(-loss_t) - 1.
+
 Why fused. Bytes for M = 2N = 8192 and D = 128, counted, not measured: plain PyTorch reads or writes
 a float32 matrix (M, M) about 12 times, 3.2 GB. Here each block of rows reads all candidates, 2 MB,
 which stay in the cache. Both need 6 M^2 D FLOPs.
@@ -69,12 +73,16 @@ checked, see require_unit_rows. A scale that is a tensor, MoCo's queue and the n
 other processes are checked only under torch.autograd.set_detect_anomaly. First derivatives only.
 Deterministic: no atomics, sums in a fixed order. Measured speed: not run on a GPU.
 
-The kernels are for float16 and bfloat16 on CUDA, D up to 256, and sum in float32. Prefer float16:
-unit rows fit its range, and it has as many digits as TF32. Everything else takes the PyTorch path,
-which goes through blocks of rows in float32 (in float64 for float64); on CUDA its products of
-float16 and bfloat16 are those of cuBLAS, summed in float32. moco_loss computes its gradients along
-with the loss; on a CPU with one process clip_loss does so too, and holds three blocks. Calling
-operators takes about 0.1 ms on a CPU, which is noticeable below about 200 rows.
+Give rows in float32: on CUDA they are rounded to float16 inside, whose range and digits suit unit
+rows, but the gradient is float32, because in float16 most of it would become 0 once the views of an
+image agree. It is the gradient at the rounded rows. Rows given in float16 or bfloat16 get theirs in
+that dtype, as autograd wants it.
+
+The kernels run on CUDA for D up to 256, and sum in float32. Everything else takes the PyTorch path,
+which goes through blocks of rows in float32 (in float64 for float64); on CUDA its products of 16
+bits are those of cuBLAS, summed in float32. moco_loss computes its gradients along with the loss;
+on a CPU with one process clip_loss does so too, and holds three blocks. Calling operators takes
+about 0.1 ms on a CPU, which is noticeable below about 200 rows.
 """
 
 import torch
@@ -119,8 +127,8 @@ SIMPLE_TILES = dict(BM=64, BN=64, num_warps=4, num_stages=2)
 def simclr_reference(z1, z2, temperature):
     """SimCLR Eq. 1, averaged over the 2N anchors. z1, z2: (N, D)."""
     z = torch.cat([z1, z2])  # (2N, D)
-    positive = (z * torch.cat([z2, z1])).sum(1) / temperature  # (2N,)
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N)
+    positive = (z * torch.cat([z2, z1])).sum(1) / temperature  # (2N,)
     return (logits.logsumexp(1) - positive).mean()
 
 
@@ -145,6 +153,16 @@ def moco_reference(q, k, queue, temperature):
 def math_dtype(*tensors):
     """The dtype of sums and losses."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def on_gpu(x):
+    """A function, so that tests can take the branches for GPUs on a CPU."""
+    return x.is_cuda
+
+
+def rounded(x):
+    """Rows as they enter products: on a GPU float32 becomes float16, for its tensor cores."""
+    return x.half() if on_gpu(x) and x.dtype == torch.float32 else x
 
 
 def factors(*rows):
@@ -490,8 +508,10 @@ def launch(kernel, grid, x, *arguments, **constants):
 
 def padded(x):
     """x with columns of zeros added up to a power of 2 of at least 16, which tl.dot needs. They
-    change no product."""
+    change no product. x itself if it has that many."""
     columns = max(16, triton.next_power_of_2(x.shape[1]))
+    if columns == x.shape[1]:
+        return x.contiguous()
     return torch.nn.functional.pad(x, (0, columns - x.shape[1]))
 
 
@@ -600,6 +620,27 @@ def grad_fake(x, y, lse_x, lse_y, scale, large_scale, first):
     return x.new_empty(x.shape, dtype=math_dtype(x))
 
 
+def sums_without_positives(x, y, lse_x, lse_y, scale, large_scale, first, views):
+    """-> (R, D): grad_op, but its sums leave out the positives, too. It can leave out one candidate
+    of each row, so it takes each view of the anchors with each view of the candidates. In all of
+    these pairs of views, the row of an anchor is also that of its image among the candidates."""
+    n = len(x) // views
+    by_view = y.unflatten(0, (-1, views, n)).unbind(1)  # (processes, n, D) of each view
+    lse_by_view = lse_y.unflatten(0, (-1, views, n)).unbind(1)
+    candidates = [y_b.flatten(0, 1) for y_b in by_view]  # (N, D)
+    lse_candidates = [lse_b.flatten() for lse_b in lse_by_view]
+
+    sums = []
+    options = (scale, large_scale, first // views)
+    for x_a, lse_a in zip(x.split(n), lse_x.split(n)):
+        parts = [
+            grad_op(x_a, y_b, lse_a, lse_b, *options)
+            for y_b, lse_b in zip(candidates, lse_candidates)
+        ]
+        sums.append(sum(parts))
+    return torch.cat(sums)  # the views one after the other
+
+
 @library.custom_op("ssl_kernels::infonce", mutates_args=())
 def contrast_op(
     x: Tensor,
@@ -610,17 +651,22 @@ def contrast_op(
     scale: Tensor,
     large_scale: bool,
     first: int,
+    views: int,
     weight: float,
 ) -> Tensor:
-    """-> (): weight times the mean over rows of lse_x - scale x . target. y and lse_y are for the
-    backward."""
+    """-> (): weight times the mean over rows of lse_x - scale x . target. The rest is for the
+    backward: y and lse_y, in which the rows of this process begin at first; and views, 2 if they
+    hold two views of the images one after the other, as in SimCLR, 1 in CLIP.
+
+    y and target are rounded, see `rounded`; x, which gets the gradient, is not yet."""
+    x = x.to(y.dtype)
     losses = lse_x - scale * (x.to(lse_x.dtype) * target).sum(1)  # (R,)
     # below 0 only by rounding: this product and lse_x sum in different orders
     return weight * losses.clamp(min=0).mean()
 
 
 @contrast_op.register_fake
-def contrast_fake(x, y, target, lse_x, lse_y, scale, large_scale, first, weight):
+def contrast_fake(x, y, target, lse_x, lse_y, scale, large_scale, first, views, weight):
     return lse_x.new_empty(())
 
 
@@ -631,19 +677,33 @@ def contrast_setup(ctx, inputs, output):
 
 def contrast_backward(ctx, grad):
     x, y, target, lse_x, lse_y, scale = ctx.saved_tensors
-    large_scale, first, weight = ctx.options
+    large_scale, first, views, weight = ctx.options
+    dtype = x.dtype
+    x = x.to(y.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        sums = grad_op(x, y, lse_x, lse_y, scale, large_scale, first)
-        dx = (sums - 2 * target) * (grad * weight / len(x))  # still without the factor scale
+        if on_gpu(x):  # see "On a GPU" above
+            sums = sums_without_positives(x, y, lse_x, lse_y, scale, large_scale, first, views)
+            positive = scale * (x.to(lse_x.dtype) * target).sum(1)  # (R,)
+            own = lse_y[first : first + len(x)]
+            lse_t = own.roll(len(x) // views)  # of the positives, as anchors
+            p_i = (positive - lse_x).clamp(max=0)  # logarithms of probabilities
+            p_t = (positive - lse_t).clamp(max=0)
+            dx = sums + (p_i.expm1() + p_t.expm1())[:, None] * target
+        else:
+            itself = first if views == 2 else len(y)
+            sums = grad_op(x, y, lse_x, lse_y, scale, large_scale, itself)
+            dx = sums - 2 * target
+        dx = dx * (grad * weight / len(x))  # still without the factor scale
     dscale = (dx * x).sum() / 2 if ctx.needs_input_grad[5] else None
-    dx = (dx * scale).to(x.dtype)
-    return dx, None, None, None, None, dscale, None, None, None
+    dx = (dx * scale).to(dtype)
+    return dx, None, None, None, None, dscale, None, None, None, None
 
 
 @library.custom_op("ssl_kernels::infonce_moco", mutates_args=())
 def moco_op(q: Tensor, k: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """-> loss (), and its gradient to q (n, D)."""
     require_unit_rows(q, k)
+    q, k, queue = rounded(q), rounded(k), rounded(queue)
     lse, mean = lse_and_mean(q, queue, scale)
     positive = scale * (q.to(lse.dtype) * k).sum(1)
     total = torch.logaddexp(lse, positive)
@@ -780,9 +840,9 @@ def all_gather_detached(x, group):
         if len(set(rows)) > 1:
             raise ValueError(f"all processes must hold equally many rows, not {rows}")
 
-    parts = [torch.empty_like(x) for _ in range(processes(group))]
-    dist.all_gather(parts, x, group)
-    return torch.cat(parts), dist.get_rank(group) * len(x)
+    gathered = x.new_empty(processes(group) * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x, group)
+    return gathered, dist.get_rank(group) * len(x)
 
 
 def checked(**matrices):
@@ -845,11 +905,12 @@ def simclr_loss(z1, z2, temperature, group=None):
     scale, large_scale = inverse(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):
         x = torch.cat([z1, z2])  # (2n, D)
-        target = torch.cat([z2, z1]).detach()
-        y, first = all_gather_detached(x, group)  # (2N, D)
-        lse = lse_op(x.detach(), y, scale, large_scale, first)
+        rows = rounded(x.detach())
+        target = rows.roll(len(z1), 0)  # the other view of each
+        y, first = all_gather_detached(rows, group)  # (2N, D)
+        lse = lse_op(rows, y, scale, large_scale, first)
         all_lse, _ = all_gather_detached(lse, group)  # (2N,)
-        return contrast_op(x, y, target, lse, all_lse, scale, large_scale, first, 1.0)
+        return contrast_op(x, y, target, lse, all_lse, scale, large_scale, first, 2, 1.0)
 
 
 def clip_loss(x, y, scale, group=None):
@@ -878,21 +939,23 @@ def clip_loss(x, y, scale, group=None):
     scale = scale.to(x.device, math_dtype(x))
 
     with torch.autocast(x.device.type, enabled=False):
-        if processes(group) == 1 and not use_kernel(x) and not x.is_cuda:
+        if processes(group) == 1 and not on_gpu(x):
             wanted = any(t.requires_grad for t in (x, y, scale))
             return clip_op(x, y, scale, torch.is_grad_enabled() and wanted)[0]
 
-        all_x, _ = all_gather_detached(x, group)  # (N, D)
-        all_y, _ = all_gather_detached(y, group)
+        rows_x = rounded(x.detach())
+        rows_y = rounded(y.detach())
+        all_x, first = all_gather_detached(rows_x, group)  # (N, D)
+        all_y, _ = all_gather_detached(rows_y, group)
         nobody = len(all_x)  # no row meets itself
-        lse_x = lse_op(x.detach(), all_y, scale.detach(), True, nobody)  # (n,)
-        lse_y = lse_op(y.detach(), all_x, scale.detach(), True, nobody)
+        lse_x = lse_op(rows_x, all_y, scale.detach(), True, nobody)  # (n,)
+        lse_y = lse_op(rows_y, all_x, scale.detach(), True, nobody)
         all_lse_y, _ = all_gather_detached(lse_y, group)  # (N,)
         all_lse_x, _ = all_gather_detached(lse_x, group)
 
-        options = (scale, True, nobody, 0.5)
-        loss_x = contrast_op(x, all_y, y.detach(), lse_x, all_lse_y, *options)
-        loss_y = contrast_op(y, all_x, x.detach(), lse_y, all_lse_x, *options)
+        options = (scale, True, first, 1, 0.5)
+        loss_x = contrast_op(x, all_y, rows_y, lse_x, all_lse_y, *options)
+        loss_y = contrast_op(y, all_x, rows_x, lse_y, all_lse_x, *options)
         return loss_x + loss_y
 
 

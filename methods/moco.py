@@ -23,10 +23,11 @@ Shuffling batch-norm (section 3.3). If a query and its key were normalised with 
 statistics, while the keys in the queue come from other batches, the statistics alone would reveal
 the right key. The loss would fall without anything being learned. The paper therefore normalises
 the images of each GPU separately, and shuffles the images among the GPUs for the keys only. Ours
-works with any number of processes, also with one: the global batch is divided into groups of
---group images, each normalised with its own statistics, and a random permutation decides the groups
-of the keys. The images stay where they are; statistics are summed over processes. If --group is
-the share of one GPU, the numbers are those of the paper, at the price of more communication.
+divides the global batch into groups of --group images, each normalised with its own statistics; a
+random permutation decides the groups of the keys. The numbers do not depend on the processes. If
+each of several processes holds whole groups, it is done as in the paper: images are shuffled, keys
+are brought back, and batch-norm communicates nothing. Otherwise the images stay where they are, and
+batch-norm sums its statistics over processes: with several, many small messages in each step.
 
 Run.
     python methods/moco.py                                    two CPU cores, 2 minutes
@@ -57,6 +58,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -64,7 +66,7 @@ from torch.nn.modules.batchnorm import _NormBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (ARCHS, METHOD, Crop, Loader, Run, all_reduce_sum, backbone, color_jitter,
                     denormalize, distribute, fail, gather, gaussian_blur, join_processes, load_data,
-                    normalize, parse, print0, random_flip, random_grayscale)
+                    normalize, parse, print0, random_flip, random_grayscale, world)
 from kernels import implementation
 from kernels.infonce import moco_loss  # info_nce below, fused
 
@@ -94,10 +96,14 @@ class SplitBatchNorm(_NormBase):
     belongs to which. In eval mode, and in its parameters and buffers, like nn.BatchNorm2d; but not
     a subclass of that, which distribute() would turn into batch-norm over all images."""
 
+    group_size = None  # or the size of the groups, if each process holds whole groups, in order
+
     def forward(self, x):
         if not self.training:
             mean, var = self.running_mean, self.running_var
             return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
+        if self.group_size:
+            return self.normalise_whole_groups(x)
 
         # Autocast would do the matrix products in bfloat16.
         with torch.autocast(x.device.type, enabled=False):
@@ -123,6 +129,47 @@ class SplitBatchNorm(_NormBase):
             x = torch.addcmul(self.bias[:, None, None], x, scale[:, :, None, None])
         return x.to(dtype)
 
+    def normalise_whole_groups(self, x):
+        """Ordinary batch-norm of one group after another, without communication. The running
+        statistics are those of this process's groups until average_statistics is called."""
+        groups = x.split(self.group_size)
+        # Each group moves its own copy of the running statistics; the mean over groups is kept.
+        means = self.running_mean.repeat(len(groups), 1)  # (groups of this process, C)
+        variances = self.running_var.repeat(len(groups), 1)
+        normalised = []
+        for images, mean, var in zip(groups, means, variances):
+            y = F.batch_norm(
+                images, mean, var, self.weight, self.bias,
+                training=True, momentum=self.momentum, eps=self.eps,
+            )
+            normalised.append(y)
+        self.num_batches_tracked += 1
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return torch.cat(normalised)
+
+
+@torch.no_grad()
+def average_statistics(module):
+    """After normalise_whole_groups: the running statistics of every SplitBatchNorm in the module
+    become the means over the groups of all processes, by one message for all layers."""
+    layers = [m for m in module.modules() if isinstance(m, SplitBatchNorm)]
+    own = [m.running_mean for m in layers] + [m.running_var for m in layers]
+    mean = all_reduce_sum(torch.cat(own)) / world()
+    for buffer, value in zip(own, mean.split([len(buffer) for buffer in own])):
+        buffer.copy_(value)
+
+
+def shuffle(x, order, rows):
+    """Shuffling batch-norm: the images x (n, ...) of each process -> those whose places are the
+    rows of this process, in the order of their places. order (N,): the place of each image of the
+    global batch. As in the official code, all images travel to all processes."""
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x)
+    everyone = torch.cat(parts)  # (N, ...)
+    return everyone[order.argsort()[rows].to(x.device)]
+
 
 def group_members(order, size):
     """Which image is in which group: float (N, G), 1 where the image is in the group, else 0.
@@ -143,7 +190,7 @@ def set_groups(module, member):
 
 
 class MoCo(nn.Module):
-    def __init__(self, arch, size, dim, K, version, head_norm=True):
+    def __init__(self, arch, size, dim, K, version, head_norm=True, group_size=None):
         super().__init__()
         self.backbone = backbone(arch, size)
         for layer in self.backbone.modules():
@@ -160,16 +207,20 @@ class MoCo(nn.Module):
             norm = SplitBatchNorm(dim).requires_grad_(False)
             head = nn.Sequential(head, to_maps, norm, nn.Flatten())
         self.projector = head
+        for layer in self.modules():
+            if isinstance(layer, SplitBatchNorm):
+                layer.group_size = group_size  # the copy in the key encoder has it, too
 
         encoder = nn.Sequential(self.backbone, self.projector)
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(K, dim), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # see enqueue
 
-    def forward(self, x1, x2, member_q, member_k):
-        set_groups(self.backbone, member_q)
-        set_groups(self.projector, member_q)
-        set_groups(self.key_encoder, member_k)
+    def forward(self, x1, x2, member_q=None, member_k=None):
+        if member_q is not None:  # not needed for whole groups
+            set_groups(self.backbone, member_q)
+            set_groups(self.projector, member_q)
+            set_groups(self.key_encoder, member_k)
         h = self.backbone(x1)  # (n, D)
         with torch.no_grad():
             k = self.key_encoder(x2)  # (n, d)
@@ -276,7 +327,13 @@ def main(argv=None):
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)
-    model = MoCo(args.arch, args.size, args.dim, args.queue, args.version, args.head_norm)
+
+    # With several processes that hold whole groups, the images of the keys are shuffled.
+    whole = world() > 1 and args.batch // world() % args.group == 0
+    group_size = args.group if whole else None
+    model = MoCo(
+        args.arch, args.size, args.dim, args.queue, args.version, args.head_norm, group_size
+    )
     model.to(device)
     encoder = nn.Sequential(model.backbone, model.projector)  # of the queries
     decay = args.weight_decay
@@ -294,8 +351,10 @@ def main(argv=None):
     wrapped = distribute(model, device, args.compile)
 
     # The groups of the queries follow the order of the batch and are always the same.
-    in_order = torch.arange(args.batch)
-    member_q = group_members(in_order, args.group)[loader.rows].to(device)  # (n, G)
+    member_q = member_k = None
+    if not whole:
+        in_order = torch.arange(args.batch)
+        member_q = group_members(in_order, args.group)[loader.rows].to(device)  # (n, G)
 
     # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.
     for epoch in range(run.step // loader.steps, args.epochs):
@@ -308,27 +367,30 @@ def main(argv=None):
             # A random permutation, the same in all processes, decides the groups of the keys.
             rand = loader.random(epoch, step, 0, METHOD)
             shuffled = torch.from_numpy(rand.generator.permutation(args.batch))
-            member_k = group_members(shuffled, args.group)[loader.rows].to(device)  # (n, G)
+            if whole:
+                x2 = shuffle(x2, shuffled, loader.rows)
+            else:
+                member_k = group_members(shuffled, args.group)[loader.rows].to(device)  # (n, G)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 q, k = wrapped(x1, x2, member_q, member_k)  # (n, d) both
             q = F.normalize(q.float(), dim=1)
             k = F.normalize(k.float(), dim=1)
             keys = gather(k)  # (N, d)
-            queue = model.queue
-            if device.type == "cuda":  # for the tensor cores; float16 keeps 11 bits, bfloat16 8
-                q = q.half()
-                k = k.half()
-                queue = queue.half()
+            if whole:  # back into the order of the batch
+                keys = keys[shuffled.to(device)]
+                k = keys[loader.rows]
 
             # info_nce, fused: it never stores the (n, 1 + K) logits. It is the mean over the
             # queries of this process; DistributedDataParallel averages the gradients.
-            loss = moco_loss(q, k, queue, args.tau)
+            loss = moco_loss(q, k, model.queue, args.tau)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             # After the loss: a query must not meet its own key twice.
             enqueue(model.queue, model.oldest, keys)
+            if whole:
+                average_statistics(model)
             run.log(loss, lr)
         run.end_epoch(epoch)
     run.finish()

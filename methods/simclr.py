@@ -199,8 +199,6 @@ def main(argv=None):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = wrapped(torch.cat([x1, x2]))  # (2n, d)
             z = F.normalize(z.float(), dim=1)
-            if device.type == "cuda":
-                z = z.half()  # for the tensor cores; a unit vector keeps 11 bits, in bfloat16 8
             z1, z2 = z.chunk(2)  # (n, d) each
 
             # nt_xent, fused: it never stores the (2N, 2N) logits. It is the mean over the 2n

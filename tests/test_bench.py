@@ -73,25 +73,6 @@ def test_other_ways(case):
     assert flex[case.op](*detached).item() == pytest.approx(want, abs=0.03)
 
 
-def test_on_a_gpu_our_losses_get_rows_in_float16():
-    class OnGPU:
-        is_cuda = True
-        dtype = torch.float32
-
-        def __init__(self, ndim):
-            self.ndim = ndim
-
-        def half(self):
-            return "float16"
-
-    seen = []
-    scale = OnGPU(0)
-    bench.halved(lambda *x: seen.extend(x))(OnGPU(2), scale)
-    assert seen == ["float16", scale]
-    z = torch.zeros(2, 3)
-    assert bench.halved(lambda x: x)(z) is z
-
-
 @pytest.mark.parametrize(
     "op, who, module",
     [

@@ -55,19 +55,16 @@ def test_short_run_learns_and_a_constant_loss_does_not(monkeypatch, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("method, lead, untrained", [("simclr", 4.0, True), ("rotnet", 0.0, False)])
-def test_the_quick_start_is_worth_its_three_minutes(program, tmp_path, method, lead, untrained):
-    """The default command, on all cores: kNN above raw pixels and the untrained network; linear
-    accuracy above raw pixels, and SimCLR's by 4 points above both. With other rounding the same
-    seed differs by up to 2 points: SimCLR leads by 6.3 on the average, with a standard deviation of
-    0.7; RotNet's lead over its untrained network, 2.7, shows in the mean of three seeds only, which
-    test_readme.py compares."""
+def test_the_quick_start_is_worth_its_three_minutes(program, tmp_path):
+    """The default command, on all cores: kNN above raw pixels and the untrained network, linear
+    accuracy by two points above both. With seed 0 it is 5.4 and 4.2 points above the untrained
+    network on two kinds of CPU, whose rounding differs, and equal seeds differ by up to 2 points
+    with it. What the other methods gain shows in means of seeds, which test_readme.py compares."""
     threads = str(len(os.sched_getaffinity(0)))
     out = ["--out", tmp_path / "run"]
-    program(f"methods/{method}.py", *out, timeout=1500, OMP_NUM_THREADS=threads)
+    program("methods/simclr.py", *out, timeout=1500, OMP_NUM_THREADS=threads)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     result = json.loads(lines[-1])
     for baseline in ("pixels", "random_init"):
         assert result["evaluation"]["knn20"] > result[baseline]["knn20"]
-        if untrained or baseline == "pixels":
-            assert result["evaluation"]["linear"] > result[baseline]["linear"] + lead
+        assert result["evaluation"]["linear"] > result[baseline]["linear"] + 2

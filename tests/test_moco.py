@@ -8,11 +8,20 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import CPU, arguments, call_main, double_precision, noise, tiny_data
+from conftest import (
+    CPU,
+    arguments,
+    assert_close_states,
+    call_main,
+    double_precision,
+    noise,
+    tiny_data,
+)
 from torch import nn
 
-from common import BatchRandom, Loader, all_reduce_sum, backbone, distribute, rank, world
+from common import BatchRandom, Loader, all_reduce_sum, backbone, distribute, gather, rank, world
 from methods import moco
 
 BATCH, GROUP, SIZE, QUEUE, M = 12, 4, 16, 20, 0.9  # three groups; two batches overrun the queue
@@ -143,13 +152,13 @@ def split_layer(channels=3):
     return layer
 
 
-def normalised_apart(layer, x, order):
+def normalised_apart(layer, x, order, group=GROUP):
     """nn.BatchNorm2d in float64 on each group by itself, brought back to the order of the batch,
     and the mean of the running statistics."""
     y = torch.empty_like(x)
     means = []
     variances = []
-    for images in torch.argsort(order).split(GROUP):  # as each GPU gets its own after the shuffle
+    for images in torch.argsort(order).split(group):  # as each GPU gets its own after the shuffle
         plain = nn.BatchNorm2d(x.shape[1], dtype=torch.float64)
         plain.weight = layer.weight
         plain.bias = layer.bias
@@ -197,6 +206,96 @@ def test_split_batch_norm_normalises_each_group_by_itself(request, count):
     for a, b in zip(found[2:], expected[2:]):
         for each in a:
             torch.testing.assert_close(each.double(), b.detach(), rtol=1e-5, atol=1e-5)
+
+
+def whole_groups(x, weight, group):
+    """As split_batch_norm, in float64, of groups that lie in one process and follow the batch."""
+    share = slice(rank() * BATCH // world(), (rank() + 1) * BATCH // world())
+    layer = split_layer().double()
+    layer.group_size = group
+    x = x[share].clone().requires_grad_()
+    y = layer(x)
+    (weight[share] * y).sum().backward()
+    moco.average_statistics(layer)
+    parameters = [all_reduce_sum(w.grad) for w in (layer.weight, layer.bias)]
+    found = [y, x.grad, *parameters, layer.running_mean, layer.running_var]
+    return [value.detach() for value in found], int(layer.num_batches_tracked)
+
+
+@pytest.mark.parametrize(
+    "count, group", [(1, 4), (2, 3), (2, 6), pytest.param(3, 2, marks=pytest.mark.thorough)]
+)
+def test_whole_groups_are_normalised_each_by_itself(processes, count, group):
+    x = 2 * noise(BATCH, 3, 5, 4) + torch.arange(BATCH).view(BATCH, 1, 1, 1)
+    weight = noise(BATCH, 3, 5, 4, seed=1)
+    layer = split_layer().double()
+    plain = x.clone().requires_grad_()
+    y, mean, variance = normalised_apart(layer, plain, torch.arange(BATCH), group)
+    (weight * y).sum().backward()
+
+    results, steps = zip(*processes(count, whole_groups, x, weight, group))
+    assert set(steps) == {1}
+    found = list(zip(*results))
+    exact = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(torch.cat(found[0]), y.detach(), **exact)
+    torch.testing.assert_close(torch.cat(found[1]), plain.grad, **exact)
+    expected = [layer.weight.grad, layer.bias.grad, mean, variance]
+    for a, b in zip(found[2:], expected):
+        for each in a:
+            assert torch.equal(each, a[0])
+            torch.testing.assert_close(each, b.detach(), **exact)
+
+
+def there_and_back(x, order):
+    n = len(x) // world()
+    rows = slice(rank() * n, (rank() + 1) * n)
+    moved = moco.shuffle(x[rows], order, rows)
+    return moved, gather(moved)[order]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.thorough)])
+def test_shuffle_brings_every_image_to_its_place(processes, count):
+    """Image i of the batch goes to place order[i]. gather and order bring the keys back."""
+    x = noise(BATCH, 3, 5, 4)
+    order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(3))
+    expected = torch.empty_like(x)
+    for image, place in zip(x, order):
+        expected[place] = image
+    moved, back = zip(*processes(count, there_and_back, x, order))
+    assert torch.equal(torch.cat(moved), expected)
+    assert all(torch.equal(each, x) for each in back)
+
+
+def messages(group, whole):
+    """How often a forward and a backward pass call torch.distributed.all_reduce. (The average of
+    the gradients, by DistributedDataParallel, does not.)"""
+    calls = []
+    plain = dist.all_reduce
+
+    def counted(*args, **options):
+        calls.append(args)
+        return plain(*args, **options)
+
+    model = moco.MoCo("resnet14", SIZE, 8, QUEUE, "v2", group_size=group if whole else None)
+    network = distribute(model, CPU)
+    share = slice(rank() * BATCH // 2, (rank() + 1) * BATCH // 2)
+    member = None if whole else moco.group_members(torch.arange(BATCH), group)[share]
+    x = noise(BATCH, 3, SIZE, SIZE, dtype=torch.float32)[share]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        q, k = network(x, x, member, member)
+        forward = len(calls)
+        q.square().sum().backward()
+    layers = sum(isinstance(m, moco.SplitBatchNorm) for m in model.modules())
+    return forward, len(calls) - forward, layers
+
+
+def test_batch_norm_of_whole_groups_communicates_nothing(processes):
+    assert [found[:2] for found in processes(2, messages, 6, True)] == [(0, 0)] * 2
+    for forward, backward, layers in processes(2, messages, 4, False):
+        # mean and variance of each layer; the sizes of the groups of three modules; in the
+        # backward pass, the layers of one of the two encoders
+        assert (forward, backward) == (2 * layers + 3, layers)
 
 
 def test_split_batch_norm_in_eval_mode_is_batch_norm():
@@ -352,7 +451,7 @@ def ordinary(head):
 
 
 def papers_procedure(flags):
-    """The same training as the paper does it, on three simulated GPUs: an ordinary network with
+    """The same training as the paper does it, on simulated GPUs: an ordinary network with
     ordinary batch-norm sees the images of one GPU at a time, and the key images are shuffled among
     the GPUs. Returns losses, both encoders and the queue, oldest key first."""
     args = arguments("moco", *flags)
@@ -373,9 +472,9 @@ def papers_procedure(flags):
         rng = np.random.default_rng([args.seed, 0, step, 0, 4])
         shuffle = torch.from_numpy(rng.permutation(BATCH))  # image i goes to place shuffle[i]
         with torch.no_grad():
-            k = torch.cat([key(images) for images in x2[shuffle.argsort()].split(GROUP)])
+            k = torch.cat([key(images) for images in x2[shuffle.argsort()].split(args.group)])
         k = F.normalize(k[shuffle], dim=1)
-        q = F.normalize(torch.cat([query(images) for images in x1.split(GROUP)]), dim=1)
+        q = F.normalize(torch.cat([query(images) for images in x1.split(args.group)]), dim=1)
 
         loss = 0.0
         for i in range(BATCH):
@@ -399,9 +498,10 @@ thorough = pytest.mark.thorough
 V1 = ["--version", "v1", "--tau", 0.07]
 CASES = [
     pytest.param(2, [], id="2 processes"),
+    pytest.param(2, ["--group", 6], id="2 processes, a group each", marks=thorough),
     pytest.param(1, [*V1, "--no-head-norm"], id="v1", marks=thorough),
     pytest.param(1, ["--no-head-norm"], id="v2, the paper's head", marks=thorough),
-    pytest.param(3, [], id="3 processes", marks=thorough),
+    pytest.param(3, [], id="3 processes, a group each", marks=thorough),
     pytest.param(2, [*V1, "--no-head-norm"], id="v1, 2 processes", marks=thorough),
     pytest.param(3, ["--no-head-norm"], id="v2, 3 processes", marks=thorough),
 ]
@@ -425,3 +525,19 @@ def test_training_is_the_papers_procedure(train, in_double, count, flags):
             torch.testing.assert_close(value, expected.detach(), **TRAINED)
     assert state["oldest"] == 3 * BATCH % QUEUE
     torch.testing.assert_close(state["queue"].roll(-int(state["oldest"]), 0), queue, **TRAINED)
+
+
+GROUPS = [(2, 3), pytest.param(3, 4, marks=thorough), pytest.param(3, 5, marks=thorough)]
+
+
+@pytest.mark.parametrize("count, group", GROUPS)
+def test_groups_do_not_depend_on_the_processes(train, count, group):
+    """Whole groups, whose images travel, and in the last case groups across processes: losses,
+    weights, queue and running statistics are those of one process. (Views of 32 pixels, because the
+    last maps of smaller ones have one pixel, and batch-norm of three numbers enlarges rounding
+    errors too much.)"""
+    flags = [*FLAGS, "--size", 32, "--group", group]
+    alone = train("moco", *flags)
+    together = train("moco", *flags, world=count)
+    torch.testing.assert_close(together.losses, alone.losses, rtol=1e-9, atol=1e-9)
+    assert_close_states(together.state, alone.state, rtol=1e-9, atol=1e-9)
