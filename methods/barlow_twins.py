@@ -25,10 +25,10 @@ Run.
 --batch counts the images of all processes together.
 
 Reached. On emoji after 32 epochs, 131 seconds on two CPU cores: kNN 51.4 % (untrained 50.8, raw
-pixels 53.9); linear 56.3 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 56.3 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. The gradient is exact on any number of processes | official code: 1/W of it on W GPUs,
        because its all_reduce does not propagate gradients. LARS hides the factor for weight
        matrices, but not for biases and batch-norm. Their official learning rate, 0.024 of that of
@@ -54,7 +54,7 @@ from common import (ARCHS, Crop, Loader, Run, all_reduce_sum, backbone, color_ji
                     fail, gaussian_blur, join_processes, load_data, normalize, parse, random_flip,
                     random_grayscale, solarize)
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -121,7 +121,7 @@ def views(args):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (64, 256, 2048, "images per step, over all processes"),

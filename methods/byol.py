@@ -33,10 +33,10 @@ Run.
 --batch counts the images of all processes together.
 
 Reached. On emoji after 52 epochs, 290 seconds on two CPU cores: kNN 53.4 % (untrained 50.8, raw
-pixels 53.9); linear 57.7 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other columns: not
+pixels 53.9); linear 57.7 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. Colour operations are torchvision's. Brightness is multiplied | official code: added.
        Contrast about the mean grey level | official code: about the mean of each channel.
        Saturation by blending with grey | official code: by scaling the saturation of HSV.
@@ -66,7 +66,7 @@ from common import (ARCHS, Crop, Loader, Run, backbone, color_jitter, distribute
                     join_processes, load_data, normalize, parse, random_flip, random_grayscale,
                     solarize)
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -157,7 +157,7 @@ def views(args):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     # 64, so that emoji's run has four thousand steps for the target to follow

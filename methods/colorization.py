@@ -11,9 +11,10 @@ rare colours weigh more in the loss.
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour
 images. In the colour space CIE Lab (white D65), L is lightness, 0 to 100, which is all that the
 network sees; ab are the colour, green to red and blue to yellow, about -110 to 110. Y (n, 2, H/4,
-W/4) the ab of x; bins (Q, 2) the points of a grid of step 10 in ab that sRGB can show. For each
-place of Y: Z soft targets over the bins, Zhat the predicted distribution, v its weight. p (Q,) how
-often the data show each bin, smoothed; w (Q,) the weights of the bins. Eq. 2 to 4:
+W/4) is the ab of x; bins (Q, 2) are the points of a grid of step 10 in ab that sRGB can show. A
+place is a pixel of Y. Each has Z, a target distribution that its 5 nearest bins share, Zhat, the
+predicted one, and a weight v. p (Q,) is how often the data show each bin, w (Q,) the weight of each
+bin, lambda how much of a uniform distribution is mixed into p. Eq. 2 to 4:
 
     loss = mean over places of  -v  sum over q of  Z_q log Zhat_q
     v    = w of the bin that is nearest to the place's ab
@@ -31,27 +32,27 @@ Run.
 The run folder also gets colorized.png: test images, coloured by the network.
 
 Reached. On emoji after 40 epochs, 138 seconds on two CPU cores: kNN 55.3 % (untrained 49.8, raw
-pixels 53.9); linear 55.8 % (untrained 50.1, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 55.8 % (untrained 50.1, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT. Four of its feature maps, brought to a quarter of the image's
        side, are added (a hypercolumn), and two convolutions predict the colours | paper: a VGG-like
        network of constant resolution in its deeper half.
     2. backbone(...) turns its input into L, so the evaluation sees lightness alone, as in the
-       paper, also for the untrained baseline; the raw pixels are in colour. L is in three equal
-       channels, normalised like an image | official code: L - 50 in one channel.
+       paper, also for the untrained baseline; the raw pixels are in colour. L is repeated in three
+       channels and normalised like an image | official code: L - 50 in one channel.
     3. Q = 261: the bins to which at least one 8-bit sRGB colour is nearest | official code: 313,
        also points outside, such as (100, 0), to which no sRGB colour is nearest.
     4. p is counted on the crops of the first epoch, of at most 100 steps, by nearest bin, then
-       smoothed as in the paper (Gaussian of 5 in ab) | official code: ships ImageNet's; its uniform
-       part covers only bins that occur. As in the official code, images without colour (no |ab|
-       above 5) teach nothing. Z has the paper's 5 nearest bins | official code: 10.
+       smoothed as in the paper (Gaussian of 5 in ab) | official code: brings the p of ImageNet; its
+       uniform part covers only bins that occur. As in the official code, images without colour (no
+       |ab| above 5) teach nothing. Z has the paper's 5 nearest bins | official code: 10.
     5. The loss is the mean over places, with its weights | paper: a sum; official code: the weights
        enter the gradient alone.
-    6. Y is pixels 2, 6, 10, ... of each axis | official code: 0, 4, 8, ...
-    7. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
-       paper: divided twice. Crops are random resized crops | official code: all of one size.
+    6. Y takes pixels 2, 6, 10, ... of each axis | official code: 0, 4, 8, ...
+    7. The learning rate falls to zero by a cosine, after a warm-up | paper: it is reduced twice.
+       Crops are random resized crops | official code: all of one size.
 """
 
 import itertools
@@ -69,7 +70,7 @@ from common import (ARCHS, VITS, Crop, Loader, Run, ViT, all_reduce_sum, denorma
                     fail, first_batch, join_processes, load_data, normalize, parse, patch_side,
                     random_flip, rank, save_grid, whole_image, world)
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -130,19 +131,19 @@ def rgb_to_lab(x):
     linear = torch.where(x > 0.04045, power, x / 12.92)
     xyz = mix(FROM_RGB, linear) / x.new_tensor(WHITE).view(3, 1, 1)
     root = xyz.clamp(min=1e-6) ** (1 / 3)
-    line = xyz * (29 / 6) ** 2 / 3 + 4 / 29  # for dark colours
-    f = torch.where(xyz > (6 / 29) ** 3, root, line)
-    X, Y, Z = f.unbind(1)
-    return torch.stack([116 * Y - 16, 500 * (X - Y), 200 * (Y - Z)], 1)
+    straight = xyz * (29 / 6) ** 2 / 3 + 4 / 29  # a straight line for dark colours
+    f = torch.where(xyz > (6 / 29) ** 3, root, straight)
+    fx, fy, fz = f.unbind(1)
+    return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], 1)
 
 
 def lab_to_rgb(lab):
     """The inverse of rgb_to_lab; colours outside sRGB are clipped."""
     L, a, b = lab.unbind(1)
-    Y = (L + 16) / 116
-    f = torch.stack([Y + a / 500, Y, Y - b / 200], 1)
-    line = 3 * (6 / 29) ** 2 * (f - 4 / 29)
-    xyz = torch.where(f > 6 / 29, f**3, line)
+    fy = (L + 16) / 116
+    f = torch.stack([fy + a / 500, fy, fy - b / 200], 1)
+    straight = 3 * (6 / 29) ** 2 * (f - 4 / 29)
+    xyz = torch.where(f > 6 / 29, f**3, straight)
     xyz = xyz * lab.new_tensor(WHITE).view(3, 1, 1)
     to_rgb = torch.tensor(FROM_RGB, dtype=torch.float64).inverse().tolist()
     linear = mix(to_rgb, xyz).clamp(0, 1)
@@ -265,7 +266,7 @@ def count_colours(loader, bins, steps=100):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 176, "side of a view, pixels; a multiple of 4"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (64, 256, 40, "images per step, over all processes"),

@@ -14,8 +14,8 @@ Notation. N images in the global batch, n = N / processes on this process; V vie
 large and V - 2 small; g_s, g_t the outputs (n, K) of student and teacher, each a backbone followed
 by a head; C (K,) centre; tau_s, tau_t temperatures; m momentum, called lambda in the paper.
 P_t = softmax((g_t(x) - C) / tau_t) and P_s = softmax(g_s(x) / tau_s) are distributions over the K
-dimensions. L is the mean, over the large views i and all views v != i, of the cross-entropy (Eq. 3
-is the sum); the centre follows Eq. 4:
+dimensions; theta_s and theta_t are the weights. L is the mean, over the large views i and all views
+v != i, of the cross-entropy (Eq. 3 is the sum); the centre follows Eq. 4:
 
     L       = mean over i, v of  -sum_k P_t(x_i)_k log P_s(x_v)_k
     C       <- 0.9 C + 0.1 mean of g_t over the two large views of all N images
@@ -28,16 +28,16 @@ Run.
     python methods/dino.py                                    two CPU cores, 4 to 10 minutes
     python methods/dino.py --recipe cifar10                   one GPU
     torchrun --nproc_per_node 8 methods/dino.py --recipe paper --data IMAGENET
---batch counts the images of all processes together. For the official 100-epoch run give the last
-command --batch 512 --tau-t 0.04.
+--batch counts the images of all processes together. For the official 100-epoch run, add --batch 512
+--tau-t 0.04 to the last command.
 
 Reached. On emoji after 40 epochs, 236 seconds on two CPU cores: kNN 53.2 % (untrained 50.8, raw
-pixels 53.9); linear 56.6 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 56.6 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
-    1. The blur's kernel is a tenth of the side, and views below 20 pixels cannot be blurred |
-       official code: Pillow's blur, for any side.
+Differs from the paper. (This file | the paper, or the official code.)
+    1. The blur kernel is a tenth of the view's side wide, so views below 20 pixels cannot be
+       blurred | official code: Pillow's blur, for any side.
     2. A ResNet is trained by the same AdamW, on the same crops, as a ViT | official code: SGD with
        a weight decay of 1e-4, on other crops.
     3. The learning rate falls to 0 | official code: to 1e-6. The rows of the last layer always have
@@ -64,7 +64,7 @@ from common import (ARCHS, METHOD, VITS, Crop, Loader, Run, all_reduce_sum, back
                     join_processes, load_data, normalize, parse, patch_side, random_flip,
                     random_grayscale, rank, save_grid, solarize, whole_image, world)
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -188,7 +188,7 @@ def name_crops(crops):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a large crop, pixels"),
     # in minutes a ResNet learns more than a ViT
     "arch": ("resnet14", "resnet18", "vit_small", "the backbone", ARCHS),
@@ -219,7 +219,7 @@ SETTINGS = {
 }
 TAU_S = 0.1  # the student's temperature
 CENTER_MOMENTUM = 0.9
-CLIP = 3.0  # largest norm of the gradient of one parameter
+MAX_GRAD_NORM = 3.0  # largest norm of the gradient of one parameter
 # Colours of attention.png, from 0 to 1: five of matplotlib's viridis.
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
@@ -324,6 +324,7 @@ def main(argv=None):
     run = Run("dino", args, data, loader, model, state, ("collapsed", collapsed), name_crops)
     wrapped = distribute(model, device, args.compile)
 
+    # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.
     for epoch in range(run.step // loader.steps, args.epochs):
         tau_t = teacher_temperature(epoch, args.tau_t_start, args.tau_t, args.tau_t_warmup)
         for step, crops in loader(epoch, run.step):
@@ -350,8 +351,8 @@ def main(argv=None):
             optimizer.zero_grad()
             loss.backward()
             for w in model.student.parameters():
-                nn.utils.clip_grad_norm_(w, CLIP)  # each by itself, as in the official code
-            if epoch == 0:  # the last layer is frozen
+                nn.utils.clip_grad_norm_(w, MAX_GRAD_NORM)  # each by itself, as officially
+            if epoch == 0:  # the last layer is frozen in the first epoch, as in the paper
                 model.student["head"].last_layer.weight.grad = None
             optimizer.step()
 

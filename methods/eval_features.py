@@ -49,7 +49,7 @@ from common import (ViT, barrier, commit, device_name, evaluate, fail, join_proc
                     load_backbone, load_data, new_backbone, one_line_for_ctrl_c, parse, pixels,
                     print0, rank, read_lines, replace_file, versions)
 
-KIND = "evaluation"
+KIND = "evaluation"  # the tests ask for what is due to each kind
 COLUMNS = ("knn20", "knn200", "linear", "retrieval1", "retrieval5", "rankme")
 
 # The measure.
@@ -91,7 +91,7 @@ def spread(heights, gap):
 # The evaluation.
 
 SETTINGS = {
-    "recipe": ("default", "the column of defaults"),
+    "recipe": ("default", "which column gives the defaults"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
 }

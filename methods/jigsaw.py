@@ -27,10 +27,10 @@ Run.
 The network sees nine tiles of each.
 
 Reached. On emoji after 16 epochs, 142 seconds on two CPU cores: kNN 50.6 % (untrained 49.5, raw
-pixels 54.4); linear 57.2 % (untrained 54.3, raw pixels 53.2); mean of 6 runs. Other columns: not
+pixels 54.4); linear 57.2 % (untrained 54.3, raw pixels 53.2); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet, averaged over the places of a tile, or a ViT | paper: AlexNet, with
        a smaller stride than usual, and fc6 sees every place. The layers after it have batch-norm |
        paper: dropout. fc7 has four times --dim units, the ratio of the official code.
@@ -63,7 +63,7 @@ import common
 from common import (ARCHS, AUGMENT, VITS, Crop, Loader, Run, column, denormalize, distribute, fail,
                     join_processes, load_data, normalize, parse, patch_side, random_flip)
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -200,7 +200,7 @@ def views(args, P):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "stl10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "stl10", "paper", "which column gives the defaults"),
     # a ViT needs a multiple of its patch's side: 240 instead of 255
     "size": (48, 96, 255, "side of the image that is cut, pixels; paper: 225 or 255"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),

@@ -28,10 +28,10 @@ Run.
 --batch counts the images of all processes together. reconstruction.png shows what is painted.
 
 Reached. On emoji after 40 epochs, 292 seconds on two CPU cores: kNN 54.1 % (untrained 45.5, raw
-pixels 53.9); linear 56.5 % (untrained 50.7, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 56.5 % (untrained 50.7, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. Features are the mean of the patch tokens | official code: probes the class token; appendix
        A.1 finds both alike.
     2. `block` tries 40 blocks per image, as large as BEiT's in proportion, and hides what is then
@@ -61,7 +61,7 @@ from kernels import implementation
 from kernels.mae_mask import masked_patch_mse  # mae_loss below, fused
 from kernels.mae_mask import random_masking, restore_tokens
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -221,7 +221,7 @@ def show_visible(args, loader, views):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("vit_mini", "vit_tiny", "vit_large", "the encoder", tuple(VITS)),
     "mask": ("random", "random", "random", "how patches are hidden", ("random", "block", "grid")),
@@ -311,6 +311,7 @@ def main(argv=None):
     print0(f"masking: {implementation(device)}")
     wrapped = distribute(model, device, args.compile)
 
+    # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.
     for epoch in range(run.step // loader.steps, args.epochs):
         for step, (x,) in loader(epoch, run.step):
             lr = learning_rate(step, args, loader.steps)

@@ -36,10 +36,10 @@ Run.
 --batch counts the images of all processes together.
 
 Reached. On emoji after 36 epochs, 104 seconds on two CPU cores: kNN 56.1 % (untrained 50.8, raw
-pixels 53.9); linear 57.9 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 57.9 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. Batch-norm works on groups, see above; the running statistics, which the evaluation uses, are
        the mean over groups | official code: those of the first GPU.
     2. The cosine schedule of v2 changes the learning rate at every step | official code: once per
@@ -70,7 +70,7 @@ from common import (ARCHS, METHOD, Crop, Loader, Run, all_reduce_sum, backbone, 
 from kernels import implementation
 from kernels.infonce import moco_loss  # info_nce below, fused
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -279,7 +279,7 @@ def show(first_views):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper-v1", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper-v1", "paper", "which column gives the defaults"),
     "version": ("v2", "v2", "v1", "v2", "head, views and schedule of this version", ("v1", "v2")),
     "size": (32, 32, 224, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "resnet50", "the backbone", ARCHS),
@@ -342,7 +342,7 @@ def main(argv=None):
     collapsed = math.log(1 + args.queue)
     state = {"optimizer": optimizer}
     run = Run("moco", args, data, loader, model, state, ("collapsed", collapsed), show)
-    print0(f"loss: {implementation(device, args.dim)}")
+    print0(f"the loss is computed by: {implementation(device, args.dim)}")
     if args.batch < 2 * args.group:
         print0(
             f"warning: --batch {args.batch} is one group of --group {args.group}: shuffling has no "

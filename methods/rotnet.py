@@ -25,10 +25,10 @@ Run.
 The network sees four times as many.
 
 Reached. On emoji after 12 epochs, 73 seconds on two CPU cores: kNN 56.8 % (untrained 50.8, raw
-pixels 53.9); linear 56.0 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 56.0 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT, followed by two hidden layers that are thrown away | paper:
        Network-in-Network on CIFAR-10, of which the features of block 2 of 4 are kept, and AlexNet
        on ImageNet, where middle layers are best. The last layers specialise in rotation; ours are
@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py 
 from common import (ARCHS, Crop, Loader, Run, backbone, denormalize, distribute, join_processes,
                     load_data, normalize, parse, random_flip)
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -111,7 +111,7 @@ def views(args):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (128, 128, 192, "images per step, over all processes; each is turned 4 times"),

@@ -23,21 +23,21 @@ Run.
 --batch counts the images of all processes together.
 
 Reached. On emoji after 30 epochs, 92 seconds on two CPU cores: kNN 59.0 % (untrained 50.8, raw
-pixels 53.9); linear 60.4 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 60.4 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
-    1. Inputs are normalised by ImageNet's mean and deviation | official code: pixels in [0, 1].
+Differs from the paper. (This file | the paper, or the official code.)
+    1. Inputs are normalised by ImageNet's mean and standard deviation | official code: in [0, 1].
     2. The loss is the paper's mean over 2N | official code: the sum of the two directions, twice
        ours. LARS rescales the gradient, so the factor matters only for weight decay, biases and
        batch-norm.
     3. Colour operations are torchvision's: contrast about the mean grey level, saturation by
-       blending with grey | official code: TensorFlow's; version 1 adds brightness.
+       blending with grey | official code: TensorFlow's; in its first version, brightness is added.
     4. The blur reflects the borders | official code: pads with zeros.
-    5. Crops: torchvision's ten tries, resized with antialiasing | official code: 100 tries, none
-       below a tenth of the area, no antialiasing.
-    6. Residual branches do not start at zero, so that all methods start from the same network; the
-       projector starts as PyTorch's layers do | official code: zero; a deviation of 0.01.
+    5. A crop that does not fit is drawn again, up to ten times, as in torchvision | official code:
+       up to 100 times, and it covers at least a tenth of the image; resized without antialiasing.
+    6. The last batch-norm of a residual branch starts at scale 1, as in all methods here; the
+       projector starts as PyTorch's layers do | official code: 0; a standard deviation of 0.01.
     7. Weight decay in the paper: 1e-6 | official code's default: 1e-4. CIFAR-10's rate, 1 per 256
        images, is the official README's.
 """
@@ -57,13 +57,14 @@ from common import (ARCHS, Crop, Loader, Run, backbone, color_jitter, distribute
 from kernels import implementation
 from kernels.infonce import simclr_loss  # nt_xent below, fused
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
 
 def nt_xent(z1, z2, tau):
-    """NT-Xent, Eq. 1, averaged over the 2N anchors of one process. Returns a scalar, in nats.
+    """NT-Xent, Eq. 1, averaged over all 2N views that are given; each is once the anchor, the one
+    that must find its partner. Returns a scalar, in nats.
 
     z1, z2: (N, d) L2-normalised; row k of both comes from image k."""
     z = torch.cat([z1, z2])  # (2N, d)
@@ -119,13 +120,13 @@ def views(args):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (256, 512, 4096, "images per step, over all processes"),
     "epochs": (30, 200, 100, "passes over the training images; paper: 100 to 1000"),
     "warmup": (2.0, 10.0, 10.0, "epochs of linear learning-rate warm-up"),
-    # 4.0, 13 times the paper's: in the few hundred steps of emoji, LARS needs long ones
+    # 4.0, 13 times the paper's: with only a few hundred steps, LARS needs large ones
     "lr": (4.0, 1.0, 0.3, "learning rate per 256 images"),
     "weight_decay": (1e-4, 1e-4, 1e-6, "on weights, not on biases or batch-norm"),
     "tau": (0.1, 0.5, 0.1, "temperature; below 0.006 the loss overflows", "[0.006, inf)"),
@@ -185,7 +186,7 @@ def main(argv=None):
     collapsed = math.log(2 * args.batch - 1)
     state = {"optimizer": optimizer}
     run = Run("simclr", args, data, loader, model, state, ("collapsed", collapsed))
-    print0(f"loss: {implementation(device, args.dim)}")
+    print0(f"the loss is computed by: {implementation(device, args.dim)}")
     wrapped = distribute(model, device, args.compile)
 
     # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.

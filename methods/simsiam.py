@@ -27,10 +27,10 @@ Run.
 --batch counts the images of all processes together.
 
 Reached. On emoji after 80 epochs, 384 seconds on two CPU cores: kNN 56.1 % (untrained 50.8, raw
-pixels 53.9); linear 57.9 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other columns: not
+pixels 53.9); linear 57.9 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. Residual branches do not start at zero, so that all methods start from the same network |
        official code: zero.
     2. The learning rate changes after every step | official code: after every epoch.
@@ -52,7 +52,7 @@ from common import (ARCHS, Crop, Loader, Run, backbone, color_jitter, distribute
                     gaussian_blur, join_processes, load_data, normalize, parse, random_flip,
                     random_grayscale)
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -125,7 +125,7 @@ def views(args):
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (64, 512, 512, "images per step, over all processes"),

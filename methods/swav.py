@@ -28,10 +28,10 @@ Run.
 small batches, with a queue.
 
 Reached. On emoji after 20 epochs, 106 seconds on two CPU cores: kNN 55.0 % (untrained 50.8, raw
-pixels 53.9); linear 56.5 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other columns: not
+pixels 53.9); linear 56.5 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
 run.
 
-Differs from the paper.
+Differs from the paper. (This file | the paper, or the official code.)
     1. LARS adapts the steps of weight matrices alone and divides by |gradient + decay w|. Biases
        and batch-norm take plain SGD steps at the full rate, without decay | official code: LARC
        adapts and decays them, too, and divides by |gradient| + decay |w|. The recipes emoji and
@@ -65,7 +65,7 @@ from common import (ARCHS, VITS, Crop, Loader, Run, backbone, color_jitter, deno
 from kernels import implementation
 from kernels.sinkhorn import assignment_cross_entropy, sinkhorn_potentials
 
-KIND = "image"
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
 # The loss.
 
@@ -190,7 +190,7 @@ def name_crops(crops):  # copy of: methods/dino.py::name_crops
 # Training.
 
 SETTINGS = {
-    "recipe": ("emoji", "cifar10", "batch256", "paper", "the column of defaults"),
+    "recipe": ("emoji", "cifar10", "batch256", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, 224, "side of a large crop, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "resnet50", "the backbone", ARCHS),
     "batch": (128, 512, 256, 4096, "images per step, over all processes"),

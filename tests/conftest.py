@@ -51,7 +51,7 @@ def source(name):
 
 
 def kind_of(name):
-    return re.search(r'^KIND = "(\w+)"$', source(name), re.MULTILINE)[1]
+    return re.search(r'^KIND = "(\w+)"', source(name), re.MULTILINE)[1]
 
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))

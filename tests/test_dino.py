@@ -329,7 +329,7 @@ def test_every_parameter_is_clipped_by_itself_and_the_teacher_warms_up(train):
     dino_loss = dino.dino_loss
     flags = ["--tau-t-start", 0.04, "--tau-t", 0.07, "--tau-t-warmup", 2]
     flags += ["--arch", "vit_micro"]
-    run = train("dino", *TINY, *flags, dino_loss=loss, CLIP=1e-5)
+    run = train("dino", *TINY, *flags, dino_loss=loss, MAX_GRAD_NORM=1e-5)
     assert temperatures == [(0.1, 0.04)] * 2 + [(0.1, 0.07)] * 2
     for gradients in run.gradients:
         norms = torch.stack([g.norm() for g in gradients.values()])

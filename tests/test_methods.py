@@ -57,7 +57,7 @@ class Due(NamedTuple):
     settings: tuple = ("size", "arch", "batch", "epochs", "lr")
     sections: tuple = ("The loss.", "The network.", "The views.", "Training.")
     optional: tuple = ()
-    parts: tuple = ("Idea. ", "Notation. ", "Run.\n", "Reached. ", "Differs from the paper.\n")
+    parts: tuple = ("Idea. ", "Notation. ", "Run.\n", "Reached. ", "Differs from the paper. (")
 
 
 KINDS = {

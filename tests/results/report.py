@@ -37,7 +37,7 @@ FREE = {"data", "arch", "batch", "epochs", "seed", "eval_every"}  # have columns
 FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own number)}
     "Pretext tasks": {
         "rotnet": (
-            "which of four ways was the image turned?",
+            "by which of four angles was the image turned?",
             "91.2 % CIFAR-10, NIN, conv classifier on block 2",
         ),
         "jigsaw": (
@@ -55,7 +55,7 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
             "69.3 % ImageNet linear, ResNet-50, 1000 epochs",
         ),
         "moco": (
-            "a key among a queue of thousands of others",
+            "find the matching key in a queue of thousands",
             "71.1 % ImageNet linear, ResNet-50, v2, 800 epochs",
         ),
     },
@@ -65,17 +65,17 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
             "75.3 % ImageNet linear, ResNet-50, 800 epochs",
         ),
         "barlow_twins": (
-            "dimensions agree between views, not with each other",
+            "each dimension agrees between views; different ones are uncorrelated",
             "73.2 % ImageNet linear, ResNet-50, 1000 epochs",
         ),
     },
     "Distillation": {
         "byol": (
-            "predict a slowly moving average's view; no negatives",
+            "predict the output of a slowly moving average of itself",
             "74.3 % ImageNet linear, ResNet-50, 1000 epochs",
         ),
         "simsiam": (
-            "predict the other view; its gradient is stopped",
+            "predict the output for the other view, which gets no gradient",
             "71.3 % ImageNet linear, ResNet-50, 800 epochs",
         ),
         "dino": (
@@ -276,7 +276,7 @@ def draw_curves(rows, path):
     ends = []
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and is_default(e[0])]
     for i, e in enumerate(runs):
-        color = colormaps["tab10"](i % 10)
+        color = colormaps["tab20"](2 * i % 20 + i // 10)
         curves = [run["curve"] for run in next(iter(by_device(e).values()))]
         mean = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
         axes.plot(*zip(*mean), color=color, linewidth=1.6, marker="o", markersize=3)
@@ -284,7 +284,7 @@ def draw_curves(rows, path):
     if runs:
         pixels = runs[0][0]["pixels"]["knn20"]
         axes.axhline(pixels, color="gray", linestyle="--")
-        axes.text(axes.get_xlim()[1], pixels, "raw pixels ", color="gray", ha="right", va="bottom")
+        axes.text(0, pixels, " raw pixels", color="gray", va="bottom")
 
     # Labels at the right border, pushed apart, each with a thin line to its curve's end.
     low, high = axes.get_ylim()
@@ -449,7 +449,7 @@ def reached(runs):
     settings = runs[0]["settings"]
     return (
         f"Reached. On emoji after {settings['epochs']} epochs, {fastest(runs):.0f} seconds on two "
-        f"CPU cores: {'; '.join(words)}; mean of {len(runs)} runs. Other columns: not run."
+        f"CPU cores: {'; '.join(words)}; mean of {len(runs)} runs. Other recipes: not run."
     )
 
 
