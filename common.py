@@ -22,6 +22,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  before anything that an older Pyt
 
 import argparse
 import atexit
+import copy
 import datetime
 import difflib
 import importlib
@@ -30,10 +31,14 @@ import math
 import os
 import platform
 import shutil
+import signal
+import stat
 import subprocess
+import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +55,11 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+try:
+    import fcntl  # locks of files
+except ImportError:  # Windows
+    fcntl = None
+
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))  # after all others: kernels and methods are found beside this file
 from kernels.mae_mask import gather_tokens
@@ -62,11 +72,15 @@ DOWNLOADED = {  # name here -> class in torchvision.datasets
     "stl10": "STL10",
 }
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+OTHER_ENDINGS = (".tif", ".tiff", ".gif", ".bmp", ".avif", ".heic", ".jp2", ".ppm", ".jfif")
+TEST_FOLDERS = ("val", "valid", "validation", "test")  # beside train/, the first that there is
+MAX_PIXELS = 250_000_000  # a file with more is read with a warning, with twice as many not at all
 BICUBIC = TF.InterpolationMode.BICUBIC
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's channels: the convention of most published networks
 STD = (0.229, 0.224, 0.225)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SAVE_EVERY = 180  # seconds between checkpoints inside an epoch
+PATIENCE = 120  # seconds, and one per image, without a batch from the workers: then a run ends
 DIVERGED = "lower --lr or lengthen the warm-up, and choose another --out; the last good state is in"
 
 
@@ -109,7 +123,8 @@ class InMemory:
 
     def __init__(self, pixels):
         self.pixels = pixels
-        self.broken = set()
+        self.side = pixels.shape[3]
+        self.broken = {}
 
     def __len__(self):
         return len(self.pixels)
@@ -119,6 +134,10 @@ class InMemory:
         for index, draws in plan:
             index = torch.from_numpy(index).to(device)
             yield index, crop_images(self.pixels[index], crops, draws)
+
+    def part(self, indices):
+        """A reader of some of the images."""
+        return InMemory(self.pixels[indices.to(self.pixels.device)])
 
     def count_together(self):
         """See Files: nothing in memory is ever broken."""
@@ -130,28 +149,38 @@ class InMemory:
 
 
 class Files:
-    """Reader of image files, which worker processes decode and crop. paths: a list of N files."""
+    """Reader of image files, which worker processes decode and crop. paths: a list of N files.
+    broken: a BrokenFiles, shared by the splits of a data set."""
 
-    def __init__(self, paths):
+    def __init__(self, paths, broken=None):
         self.paths = paths
-        self.broken = set()  # indices of files that could not be read
+        self.broken = BrokenFiles(len(paths)) if broken is None else broken
+        self.side = math.inf  # it differs, and is not known before they are read
         self.stream = None  # the DataLoader of the training, whose workers live as long as the run
 
     def __len__(self):
         return len(self.paths)
 
+    def part(self, indices):
+        return Files([self.paths[i] for i in indices.tolist()], self.broken)
+
     def batches(self, plan, crops, device, workers):
         """As InMemory.batches. The index is that of the file which was read for a broken one."""
         if self.stream is None or self.stream.batch_sampler.plan is not plan:
+            workers = min(workers, CORES)
+            share = plan.rows.stop - plan.rows.start
+            check_shared_memory(workers, share * sum(3 * crop.size**2 for crop in crops))
             self.stream = DataLoader(
                 Decoder(self.paths, crops=crops),
                 batch_sampler=Keys(plan),
                 collate_fn=collate,
-                num_workers=min(workers, CORES),
+                num_workers=workers,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
+                timeout=PATIENCE + share if workers else 0,
+                worker_init_fn=ignore_ctrl_c,
             )
-        for index, views, broken in self.stream:
+        for index, views, broken in decoded(self.stream):
             self.check(broken)
             views = [x.to(device, non_blocking=True).float().div_(255) for x in views]
             yield index.to(device, non_blocking=True), views
@@ -159,37 +188,55 @@ class Files:
     def whole(self, indices, size, workers=0):
         """As InMemory.whole: the shorter side becomes 256/224 of `size`, as ImageNet models are
         evaluated, then the centre is cut out. A broken file gives a black image."""
+        workers = min(workers, CORES)
+        batch = 256 if size <= 64 else 64
+        check_shared_memory(workers, batch * 3 * size**2)
         batches = DataLoader(
             Decoder(self.paths, size=size),
-            batch_size=256,
+            batch_size=batch,
             sampler=indices.tolist(),
-            num_workers=min(workers, CORES),
+            num_workers=workers,
             collate_fn=collate,
+            timeout=PATIENCE + batch if workers else 0,
+            worker_init_fn=ignore_ctrl_c,
         )
-        for _, (images,), broken in batches:
+        for _, (images,), broken in decoded(batches):
             self.check(broken)
             yield images, broken
 
     def check(self, broken):
-        """Warns of each broken file once; ends the run if more than 1 in 100 are broken."""
-        for index in set(broken) - self.broken:
-            self.broken.add(index)
-            text = f"warning: left out, cannot be read as an image: {self.paths[index]}"
-            print(text, file=sys.stderr, flush=True)
-        if len(self.broken) > len(self.paths) / 100:
-            fail(
-                f"{len(self.broken)} of {len(self.paths)} images cannot be read, more than 1 in "
-                f"100: remove them, for example {self.paths[min(self.broken)]}",
-                only_first=False,
-            )
+        """Notes broken files, a list of (index, reason)."""
+        self.broken.add({self.paths[index]: reason for index, reason in broken})
 
     def count_together(self):
         """Broken files that another process has met count, too. Every process must call it."""
         if world() > 1:
             everyone = [None] * world()
-            dist.all_gather_object(everyone, self.broken)
-            self.broken.update(*everyone)
-            self.check([])
+            dist.all_gather_object(everyone, dict(self.broken))
+            for found in everyone:
+                self.broken.add(found)
+
+
+class BrokenFiles(dict):
+    """{path: reason} of the files of a data set that could not be read. total: of all images."""
+
+    def __init__(self, total=0):
+        self.total = total
+
+    def add(self, found):
+        """Warns of each file once. Ends the run if ten or more files, and more than 1 in 100 of the
+        whole data set, are broken, or all of them."""
+        for path, reason in found.items():
+            if path not in self:
+                text = f"warning: left out, cannot be read: {path} ({reason})"
+                print(text, file=sys.stderr, flush=True)
+        self |= found
+        if len(self) > max(9, self.total / 100) or 0 < self.total == len(self):
+            fail(
+                f"{len(self)} of {self.total} images cannot be read, more than 1 in 100: remove "
+                f"them, for example {min(self)}",
+                only_first=False,
+            )
 
 
 class Decoder(Dataset):
@@ -209,10 +256,10 @@ class Decoder(Dataset):
         broken = []
         for place in range(first, first + (100 if self.crops else 1)):
             index = place % len(self.paths)
-            picture = try_picture(self.paths[index])
+            picture, reason = try_picture(self.paths[index])
             if picture:
                 break
-            broken.append(index)
+            broken.append((index, reason))
         picture = picture or Image.new("RGB", (256, 256))
 
         if self.crops:
@@ -223,6 +270,38 @@ class Decoder(Dataset):
         return index, [TF.pil_to_tensor(view) for view in views], broken
 
 
+def check_shared_memory(workers, bytes_per_batch):
+    """Exits with a one-line message where the workers would wait for ever: batches travel through
+    /dev/shm, of which a container may have 64 MB."""
+    workers *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all processes on this machine
+    needed = 3 * workers * bytes_per_batch  # two batches ahead for each worker, and one in hand
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    if free < needed:
+        fail(
+            f"/dev/shm has {free / 1e6:.0f} MB, {workers} workers need {needed / 1e6:.0f} MB: "
+            "start the container with --shm-size 8g (or --ipc=host), or use a smaller --batch, or "
+            "--workers 0",
+            only_first=False,
+        )
+
+
+def decoded(batches):
+    """The batches of a DataLoader. A worker that died or is silent ends the run."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        fail(
+            f"the processes that decode images have failed ({str(error).splitlines()[0]}): too "
+            "little memory? Try fewer --workers, or --workers 0",
+            only_first=False,
+        )
+
+
+def ignore_ctrl_c(worker):
+    """Ctrl-C reaches all processes; the main one says what there is to say and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def collate(samples):
     """Samples of a Decoder -> indices (n,), one uint8 batch per view, and all broken indices."""
     indices, views, broken = zip(*samples)
@@ -231,16 +310,23 @@ def collate(samples):
 
 
 def try_picture(path):
-    """The picture in a file, or None if it cannot be read: PIL raises nearly anything."""
+    """(picture, None), or (None, why the file cannot be read): PIL raises nearly anything."""
     try:
-        return load_picture(path)
-    except Exception:
-        return None
+        return load_picture(path), None
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error).replace(f" {path!r}", "")
+        reason = reason or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason += "; MAX_PIXELS in common.py sets this limit"
+        return None, reason
 
 
 def load_picture(path):
     """An image file -> PIL RGB, upright. Grey, palette, CMYK and 16-bit images are converted,
     transparency is laid on white. Raises what PIL raises."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+        raise OSError("not a regular file")
     picture = ImageOps.exif_transpose(Image.open(path))
     if picture.mode.startswith(("I", "F")):  # 16-bit grey, which PIL's convert clips, not scales
         grey = np.asarray(picture, np.float32) / 257
@@ -262,8 +348,12 @@ def load_data(name, root, device):
         return download_data(name, Path(root), device)
     if Path(name).is_dir():
         return folder_data(Path(name).resolve())
-    known = ", ".join([*EMBEDDED, *DOWNLOADED])
-    fail(f"--data {name}: neither a data set ({known}) nor an existing folder")
+    known = [*EMBEDDED, *DOWNLOADED]
+    if Path(name).is_file():
+        fail(f"--data {name} is a file: give the folder of the images")
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    fail(f"--data {name}: neither a data set ({', '.join(known)}) nor an existing folder{hint}")
 
 
 def to_split(device, images, *numbers):
@@ -319,29 +409,35 @@ def download_data(name, root, device):
 
 
 def folder_data(path):
-    """train/ and val/ with class folders (ImageNet's layout); or class folders, of which one image
-    in ten (at least one per class, by a hash of its name) is held out; or plain images at any
-    depth, without labels."""
-    base = path / "train" if (path / "train").is_dir() else path
-    train = files_by_class(base)
-    test = files_by_class(path / "val") if base != path else {}
-
-    # Plain images: one folder, or images beside the folders.
-    if len(train) < 2 or any(is_image(p) for p in base.iterdir()):
-        images = image_files(base)
-        if not images:
-            fail(
-                f"--data {path}: no images found. Expected class folders of {', '.join(ENDINGS)} "
-                "files, train/ and val/ with class folders, or plain images"
-            )
-        print0(f"{path}: {len(images)} images without class folders: no evaluation by labels")
-        split = Split(Files(images))
-        return Data(path.name, split, split, None)
+    """train/ and val/ (or valid/, validation/, test/) with class folders, as ImageNet has them; or
+    class folders, of which one image in ten (at least one per class, by a hash of its name) is held
+    out; or plain images at any depth, without labels. Hidden names, __MACOSX, run folders and other
+    endings are left out. One printed line says what was found and what is not used."""
+    unused = Counter()
+    trains = [p for p in path.iterdir() if p.is_dir() and p.name.lower() == "train"]
+    base = min(trains, default=path)
+    train = files_by_class(base, unused)
+    if trains and not image_files(base, Counter()):
+        fail(f"--data {path}: no images found in {base.name}/{listed(unused)}")
+    if len(train) < 2:
+        return plain_folder(path)
+    odd = [name for name in train if name.lower() in TEST_FOLDERS]
+    if odd and not trains:
+        fail(
+            f"--data {path}: {odd[0]}/ looks like the test images, not like a class, but there is "
+            "no train/ beside it: give the training images this name"
+        )
+    unused["images beside the class folders"] = sum(is_image(p.name) for p in base.iterdir())
+    test = {}
+    origin = "a tenth of the images, held out"
+    if base != path:
+        test, origin = find_test(path, base, unused)
 
     # One image in ten is held out. The hash does not change when other images come or go.
     if not test:
         for name, paths in train.items():
-            paths = sorted(paths, key=lambda p: zlib.crc32(str(p.relative_to(path)).encode()))
+            first = len(os.path.join(path, ""))
+            paths = sorted(paths, key=lambda p: zlib.crc32(os.fsencode(p[first:])))
             cut = max(1, len(paths) // 10)
             test[name] = sorted(paths[:cut])
             train[name] = sorted(paths[cut:])
@@ -349,40 +445,150 @@ def folder_data(path):
     classes = sorted(train)
     unknown = sorted(set(test) - set(classes))
     if unknown:
-        fail(f"--data {path}: val/ has classes that train/ lacks: {', '.join(unknown[:5])}")
-    train = labelled(train, classes)
-    test = labelled(test, classes)
+        fail(f"--data {path}: {origin} has classes that train/ lacks: {', '.join(unknown[:5])}")
+    broken = BrokenFiles()
+    train = labelled(train, classes, broken)
+    test = labelled(test, classes, broken)
+    if not len(train.images):
+        fail(f"--data {path}: one image per class leaves none for training; two are needed")
+    some = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
     print0(
-        f"{path}: {len(train.images)} training and {len(test.images)} test images "
-        f"of {len(classes)} classes"
+        f"{path}: {len(train.images)} training and {len(test.images)} test images of "
+        f"{len(classes)} classes ({some}); test images: {origin}{listed(unused)}"
     )
     return Data(path.name, train, train, test)
 
 
-def is_image(path):
-    return path.suffix.lower() in ENDINGS
+def plain_folder(path):
+    """All images of a folder, without labels."""
+    unused = Counter()
+    images = image_files(path, unused)
+    if not images:
+        fail(
+            f"--data {path}: no images found{listed(unused)}. Expected class folders of "
+            f"{', '.join(ENDINGS)} files, train/ and val/ with class folders, or plain images"
+        )
+    print0(
+        f"{path}: {len(images)} images, fewer than two class folders, so no evaluation by "
+        f"labels{listed(unused)}"
+    )
+    split = Split(Files(images))
+    return Data(path.name, split, split, None)
 
 
-def image_files(folder):
-    return sorted(p for p in folder.rglob("*") if is_image(p) and p.is_file())
+def find_test(path, train, unused):
+    """{class: test images} beside train/, and where they come from; {} if there are none."""
+    found = {}
+    flat = []
+    ranks = {name: place for place, name in enumerate(TEST_FOLDERS)}
+
+    def turn(folder):
+        return ranks.get(folder.name.lower(), len(ranks)), folder.name
+
+    for folder in sorted(path.iterdir(), key=turn):
+        if folder == train or not folder.is_dir() or is_left_out(folder, unused):
+            continue
+        if folder.samefile(train):
+            fail(f"--data {path}: {folder.name}/ and {train.name}/ are the same folder")
+        ignored = Counter()
+        classes = files_by_class(folder, ignored) if folder.name.lower() in ranks else {}
+        if classes and not found:
+            found = {folder.name: classes}
+            unused += ignored
+            continue
+        images = len(image_files(folder, ignored))
+        if images and folder.name.lower() in ranks:
+            flat.append(folder.name)
+        if images:
+            unused[f"images in {folder.name}/"] += images
+    if not found and flat:
+        fail(
+            f"--data {path}: the images in {flat[0]}/ have no class folders, so their labels are "
+            "not known: move each into a folder with the name of its class, as in train/"
+        )
+    name = next(iter(found), None)
+    return found.get(name, {}), f"{name}/" if name else "a tenth of the images, held out"
 
 
-def files_by_class(folder):
+def listed(unused):
+    """What is not used, and how much of it: "; not used: 40 .tif files"."""
+    words = [f"{count} {what}" for what, count in unused.items() if count]
+    return f"; not used: {', '.join(words)}" if words else ""
+
+
+def is_image(name):
+    return not name.startswith(".") and name.lower().endswith(ENDINGS)
+
+
+def is_left_out(folder, unused):
+    """Whether a folder is no part of a data set: hidden, of macOS's zip, or of a run."""
+    name = os.path.basename(folder)
+    run = os.path.exists(os.path.join(folder, "metrics.jsonl"))
+    if name.startswith(".") or name == "__MACOSX" or run:
+        unused["run folders" if run else "hidden folders"] += 1
+        return True
+    return False
+
+
+def image_files(folder, unused):
+    """All image files below a folder, sorted. Adds to unused what is left out."""
+    found = []
+    for place, folders, names in os.walk(folder, onerror=stop):
+        links = [f for f in folders if os.path.islink(os.path.join(place, f))]
+        unused["links to folders"] += len(links)
+        folders[:] = [f for f in folders if not is_left_out(os.path.join(place, f), unused)]
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                unused["hidden files"] += 1
+            elif ending in ENDINGS:
+                found.append(os.path.join(place, name))
+            elif ending in OTHER_ENDINGS:
+                unused[f"{ending} files"] += 1
+    return sorted(found)
+
+
+def stop(error):
+    """For os.walk, which would pass over a folder that cannot be read."""
+    raise error
+
+
+def files_by_class(folder, unused):
     """{name of a class folder: its image files}, without empty ones."""
-    if not folder.is_dir():
-        return {}
-    found = {d.name: image_files(d) for d in sorted(folder.iterdir()) if d.is_dir()}
+    found = {}
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not is_left_out(child, unused):
+            found[child.name] = image_files(child, unused)
     return {name: paths for name, paths in found.items() if paths}
 
 
-def labelled(files, classes):
+def labelled(files, classes, broken):
     """{class: files} -> Split; a label is the place of the class in `classes`."""
     paths = []
     labels = []
     for label, name in enumerate(classes):
         paths += files.get(name, [])
         labels += [label] * len(files.get(name, []))
-    return Split(Files(paths), torch.tensor(labels))
+    broken.total += len(paths)
+    return Split(Files(paths, broken), torch.tensor(labels))
+
+
+def thin(split, count):
+    """At most `count` images of a split (0: all), chosen by a fixed seed and spread evenly over the
+    classes."""
+    n = len(split.images)
+    if not 0 < count < n:
+        return split
+    order = np.random.default_rng(0).permutation(n)
+    if split.labels is not None:
+        # The first of each class, then the second of each, ...
+        labels = split.labels.cpu().numpy()[order]
+        by_class = np.argsort(labels, kind="stable")
+        first = np.searchsorted(labels[by_class], labels[by_class])
+        order = order[by_class[np.argsort(np.arange(n) - first, kind="stable")]]
+    chosen = torch.from_numpy(np.sort(order[:count]))
+    numbers = [None if part is None else part[chosen.to(part.device)] for part in split[1:]]
+    return Split(split.images.part(chosen), *numbers)
 
 
 # -------- 2. Views --------------------------------------------------------------------------------
@@ -690,7 +896,7 @@ class Loader:
         count = len(split.images)
         if not 0 < batch <= count or batch % world():
             several = f", a multiple of {world()} (the processes)" if world() > 1 else ""
-            fail(f"--batch {batch}: choose 1 to {count}, the number of images{several}")
+            fail(f"--batch {batch}: choose 2 to {count}, the number of images{several}")
         for crop, _ in views:
             if crop.size < 1 or not 0 < crop.scale[0] <= crop.scale[1] <= 1:
                 fail(
@@ -998,32 +1204,37 @@ def evaluate(network, data, size, device, workers=0, only_knn=False):
     """Evaluates frozen features. Returns a dict; accuracies in percent: knn20, knn200, linear; on
     data with drawings retrieval1, retrieval5; and the collapse panel, which is all there is without
     labels. network: normalised images (n, 3, size, size) -> (n, D). Every process must call it;
-    process 0 computes, all get the result."""
+    process 0 computes, all get the result. Needs less than two times the float32 features of bank
+    and test images."""
     result = {}
     shown = data.test or data.bank
     test, readable = features(network, shown, size, device, workers)
-    test_kept = test[readable]
-
+    bank, bank_readable = None, None
     if data.test:
         bank, bank_readable = features(network, data.bank, size, device, workers)
-        labels = data.bank.labels.to(device)[bank_readable]
-        test_labels = data.test.labels.to(device)[readable]
-        sets = (bank[bank_readable], labels, test_kept, test_labels)
-        if rank() == 0:
-            result = {f"knn{k}": knn(*sets, k) for k in (20, 200)}
-            if not only_knn:
-                result["linear"] = linear_probe(*sets, groups=data.bank.emoji)
-            if data.test.emoji is not None:
-                for k in (1, 5):
-                    drawn = data.test.emoji, data.test.drawing
-                    result[f"retrieval{k}"] = retrieval(test, *drawn, k)
-
     if not only_knn:
         view = Crop(size, scale=(0.2, 1.0)), lambda x, rand: normalize(random_flip(x, rand))
         x1, x2 = first_batch(shown, [view, view], 1024, 0, device)
         h1 = gather(embed(network, x1))
         h2 = gather(embed(network, x2))
-        result |= collapse_panel(test_kept, h1, h2)
+
+    if rank() == 0:
+        if data.test and data.test.emoji is not None:
+            for k in (1, 5):
+                found = retrieval(test, data.test.emoji, data.test.drawing, k)
+                result[f"retrieval{k}"] = found
+        test = only(test, readable)
+        if not only_knn:
+            result |= collapse_panel(test, h1, h2)
+        if data.test:
+            bank = only(bank, bank_readable)
+            labels = data.bank.labels.to(device)[bank_readable]
+            test_labels = data.test.labels.to(device)[readable]
+            for k in (20, 200):
+                result[f"knn{k}"] = knn(bank, labels, test, test_labels, k)
+            if not only_knn:
+                groups = None if data.bank.emoji is None else data.bank.emoji[bank_readable]
+                result["linear"] = linear_probe(bank, labels, test, test_labels, groups)
 
     if world() > 1:
         everyone = [result]
@@ -1032,24 +1243,52 @@ def evaluate(network, data, size, device, workers=0, only_knn=False):
     return result
 
 
+def only(x, rows):
+    """x[rows], without a copy if that is all of x."""
+    return x if rows.all() else x[rows]
+
+
 def features(network, split, size, device, workers=0):
     """Frozen features (N, D) of one plain view per image, in the order of the split: of an image in
-    memory the whole, of a file the centre. Also (N,) bool: False for files that cannot be read.
-    Each process computes its share and gets all."""
+    memory the whole, of a file the centre; and (N,) bool, False for files that cannot be read. Each
+    process computes its share; process 0 gets all, the others None. Matrices of more than 2^27
+    numbers (0.5 GB in float32) are kept in float16."""
     count = len(split.images)
     share = -(-count // world())
     mine = torch.arange(rank() * share, (rank() + 1) * share)
     mine = mine.clamp(max=count - 1)  # equal shares; the surplus is cut off below
-    parts = []
     readable = torch.ones(count, device=device)
+    x = None
+    done = 0
+    text = f"features of {count} images"
+    hidden = rank() > 0 or count < 5000
+    bar = tqdm(total=share, desc=text, leave=False, disable=hidden, mininterval=pause_of_bars())
     for images, broken in split.images.whole(mine, size, workers):
-        x = images.to(device).float().div_(255)
-        if x.shape[3] != size:
-            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
-        parts.append(embed(network, normalize(x)))
-        readable[broken] = 0
-    everyone = gather(torch.cat(parts))[:count]
-    return everyone, gather(readable[mine.to(device)])[:count] > 0
+        batch = images.to(device).float().div_(255)
+        if batch.shape[3] != size:
+            batch = F.interpolate(batch, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
+        h = embed(network, normalize(batch))
+        if x is None:
+            large = count * h.shape[1] > 1 << 27
+            x = h.new_empty(share, h.shape[1], dtype=torch.float16 if large else h.dtype)
+        x[done : done + len(h)] = h
+        done += len(h)
+        bar.update(len(h))
+        readable[[index for index, _ in broken]] = 0
+    bar.close()
+    readable = gather(readable[mine.to(device)])[:count] > 0
+    if world() == 1:
+        return x, readable
+
+    # Every share goes to its place in one matrix on process 0.
+    everyone = x.new_empty(share * world(), x.shape[1]) if rank() == 0 else None
+    dist.gather(x, list(everyone.split(share)) if rank() == 0 else None)
+    return (everyone[:count] if rank() == 0 else None), readable
+
+
+def pause_of_bars():
+    """Seconds between the updates of a progress bar: few lines where there is no terminal."""
+    return 0.5 if sys.stderr.isatty() else 30
 
 
 @torch.no_grad()
@@ -1062,20 +1301,22 @@ def embed(network, x):
     return h
 
 
-def pixels(size):
-    """The network of the raw-pixel baseline: the image itself, averaged to at most 32x32."""
-    return nn.AdaptiveAvgPool2d(min(32, size))
+def pixels(size, bank=0):
+    """The network of the raw-pixel baseline: the image itself, averaged to at most 32x32, or 16x16
+    if more than 20,000 images are in the bank, whose probe would take hours."""
+    return nn.AdaptiveAvgPool2d(min(16 if bank > 20_000 else 32, size))
 
 
 def knn(bank, bank_labels, test, test_labels, k, temperature=0.07):
     """Weighted k-nearest-neighbour accuracy in percent (Wu et al. 2018,
     https://arxiv.org/abs/1805.01978, section 3.4): each of the k bank images with the largest
     cosine s votes for its label with exp(s / temperature). Features (N, D), labels (N,)."""
-    bank = F.normalize(bank, dim=1)
-    test = F.normalize(test, dim=1)
+    bank = F.normalize(bank.float(), dim=1)
+    test = F.normalize(test.float(), dim=1)
     classes = int(bank_labels.max()) + 1
     correct = 0
-    for x, y in zip(test.split(512), test_labels.split(512)):
+    few = min(512, max(32, (1 << 23) // len(bank)))  # the cosines of so many at a time
+    for x, y in zip(test.split(few), test_labels.split(few)):
         s, nearest = (x @ bank.T).topk(min(k, len(bank)), 1)  # (n, k)
         votes = x.new_zeros(len(x), classes)
         votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
@@ -1087,30 +1328,35 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     """Linear-probe accuracy in percent: multinomial logistic regression on frozen standardised
     features, solved to convergence. Its weight decay, of 10, 3, 1, ... 1e-4, is the one with the
     least loss on a fifth of the BANK (whole groups if given, so that near copies stay together);
-    then all of the bank is fitted with it. The test images choose nothing."""
+    then all of the bank is fitted with it. The test images choose nothing. bank and test (N, D) are
+    overwritten: a copy of the features may not fit."""
+    bank = bank.float()
+    test = test.float()
     mean = bank.mean(0)
     std = bank.std(0) + 1e-6
-    bank = (bank - mean) / std
-    test = (test - mean) / std
+    for x in (bank, test):
+        x.sub_(mean).div_(std)
 
     # Decorrelate. A rotation changes no solution, but the way to it is shorter.
     variance, rotation = torch.linalg.eigh(bank.T @ bank / len(bank))
     variance = variance.clamp(min=0)
-    bank = bank @ rotation
-    test = test @ rotation
+    for part in (*bank.split(8192), *test.split(8192)):
+        part.copy_(part @ rotation)
 
     # A fifth of the groups is held out.
     groups = torch.arange(len(bank)) if groups is None else groups.cpu()
     names = groups.unique()
     order = np.random.default_rng(0).permutation(len(names))
     held = torch.isin(groups, names[order[: len(names) // 5]]).to(bank.device)
+    kept = (~held).nonzero()[:, 0]
+    held = held.nonzero()[:, 0]
 
     # From strong to weak decay, each from the last solution.
     zeros = bank.new_zeros(int(bank_labels.max()) + 1, bank.shape[1])  # one row per class
     solution = zeros, zeros[:, 0]
     least, decay = math.inf, 10
     for candidate in (10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4):
-        solution = fit_logistic(bank[~held], bank_labels[~held], variance, candidate, *solution)
+        solution = fit_logistic(bank, bank_labels, variance, candidate, *solution, rows=kept)
         logits = F.linear(bank[held], *solution).double()
         loss = F.cross_entropy(logits, bank_labels[held]).item()  # steadier than accuracy
         if not loss < least:  # it falls, then rises: from here on the probe overfits the bank
@@ -1122,12 +1368,20 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     return 100 * right.double().mean().item()
 
 
-def fit_logistic(x, y, variance, decay, weight, bias):
-    """argmin of mean cross-entropy + decay / 2 ||weight||^2 by L-BFGS, from (weight (C, D),
-    bias (C,)), to a gradient of 1e-4. x (N, D) is decorrelated, with the given variance per column:
-    scaled by it, the way to the minimum is shorter."""
+def fit_logistic(x, y, variance, decay, weight, bias, rows=None):
+    """argmin of mean cross-entropy + decay / 2 ||weight||^2 over some rows (default: all) by
+    L-BFGS, from (weight (C, D), bias (C,)), to a gradient of 1e-4. x (N, D) is decorrelated, with
+    the given variance per column: scaled by it, the way to the minimum is shorter."""
     scale = (0.1 * variance + decay).rsqrt()  # 0.1: about p (1 - p), the curvature of the softmax
-    x = x * scale
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+
+    # In pieces, so that ImageNet's logits are never in memory at once. One piece is made once.
+    def make_pieces():
+        for some in rows.split(len(rows) if small else 1 << 14):
+            yield x[some].mul_(scale), y[some]
+
+    small = len(rows) * x.shape[1] <= 1 << 25
+    single = list(make_pieces()) if small else None
     penalty = decay * scale.double().square()
     weight = (weight / scale).double().requires_grad_()
     bias = bias.double().requires_grad_()
@@ -1144,10 +1398,9 @@ def fit_logistic(x, y, variance, decay, weight, bias):
         solver.zero_grad()
         loss = (penalty * weight.square()).sum() / 2
         loss.backward()
-        # In pieces, so that the logits of all of ImageNet are never in memory at once.
-        for rows, labels in zip(x.split(1 << 17), y.split(1 << 17)):
-            logits = F.linear(rows, weight.float(), bias.float()).double()
-            part = F.cross_entropy(logits, labels, reduction="sum") / len(x)
+        for piece, labels in single or make_pieces():
+            logits = F.linear(piece, weight.float(), bias.float()).double()
+            part = F.cross_entropy(logits, labels, reduction="sum") / len(rows)
             part.backward()
             loss = loss + part.detach()
         return loss
@@ -1163,12 +1416,15 @@ def retrieval(x, emoji, drawing, k):
     return 100 * same.any(1).double().mean().item()
 
 
-def across_drawings(x, drawing, k):
-    """(N, k) indices of the images with the largest cosine among those of another drawing."""
-    x = F.normalize(x, dim=1)
+def across_drawings(x, drawing, k, queries=None):
+    """(N, k) indices of the images with the largest cosine among those of another drawing; for
+    some queries, indices (n,), only theirs, (n, k)."""
+    x = F.normalize(x.float(), dim=1)
+    queries = torch.arange(len(x), device=x.device) if queries is None else queries
     nearest = []
-    for q, d in zip(x.split(512), drawing.split(512)):
-        s = (q @ x.T).masked_fill_(d[:, None] == drawing, -2)  # below every cosine
+    for some in queries.split(512):
+        same = drawing[some][:, None] == drawing
+        s = (x[some] @ x.T).masked_fill_(same, -2)  # below every cosine
         nearest.append(s.topk(min(k, len(x)), 1).indices)
     return torch.cat(nearest)
 
@@ -1182,6 +1438,7 @@ def collapse_panel(x, x1, x2):
     2023, https://arxiv.org/abs/2210.02885). alignment: mean ||u1 - u2||^2 of normalised pairs, 0 is
     best; uniformity: log mean exp(-2 ||u - v||^2) over the first crops of two images, -4 is best, 0
     is collapse (Wang, Isola 2020, https://arxiv.org/abs/2005.10242)."""
+    x = x.float()
     p = torch.linalg.svdvals(x)
     p = p / p.sum().clamp(min=1e-12) + 1e-7  # 1e-12: all features 0
     u = F.normalize(x, dim=1)
@@ -1213,9 +1470,14 @@ def barrier():
 
 
 def print0(*words):
-    """Prints in process 0 only."""
+    """Prints in process 0 only. A full disk behind the output does not end a run."""
     if rank() == 0:
-        print(*words, flush=True)
+        try:
+            print(*words, flush=True)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            print(f"warning: cannot print: {error.strerror}", file=sys.stderr)
 
 
 def join_processes(seed):
@@ -1223,21 +1485,49 @@ def join_processes(seed):
     initial weights, and returns the device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= count:
+            fail(f"LOCAL_RANK is {place}, but there are {count} GPUs: start one process per GPU")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        store, place, count = next(dist.rendezvous("env://"))
-        # torchrun reuses the store after a restart; a new prefix hides stale addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=place,
-            world_size=count,
-            timeout=datetime.timedelta(hours=2),
-        )
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if len(missing) < 2 or "RANK" not in missing or "WORLD_SIZE" not in missing:
+        if missing:
+            fail(
+                f"some of torchrun's variables are set, but not {', '.join(missing)}: start the "
+                "program with torchrun, or unset RANK and WORLD_SIZE",
+                only_first=False,
+            )
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        fail("srun has started several tasks that do not know of each other: let each run torchrun")
+
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        text = "waiting for the other processes: are all started, with the same MASTER_ADDR?"
+        waiting = threading.Timer(20, print, [text], {"file": sys.stderr})
+        waiting.daemon = True
+        waiting.start()
+        try:
+            store, place, count = next(dist.rendezvous("env://"))
+            # torchrun reuses the store after a restart; a new prefix hides stale addresses
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(
+                backend="nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=place,
+                world_size=count,
+                timeout=datetime.timedelta(hours=2),
+            )
+        except (RuntimeError, ValueError) as error:
+            fail(
+                f"the processes cannot join ({str(error).splitlines()[0]}): {', '.join(needed)} "
+                "must be those of all",
+                only_first=False,
+            )
+        finally:
+            waiting.cancel()
         # torch 2.11 may hang at exit if DistributedDataParallel holds the last reference
         atexit.register([dist.group.WORLD].clear)
     torch.manual_seed(seed)  # the same weights in every process
@@ -1261,6 +1551,18 @@ def all_reduce_sum(x):
     return AllReduceSum.apply(x) if world() > 1 else x
 
 
+class AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        blocks = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(blocks, x)
+        return torch.cat(blocks)
+
+    @staticmethod
+    def backward(ctx, grad):  # every process used all rows; this one gets the sum for its own
+        return AllReduceSum.forward(None, grad).chunk(world())[rank()]
+
+
 def gather(x):
     """(n, ...) on each process -> (world * n, ...) on all, in the order of the processes, which is
     that of the global batch.
@@ -1268,11 +1570,7 @@ def gather(x):
     The gradient is exact: if each process returns the mean loss of its own rows, the average over
     processes that DistributedDataParallel takes is the gradient of the mean loss of the global
     batch."""
-    if world() == 1:
-        return x
-    blocks = [torch.zeros_like(x) for _ in range(world())]
-    blocks[rank()] = x
-    return all_reduce_sum(torch.cat(blocks))
+    return AllGather.apply(x.contiguous()) if world() > 1 else x
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -1311,18 +1609,18 @@ def distribute(model, device, compile=False):
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.__class__ = SyncBatchNorm  # the same parameters and buffers
-    if compile:
-        model = torch.compile(model)
-    if world() == 1:
-        return model
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        # torch 2.14 renames broadcast_buffers
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if world() > 1:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            # torch 2.14 renames broadcast_buffers
+            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    # Around DistributedDataParallel, so that gradients can travel while others are computed.
+    return torch.compile(model) if compile else model
 
 
 # -------- 6. Runs ---------------------------------------------------------------------------------
 
-RANGES = {"size": "[1, inf)", "batch": "[2, inf)", "epochs": "[1, inf)"}  # batch-norm needs two
+RANGES = {"size": "[1, inf)", "epochs": "[1, inf)", "seed": "[0, 1e18]"}
+RANGES["batch"] = "[2, inf)"  # batch-norm needs two
 NO_SETTINGS = ("recipe", "out", "root", "workers", "compile", "argv")  # change no result
 
 
@@ -1349,7 +1647,13 @@ def parse(doc, settings, argv=None, runs=None):
     Returns a namespace with all settings and the flags of a run: data, root, seed, out, workers,
     and if something is trained eval_every and compile. Exits with a one-line message on a value
     that makes no sense."""
-    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if argv is None:  # a program, not a notebook
+        sys.excepthook = one_line
+        for name in ("stdout", "stderr"):  # None if closed; for names that they cannot print
+            setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+        argv = sys.argv[1:]
+    argv = [str(word) for word in argv]
     columns = settings["recipe"][:-1]
     n = len(columns)
     trains = "epochs" in settings
@@ -1361,11 +1665,12 @@ def parse(doc, settings, argv=None, runs=None):
         "seed": (0, "seed for the initial weights, the image order and the augmentation"),
         "root": ("data", "folder for downloaded data sets"),
         "workers": (4, "processes that decode the images of a folder"),
-        "out": ("", "folder for the results; if not given, a new one in runs/"),
+        "out": ("", "folder for the results; the script's docstring names the default"),
     }
     every_training = {
         "out": ("runs/METHOD-DATA-SEED", "run folder; a run in it is continued"),
         "eval_every": (0, "epochs between kNN evaluations; 0: a sixth of the epochs"),
+        "bank": (50_000, "training and test images at most in evaluations of the run; 0: all"),
         "compile": (False, "torch.compile the network"),
     }
     for name, (value, text) in (every_script | (every_training if trains else {})).items():
@@ -1373,13 +1678,14 @@ def parse(doc, settings, argv=None, runs=None):
 
     # The recipe first: the other defaults depend on it.
     first = Parser(add_help=False, allow_abbrev=False)
-    text = f"{settings['recipe'][-1]}: {', '.join(columns)}"
+    text = f"{settings['recipe'][-1]}: {', '.join(columns)}" if n > 1 else argparse.SUPPRESS
     first.add_argument("--recipe", choices=columns, default=columns[0], help=text)
     place = columns.index(first.parse_known_args(argv)[0].recipe)
 
-    title = doc.splitlines()[0]
+    title = (doc or "").partition("\n")[0]  # python -OO leaves no docstrings
     usage = "%(prog)s [--FLAG VALUE ...]" + (" RUN ..." if runs else "")
-    p = Parser(description=title, usage=usage, parents=[first], allow_abbrev=False)
+    note = "In brackets: the default, or the default of each recipe."
+    p = Parser(description=title, epilog=note, usage=usage, parents=[first], allow_abbrev=False)
     if runs:
         p.add_argument("runs", nargs="+", metavar="RUN", help=runs)
     for name, row in rows.items():
@@ -1395,10 +1701,27 @@ def parse(doc, settings, argv=None, runs=None):
         if not args.data:
             fail(f"--recipe {args.recipe} needs images: --data FOLDER, or the name of a data set")
         if "warmup" in settings and args.warmup > args.epochs:
-            fail(f"--warmup {args.warmup:g}: choose at most --epochs, which is {args.epochs}")
+            run = f"--epochs {args.epochs}, --warmup {args.warmup:g}"
+            fail(f"{run}: choose more epochs or a shorter warm-up")
         args.eval_every = args.eval_every or max(1, args.epochs // 6)
+        if not args.out:
+            fail("--out is empty: give the name of a folder")
+        if os.path.realpath(args.out) == os.path.realpath(args.data):
+            fail(f"--out {args.out}: this is the folder of --data; choose another")
+    refuse_unwritable(args.out)
     args.argv = argv
     return args
+
+
+def refuse_unwritable(out):
+    """Exits with a one-line message if the folder `out` cannot be made or written."""
+    place = Path(out).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        fail(f"--out {out}: {place} is a file; choose the name of a folder")
+    if not os.access(place, os.W_OK):
+        fail(f"--out {out}: no right to write in {place}; choose another folder")
 
 
 def flag_of(name):
@@ -1413,7 +1736,8 @@ def add_flag(parser, name, row, columns, place):
     if len(set(words)) == 1:
         words = words[:1]
     else:
-        words = [f"{column} {word}" for column, word in zip(columns, words) if word]
+        pairs = zip(columns, words)
+        words = [f"{column} {word}" for column, word in pairs if word not in ("", column)]
     text = f"{row[len(columns)]} ({', '.join(words)})".replace(" ()", "")
 
     if kind is bool:
@@ -1454,7 +1778,8 @@ class Run:
     def __init__(self, name, args, data, loader, model, state, reference_loss=None, show=None):
         self.name = name
         self.args = args
-        self.data = data
+        test = data.test and thin(data.test, args.bank)
+        self.data = data._replace(bank=thin(data.bank, args.bank), test=test)
         self.loader = loader
         self.device = loader.device
         self.model = model
@@ -1473,9 +1798,13 @@ class Run:
         self.clock = 0.0  # when the seconds were last added up
         self.pending = []  # steps whose losses are still on the device
         self.knn = {}  # for the progress bar
+        self.baselines = {}
+        # With many images the baselines take long: then the training comes first.
+        self.late = len(self.data.bank.images) > 10_000
+        self.untrained = model.backbone.state_dict() if self.late else {}
+        self.untrained = {name: w.cpu().clone() for name, w in self.untrained.items()}
         self.resume()
 
-        sys.excepthook = one_line_for_ctrl_c
         self.bar = tqdm(
             total=self.total,
             initial=self.step,
@@ -1489,22 +1818,34 @@ class Run:
     def resume(self):
         """Continues from last.pt, or measures the baselines and begins. Refuses a folder that holds
         a run with other settings."""
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)
+        barrier()
         lines = read_lines(self.metrics)
+        started = [line["settings"] for line in lines if "settings" in line]
+        earlier = [*started, self.settings][0]
         saved = None
         if self.last.exists():
             try:
                 saved = torch.load(self.last, map_location="cpu", weights_only=True)
+                earlier = saved["settings"]
+            except OSError as error:
+                fail(f"{self.last} cannot be opened ({error.strerror}): it may be sound")
             except Exception as error:  # torch.load raises nearly anything on a damaged file
                 fail(
-                    f"{self.last} cannot be read ({type(error).__name__}): remove it to begin "
-                    "again, or choose another --out"
+                    f"{self.last} is damaged ({type(error).__name__}): remove it to begin again, "
+                    "or choose another --out"
                 )
 
-        earlier = (saved or [*lines, vars(self)][0])["settings"]  # no checkpoint: the first line
+        if saved and not lines:
+            fail(f"{self.folder} has a last.pt, but no metrics.jsonl: choose another --out")
         changed = []
         for name in sorted(earlier.keys() | self.settings.keys()):
-            if earlier.get(name) != self.settings.get(name):
-                changed.append(f"{name} {earlier.get(name)}, now {self.settings.get(name)}")
+            before, now = earlier.get(name), self.settings.get(name)
+            same_folder = name == "data" and os.path.abspath(before) == os.path.abspath(now)
+            if before != now and not same_folder and name != "eval_every":
+                changed.append(f"{name} {before}, now {now}")
         if changed:
             fail(
                 f"{self.folder} holds a run with other settings ({', '.join(changed)}): choose "
@@ -1513,12 +1854,21 @@ class Run:
 
         barrier()  # every process has looked before process 0 writes
         if not saved:
-            return self.begin()
+            self.begin()
+        else:
+            self.continue_from(saved, lines)
+        if not self.late:
+            self.measure_baselines()
+            if not self.step:
+                print0(table(self.baselines))
+
+    def continue_from(self, saved, lines):
         for name, part in self.state.items():
             part.load_state_dict(saved["state"][name])
         self.step = saved["step"]
         self.seconds = saved["seconds"]
         self.baselines = saved["baselines"]
+        self.untrained = saved["untrained"]
         if rank() == 0:  # steps that were logged but not saved will be done again
             kept = [line for line in lines if line.get("step", -1) < self.step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -1528,8 +1878,8 @@ class Run:
 
     def begin(self):
         device = device_name(self.device)
+        test = self.data.test.images if self.data.test else ()
         if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             first = {
                 "method": self.name,
                 "command": " ".join([f"methods/{self.name}.py", *self.args.argv]),
@@ -1538,24 +1888,39 @@ class Run:
                 "device": device,
                 "world_size": world(),
                 "settings": self.settings,
+                "evaluated_on": {"bank": len(self.data.bank.images), "test": len(test)},
             }
             self.metrics.write_text(json.dumps(first) + "\n")
         print0(
             f"{self.folder}: {self.loader.count} images, {self.args.epochs} epochs of "
             f"{self.loader.steps} steps, {world()} x {self.args.batch // world()} images per step "
-            f"on {device}\nmeasuring the baselines"
+            f"on {device}"
         )
-        raw = self.evaluate(pixels(self.args.size))
-        self.baselines = {"pixels": raw, "random_init": self.evaluate()}
+        if self.loader.reader.side < self.args.size:
+            words = f"images of {self.loader.reader.side} pixels are enlarged to {self.args.size}"
+            print0(f"note: {words}")
         self.save()
-        print0(table(self.baselines))
 
-    def evaluate(self, network=None, only_knn=False):
-        """evaluate() of the backbone or another network. Its time does not count as training."""
+    def measure_baselines(self):
+        """Raw pixels, and the same network untrained; each is kept as soon as it is there."""
+        for name in ("pixels", "random_init"):
+            if name in self.baselines:
+                continue
+            print0(f"measuring the baselines: {name}")
+            network = self.model.backbone
+            if name == "pixels":
+                network = pixels(self.args.size, len(self.data.bank.images))
+            elif self.untrained:
+                network = copy.deepcopy(network)
+                network.load_state_dict(self.untrained)
+            self.baselines[name] = self.evaluate(network)
+            self.save()
+
+    def evaluate(self, network, only_knn=False):
+        """evaluate() of a network. Its time does not count as training."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        network = network or self.model.backbone
         size, workers = self.args.size, self.args.workers
         result = evaluate(network, self.data, size, self.device, workers, only_knn)
         self.clock += time.perf_counter() - began
@@ -1601,8 +1966,7 @@ class Run:
                 )
         rows[-1] |= {"seconds": round(self.seconds, 1), **extra}
         if rank() == 0:
-            with open(self.metrics, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            append(self.metrics, rows)
             if not (self.folder / "views.png").exists():
                 draw_views(self.folder / "views.png", self)
 
@@ -1622,6 +1986,7 @@ class Run:
             "state": {name: part.state_dict() for name, part in self.state.items()},
             "settings": self.settings,
             "baselines": self.baselines,
+            "untrained": self.untrained,
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -1632,7 +1997,7 @@ class Run:
         done = epoch + 1
         found = {}
         if self.data.test and done % self.args.eval_every == 0 and done < self.args.epochs:
-            found = self.evaluate(only_knn=True)
+            found = self.evaluate(self.model.backbone, only_knn=True)
             self.knn = {"knn20": f"{found['knn20']:.1f}"}
         self.flush(**found)
         self.save()
@@ -1652,9 +2017,10 @@ class Run:
         lines = read_lines(self.metrics)
         barrier()  # every process has read before process 0 writes
         if "evaluation" not in lines[-1]:
+            self.measure_baselines()
             print0("evaluating")
             last = {
-                "evaluation": self.evaluate(),
+                "evaluation": self.evaluate(self.model.backbone),
                 **self.baselines,
                 "train_seconds": round(self.seconds, 1),
                 "unreadable_files": len(self.loader.reader.broken),
@@ -1663,13 +2029,12 @@ class Run:
             draw_neighbours(self.folder / "neighbours.png", self)
             if rank() == 0:
                 self.save_backbone()
-                with open(self.metrics, "a") as file:  # written last: it marks the run as complete
-                    file.write(json.dumps(last) + "\n")
+                append(self.metrics, [last])  # at the end: it marks the run as complete
         if rank() == 0:
             draw_curve(self.folder / "curve.png", self)
-        files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
+        files = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         print0(table(lines[-1], self.name))
-        print0(f"{self.folder}: {files}")
+        print0(f"{self.folder}: {', '.join(files)}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1685,11 +2050,41 @@ class Run:
         replace_file(self.folder / "backbone.pt", lambda file: torch.save(saved, file))
 
 
-def one_line_for_ctrl_c(kind, error, traceback):
+def lock(folder):
+    """Exits with a one-line message if another process writes into a run folder. The lock is gone
+    with the process that has it, however that ends."""
+    if not fcntl:  # Windows
+        return None
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not passed on to workers
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        fail(f"{folder} is in use by {file.read().strip()}: wait, or choose another --out")
+    except OSError as error:
+        print0(f"note: {folder} cannot be locked ({error.strerror}): start no second run in it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def one_line(kind, error, traceback):
+    """In place of a traceback, for what a user can cause: one sentence. See sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
-        print("\nstopped: the same command continues this run", file=sys.stderr)
-        return
-    sys.__excepthook__(kind, error, traceback)
+        text = "stopped: the same command continues"
+    elif issubclass(kind, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w")  # or Python would complain once more at its end
+        text = "error: nobody reads the output any more; the same command continues"
+    elif issubclass(kind, torch.OutOfMemoryError | MemoryError) or "t allocate mem" in str(error):
+        text = "error: out of memory: choose a smaller --batch, --size, --arch or --bank"
+    elif issubclass(kind, RuntimeError) and " by peer" in str(error):
+        text = "error: another process has ended; its message says why"
+    elif issubclass(kind, OSError) and error.strerror:
+        text = f"error: {error.filename or 'a file'}: {error.strerror}"
+    else:
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"\n{text}", file=sys.stderr)
 
 
 def table(results, name=None):
@@ -1706,18 +2101,39 @@ def table(results, name=None):
 
 
 def read_lines(path):
-    """The JSON lines of a file, none if there is no file. A last line that a kill cut short is
-    dropped."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+    """The JSON lines of a file, none if there is no file. Lines that were cut short are dropped."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # cut short by a kill or a full disk
+            continue
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def append(path, rows):
+    """Adds dicts to a file as JSON lines."""
+    try:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror}); what was saved before is kept")
 
 
 def replace_file(path, write):
     """write(file) to a file beside path, then rename it: path is the old file or the new one, never
     half of it."""
-    with open(path.with_suffix(".part"), "wb") as file:
-        write(file)
-    os.replace(path.with_suffix(".part"), path)
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    except Exception as error:  # torch.save raises a RuntimeError of its own on a full disk
+        reason = getattr(error, "strerror", None) or f"{error} ".splitlines()[0].strip()
+        if shutil.disk_usage(path.parent).free < 2**20:
+            reason = "no space left on the disk"
+        part.unlink(missing_ok=True)  # makes space
+        fail(f"{path} cannot be written ({reason}); what was saved before is kept")
 
 
 def versions():
@@ -1797,12 +2213,12 @@ def draw_neighbours(path, run):
     x, _ = features(run.model.backbone, split, run.args.size, run.device, run.args.workers)
     if rank() > 0:
         return
-    sample = np.random.default_rng(0).permutation(len(x))[:12]
+    sample = torch.from_numpy(np.random.default_rng(0).permutation(len(x))[:12])
     apart = split.drawing
     if apart is None:
         apart = torch.arange(len(x), device=x.device)
-    nearest = across_drawings(x, apart, 8)[sample]
-    chosen_images = torch.cat([torch.from_numpy(sample)[:, None], nearest.cpu()], 1)  # (12, 9)
+    nearest = across_drawings(x, apart, 8, sample.to(x.device))
+    chosen_images = torch.cat([sample[:, None], nearest.cpu()], 1)  # (12, 9)
 
     meaning = split.labels if split.emoji is None else split.emoji
     green = set()
@@ -1843,7 +2259,9 @@ def draw_curve(path, run):
         loss.legend()
 
     if run.data.test:
-        points = [(0, run.baselines["random_init"]["knn20"])]
+        points = []
+        if run.baselines:
+            points = [(0, run.baselines["random_init"]["knn20"])]
         points += [(row["epoch"] + 1, row["knn20"]) for row in rows if "knn20" in row]
         for line in lines:
             if "evaluation" in line:
@@ -1852,7 +2270,7 @@ def draw_curve(path, run):
         accuracy.set(xlabel="epoch", ylabel="%", title="kNN accuracy (k = 20)")
         accuracy.plot(*zip(*points), marker="o", label=run.name)
         baselines = (("pixels", "raw pixels", "--"), ("random_init", "random init", ":"))
-        for name, label, style in baselines:
+        for name, label, style in baselines if run.baselines else ():
             value = run.baselines[name]["knn20"]
             accuracy.axhline(value, color="gray", linestyle=style, label=label)
         accuracy.legend()

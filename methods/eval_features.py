@@ -46,7 +46,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 import common
 from common import (ViT, barrier, commit, device_name, evaluate, fail, join_processes,
-                    load_backbone, load_data, new_backbone, one_line_for_ctrl_c, parse, pixels,
+                    load_backbone, load_data, new_backbone, parse, pixels,
                     print0, rank, read_lines, replace_file, versions)
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -252,7 +252,6 @@ def draw_curves(path, runs):
 def main(argv=None):
     args = get_args(argv)
     device = join_processes(args.seed)
-    sys.excepthook = one_line_for_ctrl_c
     runs = finished_runs(args)
     names = dict.fromkeys(run.data for run in runs)
     sets = {name: load_data(name, args.root, device) for name in names}

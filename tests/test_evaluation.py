@@ -123,6 +123,11 @@ def test_probe_on_one_hot_features_and_on_random_labels():
     assert abs(linear_probe(*bank, *test) - 10) < CHANCE
 
 
+def copied(sets):
+    """linear_probe overwrites the features."""
+    return [part.clone() for part in sets]
+
+
 def by_sklearn(x, y, decay):
     """scikit-learn minimises C * sum of losses + ||w||^2 / 2; ours is the mean of losses +
     decay / 2 ||w||^2."""
@@ -157,12 +162,12 @@ def test_logistic_regression_is_that_of_scikit_learn_and_has_converged(decay):
 
 
 def recorded_fits(monkeypatch):
-    """The arguments of each call of fit_logistic, which runs as ever."""
+    """The decay and the labels of the rows of each call of fit_logistic, which runs as ever."""
     calls = []
 
-    def fit(*args):
-        calls.append(args)
-        return fit_logistic(*args)
+    def fit(x, y, variance, decay, *start, rows=None):
+        calls.append((decay, y if rows is None else y[rows]))
+        return fit_logistic(x, y, variance, decay, *start, rows=rows)
 
     monkeypatch.setattr(common, "fit_logistic", fit)
     return calls
@@ -172,9 +177,9 @@ def test_probe_is_scikit_learns_with_the_decay_chosen_on_the_bank(monkeypatch):
     x, y = clusters(800, 30, 6, seed=0, spread=3.0)
     test, test_y = clusters(1000, 30, 6, seed=7, spread=3.0)
     calls = recorded_fits(monkeypatch)
-    found = linear_probe(x, y, test, test_y)
+    found = linear_probe(x.clone(), y, test.clone(), test_y)
     # from strong to weak; then one of them again, for all of the bank
-    *tried, chosen = [args[3] for args in calls]
+    *tried, chosen = [decay for decay, _ in calls]
     assert len(tried) > 2 and tried == sorted(tried, reverse=True) and chosen in tried
     mean = x.mean(0)
     std = x.std(0) + 1e-6
@@ -210,24 +215,25 @@ def test_probe_does_not_split_groups(monkeypatch):
     calls = recorded_fits(monkeypatch)
     labels = torch.arange(80) % 20  # here the label names the group, of four images each
     sets = normal(80, 8, 0), labels, normal(20, 8, 1), torch.arange(20)
-    linear_probe(*sets, groups=1000 - labels)
-    fitted = [args[1] for args in calls]
+    linear_probe(*copied(sets), groups=1000 - labels)
+    fitted = [labels for _, labels in calls]
     for part in fitted[:-1]:  # a fifth of the groups is held out, whole
         assert sorted(part.bincount(minlength=20).tolist()) == [0] * 4 + [4] * 16
     assert len(fitted[-1]) == 80  # at last, all of the bank
     calls.clear()
-    linear_probe(*sets)
-    counts = [len(args[1]) for args in calls]
+    linear_probe(*copied(sets))
+    counts = [len(labels) for _, labels in calls]
     assert counts == [64] * (len(calls) - 1) + [80]
 
 
 def test_probe_ignores_scale_and_offset_and_survives_degenerate_features():
     x, y = clusters(300, 12, 4, 0, spread=2.0)
     test, test_y = clusters(200, 12, 4, 7, spread=2.0)
-    found = linear_probe(x, y, test, test_y)
 
     def probe(x, test):
-        return linear_probe(x, y, test, test_y)
+        return linear_probe(x.clone(), y, test.clone(), test_y)
+
+    found = probe(x, test)
 
     scale = normal(1, 12, 5).exp()
     offset = 10 * normal(1, 12, 6)
@@ -367,7 +373,7 @@ def test_evaluate_returns_everything_and_leaves_the_network_alone(training):
 def test_probe_of_evaluate_keeps_the_drawings_of_an_emoji_together(monkeypatch):
     seen = []
 
-    def probe(*args, groups):
+    def probe(bank, bank_labels, test, test_labels, groups):
         seen.append(groups)
         return 0.0
 
@@ -388,9 +394,11 @@ def evaluated(sizes):
 def test_evaluation_does_not_depend_on_the_number_of_processes(processes):
     expected, x = evaluated((203, 96))
     for world in (2, 3):  # 203 images do not divide
-        for found, others in processes(world, evaluated, (203, 96)):
-            # A convolution may add its products in another order in a batch of other size: a few
-            # roundings of 6e-8 in each of ten layers. Accuracies are counts, and the same.
-            torch.testing.assert_close(others, x, rtol=1e-4, atol=1e-5)
+        results = processes(world, evaluated, (203, 96))
+        # A convolution may add its products in another order in a batch of other size: a few
+        # roundings of 6e-8 in each of ten layers. Accuracies are counts, and the same.
+        torch.testing.assert_close(results[0][1], x, rtol=1e-4, atol=1e-5)
+        assert all(features is None for _, features in results[1:])  # one process is enough
+        for found, _ in results:
             assert all(found[name] == expected[name] for name in ACCURACIES)
             assert found == pytest.approx(expected, rel=1e-4)

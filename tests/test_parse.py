@@ -129,8 +129,8 @@ REFUSED = [
     (["--lambda", "0"], "--lambda 0: choose more than 0 and at most 1"),
     (["--lambda", "1.5"], "--lambda 1.5: choose more than 0 and at most 1"),
     (["--queue-from", "50"], "--queue-from 50: choose at least 0 and less than 50"),
-    (["--warmup", "31"], "--warmup 31: choose at most --epochs, which is 30"),
-    (["--epochs", "1"], "--warmup 2: choose at most --epochs, which is 1"),
+    (["--warmup", "31"], "--epochs 30, --warmup 31: choose more epochs or a shorter warm-up"),
+    (["--epochs", "1"], "--epochs 1, --warmup 2: choose more epochs or a shorter warm-up"),
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     (["--batch", "1.5"], "--batch: invalid int value: '1.5'"),
     (["--lr"], "--lr: expected one argument"),
@@ -180,7 +180,8 @@ IN_HELP = [
     "--head-norm, --no-head-norm batch-norm in the head (emoji False, cifar10 True, paper True)",
     "(emoji resnet14, cifar10 resnet18, paper resnet50): resnet14, resnet18, resnet50",
     "augmentation (0)",  # of --seed: where all columns agree, the value once
-    "(emoji emoji, cifar10 cifar10)",  # of --data: the paper column has none
+    "or a folder of images",  # of --data: recipes named after a data set need not say it
+    "In brackets: the default, or the default of each recipe.",
 ]
 
 

@@ -21,6 +21,7 @@ from conftest import METHODS, ROOT, SCRIPTS, arguments, call_main, kind_of, ligh
 import common
 
 TOOLS = ["kernels/bench.py", "tests/bench_views.py", "tests/bench_steps.py", "tests/copies.py"]
+TOOLS.append("tests/bench_scale.py")
 PROGRAMS = [*(f"methods/{name}.py" for name in SCRIPTS), *TOOLS, "tests/results/report.py"]
 README = (ROOT / "README.md").read_text()
 
@@ -138,7 +139,7 @@ def test_commands_run_from_training_to_the_pages(capsys, tmp_path):
     small = common.Data("emoji", *small)
     with pytest.MonkeyPatch.context() as patch:
         # What takes seconds.
-        patch.setattr(common, "pixels", lambda size: torch.nn.AdaptiveAvgPool2d(8))
+        patch.setattr(common, "pixels", lambda *_: torch.nn.AdaptiveAvgPool2d(8))
         trained = call_main(
             "simclr", *short("simclr"), "--out", run, data=small, **light("simclr")
         )

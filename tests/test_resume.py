@@ -2,6 +2,7 @@
 one that was not, bit for bit; for every method, also with another number of processes; and what is
 refused, and what is kept, when things go wrong."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -31,7 +32,7 @@ from conftest import (
 )
 
 import common
-from common import read_lines, replace_file
+from common import InMemory, Split, read_lines, replace_file
 
 # 24 images: two steps per epoch
 FLAGS = ["--batch", 12, "--epochs", 3, "--size", 16, "--eval-every", 1, "--workers", 0]
@@ -79,6 +80,7 @@ def assert_same_run(found, expected, steps):
 # Where a process kills itself: the function of common.py (or torch.save), before or after its n-th
 # call.
 KILLS = {
+    "before the first checkpoint": ("Run.save", "before", 1),
     "while the baselines are measured": ("knn", "before", 3),
     "in an epoch, its losses not yet written": ("Run.log", "after", 1),
     "between the losses and the checkpoint of an epoch": ("Run.save", "before", 1),
@@ -117,7 +119,7 @@ def life(name, flags, data, kill, save_every):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         # A probe of all pixels takes seconds.
-        patch.setattr(common, "pixels", lambda size: torch.nn.AdaptiveAvgPool2d(8))
+        patch.setattr(common, "pixels", lambda size, bank: torch.nn.AdaptiveAvgPool2d(8))
         patch.setattr(common, "SAVE_EVERY", save_every)
         if kill:
             kill_at(patch, *kill)
@@ -143,7 +145,7 @@ def live():
 
 
 def test_killed_at_any_point_a_run_ends_as_if_nothing_had_happened(live, tmp_path):
-    """One run is killed nine times, each time at another point, and started again; then half of its
+    """One run is killed ten times, each time at another point, and started again; then half of its
     last line is lost, as by a kill in the middle of writing it. The other is left alone."""
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
@@ -153,7 +155,7 @@ def test_killed_at_any_point_a_run_ends_as_if_nothing_had_happened(live, tmp_pat
         if (killed / "last.pt").exists():
             assert checkpoint(killed)["step"] in (0, 2, 4, 6), point  # loads: never half a file
         else:
-            assert point == "while the baselines are measured"
+            assert point == "before the first checkpoint"
     assert_same_run(killed, whole, 6)
     text = (killed / "metrics.jsonl").read_text()
     (killed / "metrics.jsonl").write_text(text[:-40])
@@ -344,9 +346,9 @@ def test_torchrun_restarts_after_a_worker_was_killed(processes, tmp_path):
 # -------- What goes wrong -------------------------------------------------------------------------
 
 
-def test_replace_file_is_all_or_nothing(tmp_path):
-    """A write that fails half-way leaves the old file; a reader that has it open keeps reading the
-    old one."""
+def test_replace_file_is_all_or_nothing(tmp_path, capsys):
+    """A write that fails half-way leaves the old file, nothing beside it, and one sentence; who has
+    it open keeps reading the old one."""
     path = tmp_path / "last.pt"
     replace_file(path, lambda file: file.write(b"old"))
 
@@ -354,9 +356,11 @@ def test_replace_file_is_all_or_nothing(tmp_path):
         file.write(b"new and br")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(SystemExit) as stop:
         replace_file(path, half)
-    assert path.read_bytes() == b"old"
+    text = f"error: {path} cannot be written (no space left on device); what was saved before"
+    assert stop.value.code == 1 and capsys.readouterr().err == f"{text} is kept\n"
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     with open(path, "rb") as reader:
         replace_file(path, lambda file: file.write(b"new"))
         assert reader.read() == b"old" and path.read_bytes() == b"new"
@@ -368,9 +372,10 @@ def test_read_lines_drops_a_last_line_that_was_cut_short(tmp_path):
     whole = [{"a": 1}, {"b": {"c": 2}}]
     assert read_lines(path) == []
     text = "".join(json.dumps(line) + "\n" for line in whole)
-    for cut in range(len(text) + 1):  # killed after any character; a line counts with its end
+    for cut in range(len(text) + 1):  # killed after any character
         path.write_text(text[:cut])
-        assert read_lines(path) == whole[: text[:cut].count("\n")]
+        complete = [line for line in text[:cut].split("\n") if line.count("{") == line.count("}")]
+        assert read_lines(path) == [json.loads(line) for line in complete if line]
 
 
 @pytest.fixture
@@ -441,6 +446,8 @@ class OneBad(common.Run):
 def one_bad_process(out):
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
+        for variable in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(variable, "2")
         patch.setenv("RANK", str(common.rank()))  # as torchrun sets it
         found = call_main("rotnet", *short("rotnet"), "--out", out, Run=OneBad, **light("rotnet"))
     return found.code, found.err
@@ -478,15 +485,17 @@ def test_settings_are_refused_before_the_first_checkpoint_too(quick_run, tmp_pat
     assert found.code == 1 and "seed 0, now 1" in found.err
 
 
-@pytest.mark.parametrize("spoil", ["empty", "cut", "text"])
+@pytest.mark.parametrize("spoil", ["empty", "cut", "text", "other"])
 def test_damaged_checkpoint_is_named_and_kept(quick_run, tmp_path, spoil):
     """Checkpoints are written whole or not at all; a disk may still lose one."""
     assert quick_run().code == 0
     last = tmp_path / "run" / "last.pt"
     contents = {"empty": b"", "cut": last.read_bytes()[:1000], "text": b"no weights"}
+    torch.save([1], tmp_path / "other.pt")
+    contents["other"] = (tmp_path / "other.pt").read_bytes()
     last.write_bytes(contents[spoil])
     found = quick_run()
-    assert found.code == 1 and f"{last} cannot be read (" in found.err
+    assert found.code == 1 and f"{last} is damaged (" in found.err
     assert found.err.count("\n") == 1
     assert last.read_bytes() == contents[spoil]
 
@@ -516,3 +525,69 @@ def test_time_of_evaluation_is_not_training_time(monkeypatch, quick_run, tmp_pat
     last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["train_seconds"] == 4 * 0.5
     assert [row["images_per_s"] for row in rows(tmp_path / "run")] == [24.0] * 4
+
+
+def test_the_same_folder_written_differently_continues(quick_run, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert quick_run("--data", "base").code == 0
+    for other in ("./base", "base/", tmp_path / "base"):
+        assert quick_run("--data", other).code == 0, other
+    found = quick_run("--data", "case")
+    assert found.code == 1 and "data base, now case" in found.err
+
+
+def test_a_checkpoint_that_cannot_be_opened_may_be_sound(quick_run, tmp_path, monkeypatch):
+    """Of another user, or on a disk that is away for a moment: never advised to be removed."""
+    assert quick_run().code == 0
+
+    def load(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", load)
+    found = quick_run()
+    last = tmp_path / "run" / "last.pt"
+    assert found.code == 1 and "remove" not in found.err and found.err.count("\n") == 1
+    assert found.err.startswith(f"error: {last} cannot be opened (Permission denied)")
+    assert last.exists()
+
+
+def test_torn_lines_do_not_stop_a_run_from_continuing(quick_run, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with pytest.raises(Stop):
+        quick_run(Run=stopping(3))
+    lines = metrics.read_bytes().splitlines(True)
+    metrics.write_bytes(b"".join([*lines[:2], lines[2][:9] + b"\n", b"\0\0\xff\n", *lines[2:]]))
+    assert quick_run().code == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+    assert marks(tmp_path / "run") == [{"settings"}, *[set()] * 4, {"evaluation"}]
+
+
+def test_baselines_of_a_large_bank_come_after_the_training(quick_run, tmp_path, monkeypatch):
+    """So the first step need not wait for them. The untrained weights are kept in last.pt for them,
+    also over a restart."""
+    tiny = tiny_data()
+    many = Split(InMemory(torch.zeros(1, 3, 8, 8, dtype=torch.uint8).expand(10_001, -1, -1, -1)))
+    many = many._replace(labels=torch.arange(10_001) % 9)
+    data = tiny._replace(bank=many)
+    seen = []
+
+    def evaluate(network, *args, **options):
+        weights = network.state_dict().get("conv1.weight")
+        seen.append("pixels" if weights is None else weights.clone())
+        return dict(RESULTS)
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    with pytest.raises(Stop):
+        quick_run("--eval-every", 2, data=data, Run=stopping(3))
+    assert not seen
+    assert quick_run("--eval-every", 2, data=data).code == 0
+    first, untrained, trained = seen  # no kNN after the last epoch
+    assert first == "pixels" and (untrained - trained).abs().max() > 0
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["pixels"] == last["random_init"] == last["evaluation"] == RESULTS
+    first = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["evaluated_on"] == {"bank": 10_001, "test": 12}
+    seen.clear()
+    assert quick_run("--out", tmp_path / "early").code == 0  # few images: before the training
+    assert seen[0] == "pixels" and torch.equal(seen[1], untrained)

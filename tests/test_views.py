@@ -577,7 +577,7 @@ def test_loader_on_any_device(device):
 def test_impossible_batch_is_refused_with_one_sentence(batch, capsys):
     with pytest.raises(SystemExit, match="1"):
         Loader(stamped(8), two_views(8), batch, 0, CPU)
-    words = f"error: --batch {batch}: choose 1 to 8, the number of images\n"
+    words = f"error: --batch {batch}: choose 2 to 8, the number of images\n"
     assert capsys.readouterr().err == words
 
 
