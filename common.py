@@ -1,13 +1,14 @@
 """What all methods share, because results could not be compared if it differed.
 
   1 data        load_data(name, root, device)        -> Data: training, bank and test images, labels
-  2 views       Crop, Loader, make_views             -> batches of random views
-                random_flip, color_jitter, random_grayscale, gaussian_blur, solarize, normalize
+  2 views       Loader, make_views, first_batch      -> batches of random views, made of the
+                                                        operations of kernels/views.py
   3 networks    backbone(arch, size), load_backbone  -> ResNet or ViT without its classifier
   4 evaluation  evaluate(network, data, size, ...)   -> kNN, linear probe, retrieval, collapse panel
-  5 processes   join_processes, gather, all_reduce_sum, distribute
+  5 processes   join_processes, print0, barrier      (gather, distribute: kernels/collectives.py)
   6 runs        parse: flags from a table of settings;
                 Run: resume, metrics, checkpoints, pictures, the table at the end
+  7 scripts     candidates, Results: what the scripts that evaluate runs have in common
 
 Randomness. Every random number of a run comes from numpy's SeedSequence([seed, epoch, step, view,
 stream]). It is drawn for the whole GLOBAL batch, and each process keeps the rows of its own images.
@@ -25,18 +26,16 @@ import atexit
 import copy
 import datetime
 import difflib
+import hashlib
 import importlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
-import signal
-import stat
 import subprocess
-import threading
 import time
-import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -47,10 +46,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -62,7 +59,20 @@ except ImportError:  # Windows
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))  # after all others: kernels and methods are found beside this file
+from kernels.collectives import all_reduce_sum, fail, gather, rank, warn, world
 from kernels.mae_mask import gather_tokens
+from kernels.readers import BrokenFiles, Files, InMemory
+from kernels.views import (
+    AUGMENT,
+    CROP,
+    BatchRandom,
+    Crop,
+    Plan,
+    crop_images,
+    denormalize,
+    normalize,
+    random_flip,
+)
 
 EMBEDDED = ("emoji", "fashion")  # in tests/data: no download, ever
 DOWNLOADED = {  # name here -> class in torchvision.datasets
@@ -74,21 +84,9 @@ DOWNLOADED = {  # name here -> class in torchvision.datasets
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_ENDINGS = (".tif", ".tiff", ".gif", ".bmp", ".avif", ".heic", ".jp2", ".ppm", ".jfif")
 TEST_FOLDERS = ("val", "valid", "validation", "test")  # beside train/, the first that there is
-MAX_PIXELS = 250_000_000  # a file with more is read with a warning, with twice as many not at all
-BICUBIC = TF.InterpolationMode.BICUBIC
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's channels: the convention of most published networks
-STD = (0.229, 0.224, 0.225)
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SAVE_EVERY = 180  # seconds between checkpoints inside an epoch
-PATIENCE = 120  # seconds, and one per image, without a batch from the workers: then a run ends
+OUT_OF_MEMORY = "error: out of memory: choose a smaller --batch, --size, --arch or --bank"
 DIVERGED = "lower --lr or lengthen the warm-up, and choose another --out; the last good state is in"
-
-
-def fail(message, only_first=True):
-    """Exits with a one-line message on stderr and code 1. By default only process 0 prints it."""
-    if os.environ.get("RANK", "0") == "0" or not only_first:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(1)
 
 
 # -------- 1. Data ---------------------------------------------------------------------------------
@@ -118,226 +116,6 @@ class Data(NamedTuple):
     test: Split | None
 
 
-class InMemory:
-    """Reader of images in memory. pixels: (N, 3, H, W) uint8, on the device of the training."""
-
-    def __init__(self, pixels):
-        self.pixels = pixels
-        self.side = pixels.shape[3]
-        self.broken = {}
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def batches(self, plan, crops, device, workers):
-        """For each step of the plan: (n,) indices, and float crops (n, 3, size, size) per view."""
-        for index, draws in plan:
-            index = torch.from_numpy(index).to(device)
-            yield index, crop_images(self.pixels[index], crops, draws)
-
-    def part(self, indices):
-        """A reader of some of the images."""
-        return InMemory(self.pixels[indices.to(self.pixels.device)])
-
-    def count_together(self):
-        """See Files: nothing in memory is ever broken."""
-
-    def whole(self, indices, size, workers=0):
-        """uint8 batches (b, 3, H, W) of whole images, each with its list of broken indices."""
-        for index in indices.split(256):
-            yield self.pixels[index.to(self.pixels.device)], []
-
-
-class Files:
-    """Reader of image files, which worker processes decode and crop. paths: a list of N files.
-    broken: a BrokenFiles, shared by the splits of a data set."""
-
-    def __init__(self, paths, broken=None):
-        self.paths = paths
-        self.broken = BrokenFiles(len(paths)) if broken is None else broken
-        self.side = math.inf  # it differs, and is not known before they are read
-        self.stream = None  # the DataLoader of the training, whose workers live as long as the run
-
-    def __len__(self):
-        return len(self.paths)
-
-    def part(self, indices):
-        return Files([self.paths[i] for i in indices.tolist()], self.broken)
-
-    def batches(self, plan, crops, device, workers):
-        """As InMemory.batches. The index is that of the file which was read for a broken one."""
-        if self.stream is None or self.stream.batch_sampler.plan is not plan:
-            workers = min(workers, CORES)
-            share = plan.rows.stop - plan.rows.start
-            check_shared_memory(workers, share * sum(3 * crop.size**2 for crop in crops))
-            self.stream = DataLoader(
-                Decoder(self.paths, crops=crops),
-                batch_sampler=Keys(plan),
-                collate_fn=collate,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                pin_memory=device.type == "cuda",
-                timeout=PATIENCE + share if workers else 0,
-                worker_init_fn=ignore_ctrl_c,
-            )
-        for index, views, broken in decoded(self.stream):
-            self.check(broken)
-            views = [x.to(device, non_blocking=True).float().div_(255) for x in views]
-            yield index.to(device, non_blocking=True), views
-
-    def whole(self, indices, size, workers=0):
-        """As InMemory.whole: the shorter side becomes 256/224 of `size`, as ImageNet models are
-        evaluated, then the centre is cut out. A broken file gives a black image."""
-        workers = min(workers, CORES)
-        batch = 256 if size <= 64 else 64
-        check_shared_memory(workers, batch * 3 * size**2)
-        batches = DataLoader(
-            Decoder(self.paths, size=size),
-            batch_size=batch,
-            sampler=indices.tolist(),
-            num_workers=workers,
-            collate_fn=collate,
-            timeout=PATIENCE + batch if workers else 0,
-            worker_init_fn=ignore_ctrl_c,
-        )
-        for _, (images,), broken in decoded(batches):
-            self.check(broken)
-            yield images, broken
-
-    def check(self, broken):
-        """Notes broken files, a list of (index, reason)."""
-        self.broken.add({self.paths[index]: reason for index, reason in broken})
-
-    def count_together(self):
-        """Broken files that another process has met count, too. Every process must call it."""
-        if world() > 1:
-            everyone = [None] * world()
-            dist.all_gather_object(everyone, dict(self.broken))
-            for found in everyone:
-                self.broken.add(found)
-
-
-class BrokenFiles(dict):
-    """{path: reason} of the files of a data set that could not be read. total: of all images."""
-
-    def __init__(self, total=0):
-        self.total = total
-
-    def add(self, found):
-        """Warns of each file once. Ends the run if ten or more files, and more than 1 in 100 of the
-        whole data set, are broken, or all of them."""
-        for path, reason in found.items():
-            if path not in self:
-                text = f"warning: left out, cannot be read: {path} ({reason})"
-                print(text, file=sys.stderr, flush=True)
-        self |= found
-        if len(self) > max(9, self.total / 100) or 0 < self.total == len(self):
-            fail(
-                f"{len(self)} of {self.total} images cannot be read, more than 1 in 100: remove "
-                f"them, for example {min(self)}",
-                only_first=False,
-            )
-
-
-class Decoder(Dataset):
-    """Image files as uint8 tensors, in a worker process. To train, crops are given: a key is
-    (index, a row of crop numbers per view). To evaluate, a size: a key is an index."""
-
-    def __init__(self, paths, crops=None, size=None):
-        self.paths = paths
-        self.crops = crops
-        self.size = size
-
-    def __getitem__(self, key):
-        """-> the index that was read, views [(3, size, size), ...], and broken indices."""
-        first, draws = key if self.crops else (key, None)
-
-        # In training a broken file gives way to the next one, in evaluation to a black image.
-        broken = []
-        for place in range(first, first + (100 if self.crops else 1)):
-            index = place % len(self.paths)
-            picture, reason = try_picture(self.paths[index])
-            if picture:
-                break
-            broken.append((index, reason))
-        picture = picture or Image.new("RGB", (256, 256))
-
-        if self.crops:
-            views = [crop.cut(picture, u) for crop, u in zip(self.crops, draws)]
-        else:
-            picture = TF.resize(picture, round(self.size * 256 / 224), BICUBIC)
-            views = [TF.center_crop(picture, self.size)]
-        return index, [TF.pil_to_tensor(view) for view in views], broken
-
-
-def check_shared_memory(workers, bytes_per_batch):
-    """Exits with a one-line message where the workers would wait for ever: batches travel through
-    /dev/shm, of which a container may have 64 MB."""
-    workers *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all processes on this machine
-    needed = 3 * workers * bytes_per_batch  # two batches ahead for each worker, and one in hand
-    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
-    if free < needed:
-        fail(
-            f"/dev/shm has {free / 1e6:.0f} MB, {workers} workers need {needed / 1e6:.0f} MB: "
-            "start the container with --shm-size 8g (or --ipc=host), or use a smaller --batch, or "
-            "--workers 0",
-            only_first=False,
-        )
-
-
-def decoded(batches):
-    """The batches of a DataLoader. A worker that died or is silent ends the run."""
-    try:
-        yield from batches
-    except RuntimeError as error:
-        fail(
-            f"the processes that decode images have failed ({str(error).splitlines()[0]}): too "
-            "little memory? Try fewer --workers, or --workers 0",
-            only_first=False,
-        )
-
-
-def ignore_ctrl_c(worker):
-    """Ctrl-C reaches all processes; the main one says what there is to say and ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def collate(samples):
-    """Samples of a Decoder -> indices (n,), one uint8 batch per view, and all broken indices."""
-    indices, views, broken = zip(*samples)
-    views = [torch.stack(view) for view in zip(*views)]
-    return torch.tensor(indices), views, [index for part in broken for index in part]
-
-
-def try_picture(path):
-    """(picture, None), or (None, why the file cannot be read): PIL raises nearly anything."""
-    try:
-        return load_picture(path), None
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).replace(f" {path!r}", "")
-        reason = reason or type(error).__name__
-        if isinstance(error, Image.DecompressionBombError):
-            reason += "; MAX_PIXELS in common.py sets this limit"
-        return None, reason
-
-
-def load_picture(path):
-    """An image file -> PIL RGB, upright. Grey, palette, CMYK and 16-bit images are converted,
-    transparency is laid on white. Raises what PIL raises."""
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
-        raise OSError("not a regular file")
-    picture = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith(("I", "F")):  # 16-bit grey, which PIL's convert clips, not scales
-        grey = np.asarray(picture, np.float32) / 257
-        picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
 def load_data(name, root, device):
     """An embedded data set (emoji, fashion), one that torchvision downloads into `root`
     (fashion-mnist, cifar10, cifar100, stl10), or a folder of images. Exits with a one-line message
@@ -364,38 +142,40 @@ def to_split(device, images, *numbers):
         images = images[:, None].expand(-1, 3, -1, -1)
     elif images.shape[3] == 3:
         images = images.permute(0, 3, 1, 2)
-    numbers = [torch.as_tensor(np.asarray(a), dtype=torch.int64).to(device) for a in numbers]
+    numbers = [torch.as_tensor(np.asarray(array), dtype=torch.int64) for array in numbers]
+    numbers = [tensor.to(device) for tensor in numbers]
     return Split(InMemory(images.contiguous().to(device)), *numbers)
 
 
 def embedded_data(name, device):
     with np.load(HERE / "tests" / "data" / f"{name}.npz") as file:
-        wanted = ("images", "labels", "emoji", "drawing")
-        parts = [part for part in wanted if f"train_{part}" in file]
-        train = to_split(device, *[file[f"train_{part}"] for part in parts])
-        test = to_split(device, *[file[f"test_{part}"] for part in parts])
+        splits = []
+        for half in ("train", "test"):
+            names = [f"{half}_{part}" for part in ("images", "labels", "emoji", "drawing")]
+            splits.append(to_split(device, *[file[name] for name in names if name in file]))
+    train, test = splits
     return Data(name, train, train, test)
 
 
 def download_data(name, root, device):
     dataset = getattr(torchvision.datasets, DOWNLOADED[name])
 
-    def get(split):
-        if name == "stl10":
-            part = dataset(root, download=True, split=split)
-            return to_split(device, part.data, part.labels)
-        part = dataset(root, download=True, train=split == "train")
-        return to_split(device, part.data, part.targets)
+    def get(**which):
+        part = dataset(root, download=True, **which)
+        return to_split(device, part.data, part.labels if name == "stl10" else part.targets)
 
     # Process 0 downloads; the others wait, then read the same files.
     if rank() > 0:
         barrier()
     try:
-        train = bank = get("train")
-        test = get("test")
         if name == "stl10":  # learns from 5,000 labelled and 100,000 unlabelled images
-            unlabelled = get("unlabeled").images.pixels
-            train = Split(InMemory(torch.cat([bank.images.pixels, unlabelled])))
+            bank = get(split="train")
+            test = get(split="test")
+            more = get(split="unlabeled").images.pixels
+            train = Split(InMemory(torch.cat([bank.images.pixels, more])))
+        else:
+            train = bank = get(train=True)
+            test = get(train=False)
     except (OSError, RuntimeError) as error:
         fail(
             f"--data {name}: torchvision could not download it into {root.resolve()} "
@@ -414,41 +194,42 @@ def folder_data(path):
     out; or plain images at any depth, without labels. Hidden names, __MACOSX, run folders and other
     endings are left out. One printed line says what was found and what is not used."""
     unused = Counter()
-    trains = [p for p in path.iterdir() if p.is_dir() and p.name.lower() == "train"]
-    base = min(trains, default=path)
+    folders = [p for p in sorted(path.iterdir()) if p.is_dir()]
+    folders = {p.name.lower(): p for p in folders}
+    base = folders.get("train", path)
     train = files_by_class(base, unused)
-    if trains and not image_files(base, Counter()):
+    stray = sum(is_image(p.name) for p in base.iterdir())
+    if base != path and not train and not stray:
         fail(f"--data {path}: no images found in {base.name}/{listed(unused)}")
     if len(train) < 2:
         return plain_folder(path)
-    odd = [name for name in train if name.lower() in TEST_FOLDERS]
-    if odd and not trains:
-        fail(
-            f"--data {path}: {odd[0]}/ looks like the test images, not like a class, but there is "
-            "no train/ beside it: give the training images this name"
-        )
-    unused["images beside the class folders"] = sum(is_image(p.name) for p in base.iterdir())
+    unused["images beside the class folders"] = stray
+
     test = {}
     origin = "a tenth of the images, held out"
     if base != path:
-        test, origin = find_test(path, base, unused)
+        test, origin = find_test(path, folders, unused)
+    elif not set(TEST_FOLDERS).isdisjoint(folders):
+        fail(
+            f"--data {path}: of its folders ({', '.join(folders)}) one looks like test images, not "
+            "like a class: name that of the training images train"
+        )
 
     # One image in ten is held out. The hash does not change when other images come or go.
     if not test:
+        first = len(os.path.join(path, ""))
         for name, paths in train.items():
-            first = len(os.path.join(path, ""))
             paths = sorted(paths, key=lambda p: zlib.crc32(os.fsencode(p[first:])))
             cut = max(1, len(paths) // 10)
             test[name] = sorted(paths[:cut])
             train[name] = sorted(paths[cut:])
 
-    classes = sorted(train)
-    unknown = sorted(set(test) - set(classes))
+    unknown = sorted(set(test) - set(train))
     if unknown:
         fail(f"--data {path}: {origin} has classes that train/ lacks: {', '.join(unknown[:5])}")
     broken = BrokenFiles()
-    train = labelled(train, classes, broken)
-    test = labelled(test, classes, broken)
+    classes = sorted(train)
+    train, test = [labelled(files, classes, broken) for files in (train, test)]
     if not len(train.images):
         fail(f"--data {path}: one image per class leaves none for training; two are needed")
     some = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
@@ -476,38 +257,30 @@ def plain_folder(path):
     return Data(path.name, split, split, None)
 
 
-def find_test(path, train, unused):
-    """{class: test images} beside train/, and where they come from; {} if there are none."""
-    found = {}
-    flat = []
-    ranks = {name: place for place, name in enumerate(TEST_FOLDERS)}
+def find_test(path, folders, unused):
+    """{class: test images} of the first of val/, valid/, ... that has class folders, and where they
+    come from. Images in other folders beside train/ are not used. folders: {name: path}."""
+    test = {}
+    origin = "a tenth of the images, held out"
+    for name in TEST_FOLDERS:
+        if name in folders and not test:
+            test = files_by_class(folders[name], unused)
+            origin = f"{folders[name].name}/" if test else origin
 
-    def turn(folder):
-        return ranks.get(folder.name.lower(), len(ranks)), folder.name
-
-    for folder in sorted(path.iterdir(), key=turn):
-        if folder == train or not folder.is_dir() or is_left_out(folder, unused):
+    for name, folder in folders.items():
+        if name == "train" or f"{folder.name}/" == origin or is_left_out(folder, unused):
             continue
-        if folder.samefile(train):
-            fail(f"--data {path}: {folder.name}/ and {train.name}/ are the same folder")
-        ignored = Counter()
-        classes = files_by_class(folder, ignored) if folder.name.lower() in ranks else {}
-        if classes and not found:
-            found = {folder.name: classes}
-            unused += ignored
-            continue
-        images = len(image_files(folder, ignored))
-        if images and folder.name.lower() in ranks:
-            flat.append(folder.name)
-        if images:
-            unused[f"images in {folder.name}/"] += images
-    if not found and flat:
-        fail(
-            f"--data {path}: the images in {flat[0]}/ have no class folders, so their labels are "
-            "not known: move each into a folder with the name of its class, as in train/"
-        )
-    name = next(iter(found), None)
-    return found.get(name, {}), f"{name}/" if name else "a tenth of the images, held out"
+        images = len(image_files(folder, Counter()))
+        unused[f"images in {folder.name}/"] = images
+        if images and name in TEST_FOLDERS and not test:
+            fail(
+                f"--data {path}: the images in {folder.name}/ have no class folders, so their "
+                "labels are not known: move each into a folder with the name of its class, as in "
+                "train/"
+            )
+    if os.path.samefile(folders["train"], path / origin if test else path):
+        fail(f"--data {path}: train/ and {origin} are the same folder")
+    return test, origin
 
 
 def listed(unused):
@@ -534,9 +307,11 @@ def image_files(folder, unused):
     """All image files below a folder, sorted. Adds to unused what is left out."""
     found = []
     for place, folders, names in os.walk(folder, onerror=stop):
-        links = [f for f in folders if os.path.islink(os.path.join(place, f))]
-        unused["links to folders"] += len(links)
-        folders[:] = [f for f in folders if not is_left_out(os.path.join(place, f), unused)]
+        for name in list(folders):
+            child = os.path.join(place, name)
+            unused["links to folders"] += os.path.islink(child)
+            if is_left_out(child, unused):
+                folders.remove(name)
         for name in names:
             ending = os.path.splitext(name)[1].lower()
             if name.startswith("."):
@@ -581,306 +356,19 @@ def thin(split, count):
         return split
     order = np.random.default_rng(0).permutation(n)
     if split.labels is not None:
-        # The first of each class, then the second of each, ...
-        labels = split.labels.cpu().numpy()[order]
-        by_class = np.argsort(labels, kind="stable")
-        first = np.searchsorted(labels[by_class], labels[by_class])
-        order = order[by_class[np.argsort(np.arange(n) - first, kind="stable")]]
-    chosen = torch.from_numpy(np.sort(order[:count]))
-    numbers = [None if part is None else part[chosen.to(part.device)] for part in split[1:]]
+        order = order[np.argsort(split.labels.cpu().numpy()[order], kind="stable")]
+    # Evenly spaced in the order of the labels: of each class its share.
+    places = np.linspace(0, n - 1, count).astype(int)
+    chosen = torch.from_numpy(np.sort(order[places]))
+    numbers = []
+    for part in split[1:]:
+        numbers.append(None if part is None else part[chosen.to(part.device)])
     return Split(split.images.part(chosen), *numbers)
 
 
 # -------- 2. Views --------------------------------------------------------------------------------
 
-# The streams of random numbers: boxes of crops, augmentation, order of images, a method's own.
-CROP, AUGMENT, ORDER, METHOD = 1, 2, 3, 4
-
-
-class BatchRandom:
-    """Uniform random numbers for the images of one batch, drawn on the CPU for the whole global
-    batch and cut to the rows of this process. key: a list of ints, see SeedSequence above."""
-
-    def __init__(self, key, batch, rows=slice(None)):
-        self.generator = np.random.default_rng(key)
-        self.batch = batch
-        self.rows = rows
-
-    def uniform(self, low=0.0, high=1.0, columns=()):
-        """float32 (n, *columns) on the CPU, for the n images of this process."""
-        u = self.generator.random((self.batch, *columns), dtype=np.float32)[self.rows]
-        return torch.from_numpy(low + (high - low) * u)
-
-
-class Crop(NamedTuple):
-    """RandomResizedCrop: a box with `scale` of the image's area and `ratio` of width to height,
-    resized to (size, size). As a first element of a view: (Crop, augment)."""
-
-    size: int
-    scale: tuple = (0.08, 1.0)
-    ratio: tuple = (3 / 4, 4 / 3)
-
-    def boxes(self, u, height, width):
-        """Uniform u (n, 22) -> (n, 4) int: top, left, height, width. torchvision's rule: ten tries
-        of a uniform area and a log-uniform ratio; the first that fits, else the largest centred box
-        within the ratios."""
-        least, most = self.scale
-        area = height * width * (least + (most - least) * u[:, :10])  # (n, 10)
-        low, high = self.ratio
-        ratio = np.exp(np.log(low) + np.log(high / low) * u[:, 10:20])
-        w = np.rint(np.sqrt(area * ratio)).astype(int)
-        h = np.rint(np.sqrt(area / ratio)).astype(int)
-
-        # The first try that fits, at a uniform place.
-        fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
-        first = fits.argmax(1)[:, None]
-        w = np.take_along_axis(w, first, 1)[:, 0]
-        h = np.take_along_axis(h, first, 1)[:, 0]
-        top = (u[:, 20] * (height - h + 1)).astype(int)
-        left = (u[:, 21] * (width - w + 1)).astype(int)
-
-        # Where none fits: the centre.
-        none = ~fits.any(1)
-        w[none] = min(width, round(height * high))
-        h[none] = min(height, round(width / low))
-        top[none] = (height - h[none]) // 2
-        left[none] = (width - w[none]) // 2
-        return np.stack([top, left, h, w], 1)
-
-    def cut(self, picture, u):
-        """A PIL picture and u (22,) -> the crop, a PIL picture of (size, size)."""
-        box = self.boxes(u[None], picture.height, picture.width)[0].tolist()
-        return TF.resized_crop(picture, *box, [self.size, self.size], BICUBIC)
-
-
-def whole_image(size, augment):
-    """The view (Crop, augment) that shows the whole image, or the square in its centre."""
-    return Crop(size, scale=(1, 1), ratio=(1, 1)), augment
-
-
-def resize_matrix(start, length, size_in, size_out):
-    """(n, size_out, size_in): row i weighs the pixels of [start, start + length) that make output
-    pixel i, by PIL's antialiased bicubic filter. start, length: (n,) int. Resizing is then one
-    matrix product per axis."""
-    start = start[:, None, None].float()
-    length = length[:, None, None].float()
-    step = length / size_out
-
-    # The distance of every pixel from the centre of every output pixel, in steps.
-    pixel = torch.arange(size_in, device=start.device) + 0.5 - start  # (n, 1, size_in), in the box
-    centre = (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step  # (n, size_out, 1)
-    t = (pixel - centre).div_(step.clamp(min=1)).abs_()  # shrinking widens the filter
-
-    # Keys' cubic with a = -1/2. Each of its two pieces ends in 0, so they can be added:
-    #     1.5 t^3 - 2.5 t^2 + 1 for t <= 1,    -0.5 t^3 + 2.5 t^2 - 4 t + 2 for 1 <= t <= 2
-    t1 = t.clamp(max=1)
-    t2 = t.clamp(1, 2)
-    inner = (1.5 * t1 - 2.5).mul_(t1).mul_(t1).add_(1)
-    outer = (-0.5 * t2 + 2.5).mul_(t2).sub_(4).mul_(t2).add_(2)
-    weight = inner + outer
-
-    weight.mul_((pixel > 0) & (pixel < length))  # nothing outside the box
-    return weight.div_(weight.sum(2, keepdim=True))
-
-
-def resized_crop(images, boxes, size):
-    """images (n, 3, H, W) uint8, boxes (n, 4) int -> (n, 3, size, size) float in [0, 1]: the box of
-    each image, resized."""
-    n, _, height, width = images.shape
-    top, left, h, w = torch.as_tensor(boxes).to(images.device).unbind(1)
-    x = images.float().mul_(1 / 255).view(n, 3 * height, width)
-    x = x @ resize_matrix(left, w, width, size).transpose(1, 2)
-    x = resize_matrix(top, h, height, size)[:, None] @ x.view(n, 3, height, size)
-    return x.clamp_(0, 1)  # bicubic overshoots
-
-
-def crop_images(images, crops, draws):
-    """uint8 images (n, 3, H, W), a Crop and its numbers (n, 22) per view -> a batch per view."""
-    height, width = images.shape[2:]
-    views = []
-    for crop, u in zip(crops, draws):
-        views.append(resized_crop(images, crop.boxes(u, height, width), crop.size))
-    return views
-
-
-# The following take and return float images (n, 3, H, W) in [0, 1]. They draw one set of
-# parameters per image from rand, a BatchRandom.
-
-
-def random_flip(x, rand, p=0.5):
-    """Horizontal flip with probability p."""
-    flipped = column(rand.uniform() < p, x)
-    return torch.lerp(x, x.flip(3), flipped)  # lerp by exactly 0 or 1 is faster than where
-
-
-def random_grayscale(x, rand, p):
-    """The grey image in all three channels with probability p."""
-    return torch.lerp(x, luminance(x).expand_as(x), column(rand.uniform() < p, x))
-
-
-def color_jitter(x, rand, brightness, contrast, saturation, hue, p=1.0):
-    """torchvision's ColorJitter with probability p: brightness, contrast and saturation times a
-    factor from 1 - s to 1 + s, hue shifted by -hue to hue of a turn, the four in random order,
-    clamped to [0, 1] after each."""
-    on = rand.uniform() < p
-    order = rand.uniform(columns=(4,)).argsort(1)  # (n, 4): which operation comes first, second ...
-    factors = [rand.uniform(max(0.0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
-    factors.append(torch.ones(len(x)))  # in the turn of the hue, the blend below changes nothing
-    factors = torch.stack(factors, 1)  # (n, 4)
-    shift = rand.uniform(-hue, hue)
-    x = x.clone()
-
-    for operation in order.unbind(1):  # (n,): 0 brightness, 1 contrast, 2 saturation, 3 hue
-        # f x + (1 - f) m, where m is 0 (brightness), the mean grey level, or the grey image
-        f = torch.where(on, factors.gather(1, operation[:, None])[:, 0], 1.0)
-        grey = luminance(x)
-        mean = grey.mean((2, 3), keepdim=True)
-        towards_mean = column((1 - f) * (operation == 1), x)
-        towards_grey = column((1 - f) * (operation == 2), x)
-        x.mul_(column(f, x)).add_(grey.mul_(towards_grey))
-        x.add_(mean * towards_mean).clamp_(0, 1)
-
-        i = chosen(on & (operation == 3), x)
-        x[i] = shift_hue(x[i], column(shift, x)[i])
-    return x
-
-
-def shift_hue(x, shift):
-    """RGB -> HSV, hue + shift (n, 1, 1, 1) in turns, HSV -> RGB. Sorting the channels by max and
-    min gives the hue of any of the six sextants from one formula, without a branch per pixel."""
-    r, g, b = x.split(1, 1)
-    high = torch.maximum(g, b)
-    low = torch.minimum(g, b)
-    value = torch.maximum(r, high)
-    middle = torch.minimum(r, high)
-    least = torch.minimum(middle, low)
-    chroma = value - least
-
-    # The hue at which the sextant starts, in sixths of a turn; its sign is dropped below.
-    sextant = (g < b).to(x.dtype) * -6
-    sextant += (r < high).to(x.dtype) * (-2 - 2 * sextant)  # -2 - sextant if red is not the largest
-    hue = (sextant + (middle - low) / chroma.clamp(min=1e-12)).abs_().add_(6 * shift)
-    hue -= 6 * (hue / 6).floor_()
-
-    # Back to red, green and blue: each is a ramp over the hue.
-    red = (hue - 3).abs_().sub_(1)
-    green = 2 - (hue - 2).abs_()
-    blue = 2 - (hue - 4).abs_()
-    ramps = torch.cat([red, green, blue], 1)
-    return ramps.clamp_(0, 1).mul_(chroma).add_(least)
-
-
-def gaussian_blur(x, rand, p, sigma=(0.1, 2.0)):
-    """torchvision's GaussianBlur with probability p: sigma uniform in `sigma` pixels; the kernel
-    has a tenth of the side in taps, as SimCLR's."""
-    size = x.shape[3]
-    radius = size // 20
-    on = rand.uniform() < p
-    sigma = rand.uniform(*sigma)
-    i = chosen(on, x)
-
-    # The weights of the taps, for the k chosen images.
-    offset = torch.arange(-radius, radius + 1, device=x.device)
-    sigma = sigma[on].to(x.device, non_blocking=True)
-    taps = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)  # (k, taps)
-    taps = (taps / taps.sum(1, keepdim=True))[:, None].expand(-1, size, -1)
-
-    # The pixel that each tap reads, reflected at both borders.
-    source = (torch.arange(size, device=x.device)[:, None] + offset).abs()  # (size, taps)
-    source = size - 1 - (size - 1 - source).abs()
-    source = source.expand(len(taps), -1, -1)
-
-    # Blurring is one matrix product per axis.
-    matrix = torch.zeros(len(taps), size, size, device=x.device, dtype=taps.dtype)
-    matrix = matrix.scatter_add_(2, source, taps).to(x)[:, None]
-    return x.index_copy(0, i, matrix @ x[i] @ matrix.transpose(2, 3))
-
-
-def solarize(x, rand, p):
-    """torchvision's RandomSolarize with probability p: pixels of 128/255 and more are inverted."""
-    i = chosen(rand.uniform() < p, x)
-    inverted = torch.where(x[i] >= 128 / 255, 1 - x[i], x[i])
-    return x.index_copy(0, i, inverted)
-
-
-def normalize(x):
-    """[0, 1] to about zero mean and unit variance, by the statistics of ImageNet: for all methods
-    and their evaluation."""
-    mean, std = channel_statistics(x)
-    return (x - mean) / std
-
-
-def denormalize(x):
-    """The inverse of normalize: images (n, 3, H, W) in [0, 1]."""
-    mean, std = channel_statistics(x)
-    return (x * std + mean).clamp(0, 1)
-
-
-def channel_statistics(x):
-    """ImageNet's mean and deviation of each channel, (2, 3, 1, 1), beside x."""
-    return torch.tensor([MEAN, STD]).to(x).view(2, 3, 1, 1)
-
-
-def luminance(x):
-    """Grey level (n, 1, H, W) by ITU-R 601."""
-    r, g, b = x.split(1, 1)
-    return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
-def column(values, x):
-    """(n,) on the CPU -> (n, 1, 1, 1) beside x, to treat each image by its own number."""
-    return values.to(x, non_blocking=True).view(-1, 1, 1, 1)
-
-
-def chosen(mask, x):
-    """Boolean (n,) on the CPU -> indices beside x. Computed on the CPU to avoid a GPU
-    synchronisation."""
-    return mask.nonzero()[:, 0].to(x.device, non_blocking=True)
-
-
-class Plan:
-    """Which images each step of an epoch shows, and the random numbers of their crops. Iterating
-    over it gives the steps of `epoch` from `first` on: indices (n,), and numbers (n, 22) per view,
-    of this process's rows."""
-
-    def __init__(self, count, batch, seed, view_count):
-        self.count = count
-        self.batch = batch
-        self.seed = seed
-        self.view_count = view_count
-        self.epoch = 0
-        self.first = 0
-        self.steps = count // batch  # an incomplete last batch is dropped
-        share = batch // world()
-        self.rows = slice(rank() * share, (rank() + 1) * share)
-
-    def random(self, epoch, step, view, stream):
-        """The random numbers of one step. A method's own have view 0 and stream METHOD."""
-        return BatchRandom([self.seed, epoch, step, view, stream], self.batch, self.rows)
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch, 0, 0, ORDER]).permutation(self.count)
-        for step in range(self.first, self.steps):
-            index = order[step * self.batch : (step + 1) * self.batch][self.rows]
-            draws = []
-            for view in range(self.view_count):
-                rand = self.random(self.epoch, step, view, CROP)
-                draws.append(rand.uniform(columns=(22,)).numpy())
-            yield index, draws
-
-
-class Keys:
-    """A plan as the batch sampler of a DataLoader: (index, a row of crop numbers per view)."""
-
-    def __init__(self, plan):
-        self.plan = plan
-
-    def __iter__(self):
-        for index, draws in self.plan:
-            yield list(zip(index.tolist(), zip(*draws)))
-
-
-class Loader:
+class Loader(Plan):
     """Batches of random views: loader(epoch, done) yields (step, [view, ...]) with views of
     (batch / world, 3, size, size).
 
@@ -894,37 +382,26 @@ class Loader:
 
     def __init__(self, split, views, batch, seed, device, workers=0):
         count = len(split.images)
+        super().__init__(count, batch, seed, len(views))
         if not 0 < batch <= count or batch % world():
             several = f", a multiple of {world()} (the processes)" if world() > 1 else ""
             fail(f"--batch {batch}: choose 2 to {count}, the number of images{several}")
-        for crop, _ in views:
-            if crop.size < 1 or not 0 < crop.scale[0] <= crop.scale[1] <= 1:
-                fail(
-                    f"a view like {crop} is not possible: choose a positive side (--size, "
-                    "--small-size), and for the smallest crop a share above 0, up to 1"
-                )
         self.reader = split.images
         self.views = views
-        self.batch = batch
         self.device = device
         self.workers = workers
-        self.count = count
-        self.plan = Plan(count, batch, seed, len(views))
-        self.steps = self.plan.steps  # per epoch
-        self.rows = self.plan.rows  # of the global batch that are this process's
-        self.random = self.plan.random
         self.index = None
         self.first_shown = None  # indices and views of the first batch, for views.png
 
     def __call__(self, epoch, done=0):
         """step counts over all epochs. `done` steps of the run are done: those of this epoch are
         skipped."""
-        self.plan.epoch = epoch
-        self.plan.first = max(0, done - epoch * self.steps)
+        self.epoch = epoch
+        self.first = max(0, done - epoch * self.steps)
         crops = [crop for crop, _ in self.views]
-        batches = self.reader.batches(self.plan, crops, self.device, self.workers)
+        batches = self.reader.batches(self, crops, self.device, self.workers)
 
-        for epoch_step, (index, cropped) in enumerate(batches, self.plan.first):
+        for epoch_step, (index, cropped) in enumerate(batches, self.first):
             self.index = index
             views = []
             for v, (x, (_, augment)) in enumerate(zip(cropped, self.views)):
@@ -943,8 +420,8 @@ def make_views(images, views, seed=0):
     result = []
     for v, (crop, augment) in enumerate(views):
         u = BatchRandom([*key, v, CROP], len(images)).uniform(columns=(22,))
-        (x,) = crop_images(images, [crop], [u.numpy()])
-        result.append(augment(x, BatchRandom([*key, v, AUGMENT], len(images))))
+        cropped = crop_images(images, [crop], [u.numpy()])[0]
+        result.append(augment(cropped, BatchRandom([*key, v, AUGMENT], len(images))))
     return result
 
 
@@ -986,19 +463,20 @@ def backbone(arch, size, **options):
     if arch not in RESNETS:
         fail(f"--arch {arch}: choose one of {', '.join(ARCHS)}")
 
+    small = size <= 64
     if arch == "resnet14":
         net = ResNet(Bottleneck, [1, 1, 1, 1])
         stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
-        rebuild(net, stem, 24, strides=[1, 2, 2, 1], depths=[1, 1, 1, 1])
+        rebuild(net, stem, 24, strides=(1, 2, 2, 1))
+        small = False
     elif arch in ("resnet50x2", "resnet50x4"):
-        net = ResNet(Bottleneck, [3, 4, 6, 3])
         width = 64 * int(arch[-1])
+        net = ResNet(Bottleneck, [3, 4, 6, 3])
         stem = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        rebuild(net, stem, width, strides=[1, 2, 2, 2], depths=[3, 4, 6, 3])
+        rebuild(net, stem, width, strides=(1, 2, 2, 2))
     else:
         net = getattr(torchvision.models, arch)()
-
-    if size <= 64 and arch != "resnet14":
+    if small:
         net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, 1, 1, bias=False)
         net.maxpool = nn.Identity()
     for module in net.modules():
@@ -1011,13 +489,14 @@ def backbone(arch, size, **options):
     return net
 
 
-def rebuild(net, stem, width, strides, depths):
-    """Gives a torchvision ResNet of bottleneck blocks another stem and other stages, each twice as
-    wide as the one before."""
+def rebuild(net, stem, width, strides):
+    """Gives a torchvision ResNet of bottleneck blocks another stem and stages of other widths, each
+    twice as wide as the one before, and strides."""
     net.inplanes = stem.out_channels
     net.conv1 = stem
     net.bn1 = nn.BatchNorm2d(stem.out_channels)
-    for i, (stride, depth) in enumerate(zip(strides, depths)):
+    for i, stride in enumerate(strides):
+        depth = len(getattr(net, f"layer{i + 1}"))
         stage = net._make_layer(Bottleneck, width * 2**i, depth, stride)
         setattr(net, f"layer{i + 1}", stage)
 
@@ -1051,7 +530,8 @@ class Block(nn.Module):
 
     def qkv(self, x):
         """Queries, keys and values of tokens (n, T, dim), each (n, heads, T, dim / heads)."""
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        qkv = self.attn["qkv"](self.norm1(x))  # (n, T, 3 dim)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))
         return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, u=None):
@@ -1082,7 +562,6 @@ class ViT(nn.Module):
         dim, depth, heads = VITS[arch]
         side = patch_side(size)
         self.grid = size // side
-        self.depth = depth
         self.pool = pool
         self.out_dim = dim
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, side, side)})
@@ -1113,8 +592,8 @@ class ViT(nn.Module):
 
         if ids_keep is not None:
             x = gather_tokens(x, ids_keep)  # (n, K, dim): it knows nothing of the hidden patches
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        return torch.cat([first, x], 1)
+        first = self.cls_token + self.pos_embed[:, :1]  # (1, 1, dim)
+        return torch.cat([first.expand(len(x), -1, -1), x], 1)
 
     def tokens(self, x, ids_keep=None, u=None):
         """The last block's output, normalised: (n, 1 + K, dim), class token first. u (n, depth, 2):
@@ -1209,38 +688,38 @@ def evaluate(network, data, size, device, workers=0, only_knn=False):
     result = {}
     shown = data.test or data.bank
     test, readable = features(network, shown, size, device, workers)
-    bank, bank_readable = None, None
     if data.test:
         bank, bank_readable = features(network, data.bank, size, device, workers)
     if not only_knn:
-        view = Crop(size, scale=(0.2, 1.0)), lambda x, rand: normalize(random_flip(x, rand))
-        x1, x2 = first_batch(shown, [view, view], 1024, 0, device)
-        h1 = gather(embed(network, x1))
-        h2 = gather(embed(network, x2))
+        view = Crop(size, scale=(0.2, 1.0)), flip_and_normalize
+        pair = first_batch(shown, [view, view], 1024, 0, device)
+        pair = [gather(embed(network, x)) for x in pair]
 
     if rank() == 0:
         if data.test and data.test.emoji is not None:
             for k in (1, 5):
-                found = retrieval(test, data.test.emoji, data.test.drawing, k)
-                result[f"retrieval{k}"] = found
+                result[f"retrieval{k}"] = retrieval(test, *data.test[2:], k)
         test = only(test, readable)
         if not only_knn:
-            result |= collapse_panel(test, h1, h2)
+            result |= collapse_panel(test, *pair)
         if data.test:
-            bank = only(bank, bank_readable)
             labels = data.bank.labels.to(device)[bank_readable]
             test_labels = data.test.labels.to(device)[readable]
+            sets = only(bank, bank_readable), labels, test, test_labels
             for k in (20, 200):
-                result[f"knn{k}"] = knn(bank, labels, test, test_labels, k)
+                result[f"knn{k}"] = knn(*sets, k)
             if not only_knn:
-                groups = None if data.bank.emoji is None else data.bank.emoji[bank_readable]
-                result["linear"] = linear_probe(bank, labels, test, test_labels, groups)
+                result["linear"] = linear_probe(*sets, data.bank.emoji)
 
     if world() > 1:
         everyone = [result]
         dist.broadcast_object_list(everyone)
         result = everyone[0]
     return result
+
+
+def flip_and_normalize(x, rand):
+    return normalize(random_flip(x, rand))
 
 
 def only(x, rows):
@@ -1260,35 +739,35 @@ def features(network, split, size, device, workers=0):
     readable = torch.ones(count, device=device)
     x = None
     done = 0
-    text = f"features of {count} images"
+    batches = split.images.whole(mine, size, workers)
     hidden = rank() > 0 or count < 5000
-    bar = tqdm(total=share, desc=text, leave=False, disable=hidden, mininterval=pause_of_bars())
-    for images, broken in split.images.whole(mine, size, workers):
+    pause = 0.5 if sys.stderr.isatty() else 30  # few lines where there is no terminal
+    text = f"features of {count} images"
+    bar = tqdm(batches, text, unit=" batches", leave=False, disable=hidden, mininterval=pause)
+    for images, broken in bar:
         batch = images.to(device).float().div_(255)
         if batch.shape[3] != size:
-            batch = F.interpolate(batch, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
+            batch = F.interpolate(batch, (size, size), mode="bicubic", antialias=True)
+            batch.clamp_(0, 1)  # bicubic overshoots
         h = embed(network, normalize(batch))
         if x is None:
             large = count * h.shape[1] > 1 << 27
             x = h.new_empty(share, h.shape[1], dtype=torch.float16 if large else h.dtype)
         x[done : done + len(h)] = h
         done += len(h)
-        bar.update(len(h))
-        readable[[index for index, _ in broken]] = 0
-    bar.close()
+        readable[broken] = 0
     readable = gather(readable[mine.to(device)])[:count] > 0
     if world() == 1:
         return x, readable
 
-    # Every share goes to its place in one matrix on process 0.
-    everyone = x.new_empty(share * world(), x.shape[1]) if rank() == 0 else None
-    dist.gather(x, list(everyone.split(share)) if rank() == 0 else None)
-    return (everyone[:count] if rank() == 0 else None), readable
+    if rank() > 0:
+        dist.gather(x)
+        return None, readable
 
-
-def pause_of_bars():
-    """Seconds between the updates of a progress bar: few lines where there is no terminal."""
-    return 0.5 if sys.stderr.isatty() else 30
+    # Every share goes to its place in one matrix.
+    everyone = x.new_empty(share * world(), x.shape[1])
+    dist.gather(x, list(everyone.split(share)))
+    return everyone[:count], readable
 
 
 @torch.no_grad()
@@ -1311,13 +790,17 @@ def knn(bank, bank_labels, test, test_labels, k, temperature=0.07):
     """Weighted k-nearest-neighbour accuracy in percent (Wu et al. 2018,
     https://arxiv.org/abs/1805.01978, section 3.4): each of the k bank images with the largest
     cosine s votes for its label with exp(s / temperature). Features (N, D), labels (N,)."""
-    bank = F.normalize(bank.float(), dim=1)
-    test = F.normalize(test.float(), dim=1)
     classes = int(bank_labels.max()) + 1
     correct = 0
     few = min(512, max(32, (1 << 23) // len(bank)))  # the cosines of so many at a time
     for x, y in zip(test.split(few), test_labels.split(few)):
-        s, nearest = (x @ bank.T).topk(min(k, len(bank)), 1)  # (n, k)
+        # The bank in pieces: a normalised copy of it may not fit.
+        x = F.normalize(x.float(), dim=1)
+        s = []
+        for piece in bank.split(8192):
+            s.append(x @ F.normalize(piece.float(), dim=1).T)
+        s = torch.cat(s, 1)  # (n, N)
+        s, nearest = s.topk(min(k, len(bank)), 1)  # (n, k)
         votes = x.new_zeros(len(x), classes)
         votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
         correct += (votes.argmax(1) == y).sum().item()
@@ -1347,7 +830,8 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     groups = torch.arange(len(bank)) if groups is None else groups.cpu()
     names = groups.unique()
     order = np.random.default_rng(0).permutation(len(names))
-    held = torch.isin(groups, names[order[: len(names) // 5]]).to(bank.device)
+    names = names[order[: len(names) // 5]]
+    held = torch.isin(groups, names).to(bank.device)
     kept = (~held).nonzero()[:, 0]
     held = held.nonzero()[:, 0]
 
@@ -1441,27 +925,18 @@ def collapse_panel(x, x1, x2):
     x = x.float()
     p = torch.linalg.svdvals(x)
     p = p / p.sum().clamp(min=1e-12) + 1e-7  # 1e-12: all features 0
-    u = F.normalize(x, dim=1)
-    u1 = F.normalize(x1, dim=1)
-    u2 = F.normalize(x2, dim=1)
+    u, u1, u2 = [F.normalize(h, dim=1) for h in (x, x1, x2)]
+    kernel = (-2 * torch.pdist(u1) ** 2).exp()
     return {
         "feature_std": u.std(0).mean().item(),
         "rankme": torch.exp(-(p * p.log()).sum()).item(),
         "alignment": (u1 - u2).square().sum(1).mean().item(),
-        "uniformity": (-2 * torch.pdist(u1) ** 2).exp().mean().log().item(),
+        "uniformity": kernel.mean().log().item(),
         "feature_std_isotropic": x.shape[1] ** -0.5,
     }
 
 
 # -------- 5. Processes ----------------------------------------------------------------------------
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier():
@@ -1485,142 +960,62 @@ def join_processes(seed):
     initial weights, and returns the device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if place >= count:
-            fail(f"LOCAL_RANK is {place}, but there are {count} GPUs: start one process per GPU")
+        place = int(os.environ.get("LOCAL_RANK", 0))
+        if place >= torch.cuda.device_count():
+            fail(f"LOCAL_RANK is {place}: start one process per GPU", only_first=False)
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
 
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if len(missing) < 2 or "RANK" not in missing or "WORLD_SIZE" not in missing:
-        if missing:
+    given = [name for name in needed if name in os.environ]
+    if "RANK" in given or "WORLD_SIZE" in given:
+        if len(given) < 4:
             fail(
-                f"some of torchrun's variables are set, but not {', '.join(missing)}: start the "
-                "program with torchrun, or unset RANK and WORLD_SIZE",
+                f"of torchrun's variables only {', '.join(given)} are set: start the program with "
+                "torchrun, or unset them",
                 only_first=False,
             )
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         fail("srun has started several tasks that do not know of each other: let each run torchrun")
-
     if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        text = "waiting for the other processes: are all started, with the same MASTER_ADDR?"
-        waiting = threading.Timer(20, print, [text], {"file": sys.stderr})
-        waiting.daemon = True
-        waiting.start()
-        try:
-            store, place, count = next(dist.rendezvous("env://"))
-            # torchrun reuses the store after a restart; a new prefix hides stale addresses
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(
-                backend="nccl" if device.type == "cuda" else "gloo",
-                store=store,
-                rank=place,
-                world_size=count,
-                timeout=datetime.timedelta(hours=2),
-            )
-        except (RuntimeError, ValueError) as error:
-            fail(
-                f"the processes cannot join ({str(error).splitlines()[0]}): {', '.join(needed)} "
-                "must be those of all",
-                only_first=False,
-            )
-        finally:
-            waiting.cancel()
-        # torch 2.11 may hang at exit if DistributedDataParallel holds the last reference
-        atexit.register([dist.group.WORLD].clear)
+        join_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(seed)  # the same weights in every process
     return device
 
 
-class AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):  # every process used the sum, so its gradient is the sum of theirs
-        return AllReduceSum.forward(None, grad)
-
-
-def all_reduce_sum(x):
-    """Sum over processes, with the gradient that torch.distributed.all_reduce lacks."""
-    return AllReduceSum.apply(x) if world() > 1 else x
-
-
-class AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        blocks = [torch.empty_like(x) for _ in range(world())]
-        dist.all_gather(blocks, x)
-        return torch.cat(blocks)
-
-    @staticmethod
-    def backward(ctx, grad):  # every process used all rows; this one gets the sum for its own
-        return AllReduceSum.forward(None, grad).chunk(world())[rank()]
-
-
-def gather(x):
-    """(n, ...) on each process -> (world * n, ...) on all, in the order of the processes, which is
-    that of the global batch.
-
-    The gradient is exact: if each process returns the mean loss of its own rows, the average over
-    processes that DistributedDataParallel takes is the gradient of the mean loss of the global
-    batch."""
-    return AllGather.apply(x.contiguous()) if world() > 1 else x
-
-
-class SyncBatchNorm(_BatchNorm):
-    """Batch-norm over the images of all processes on any device (torch's own needs GPUs). The mean
-    comes first, then the variance around it, so no precision is lost; the gradient runs through
-    both sums."""
-
-    def forward(self, x):
-        if not self.training:
-            mean, var = self.running_mean, self.running_var
-            return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * world()
-
-        mean = all_reduce_sum(x.sum(dims)) / count
-        x = x - mean.view(shape)
-        variance = all_reduce_sum(x.square().sum(dims)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-
-        x = x * torch.rsqrt(variance + self.eps).view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
-
-
-def distribute(model, device, compile=False):
-    """The model as the loop calls it: on the device in channels_last, and with several processes
-    also with synchronised batch-norm and DistributedDataParallel around it. Its parameters stay the
-    same objects: optimise, save and evaluate those of the model."""
-    model.to(device, memory_format=torch.channels_last)
-    if world() > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world() > 1:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.__class__ = SyncBatchNorm  # the same parameters and buffers
-    if world() > 1:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            # torch 2.14 renames broadcast_buffers
-            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    # Around DistributedDataParallel, so that gradients can travel while others are computed.
-    return torch.compile(model) if compile else model
+def join_group(backend):
+    """Waits for the other processes, which torchrun's variables describe."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        warn("waiting for the other processes: are all started, with the same MASTER_ADDR?")
+    try:
+        store, place, count = next(dist.rendezvous("env://"))
+        # torchrun reuses the store after a restart; a new prefix hides stale addresses
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        patience = datetime.timedelta(hours=2)
+        dist.init_process_group(backend, None, patience, count, place, store)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        fail(f"the processes cannot join by torchrun's variables ({reason})", only_first=False)
+    # torch 2.11 may hang at exit if DistributedDataParallel holds the last reference
+    atexit.register([dist.group.WORLD].clear)
 
 
 # -------- 6. Runs ---------------------------------------------------------------------------------
 
-RANGES = {"size": "[1, inf)", "epochs": "[1, inf)", "seed": "[0, 1e18]"}
-RANGES["batch"] = "[2, inf)"  # batch-norm needs two
+EVERY_SCRIPT = {  # flag: (default, help)
+    "seed": (0, "seed for the initial weights, the image order and the augmentation"),
+    "root": ("data", "folder for downloaded data sets"),
+    "workers": (4, "processes that decode the images of a folder"),
+    "out": ("", "folder for the results; the script's docstring names the default"),
+}
+EVERY_TRAINING = {
+    "out": ("runs/METHOD-DATA-SEED", "run folder; a run in it is continued"),
+    "eval_every": (0, "epochs between kNN evaluations; 0: a sixth of the epochs"),
+    "bank": (50_000, "training and test images at most in evaluations of the run; 0: all"),
+    "compile": (False, "torch.compile the network"),
+}
+RANGES = {"size": "[1, inf)", "batch": "[2, inf)", "epochs": "[1, inf)", "seed": "[0, 1e18]"}
 NO_SETTINGS = ("recipe", "out", "root", "workers", "compile", "argv")  # change no result
 
 
@@ -1645,124 +1040,112 @@ def parse(doc, settings, argv=None, runs=None):
     the command names besides its flags, for scripts that evaluate runs.
 
     Returns a namespace with all settings and the flags of a run: data, root, seed, out, workers,
-    and if something is trained eval_every and compile. Exits with a one-line message on a value
-    that makes no sense."""
+    and if something is trained eval_every, bank and compile. Exits with a one-line message on a
+    value that makes no sense."""
     if argv is None:  # a program, not a notebook
-        sys.excepthook = one_line
-        for name in ("stdout", "stderr"):  # None if closed; for names that they cannot print
-            setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-        argv = sys.argv[1:]
-    argv = [str(word) for word in argv]
+        prepare_program()
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     columns = settings["recipe"][:-1]
     n = len(columns)
     trains = "epochs" in settings
-    known = (*EMBEDDED, *DOWNLOADED)
+    known = [*EMBEDDED, *DOWNLOADED]
     data = [column if column in known else "" for column in columns]
-    rows = {"data": (*data, f"{', '.join(known)}, or a folder of images")}
-    rows |= {name: row for name, row in settings.items() if name != "recipe"}
-    every_script = {
-        "seed": (0, "seed for the initial weights, the image order and the augmentation"),
-        "root": ("data", "folder for downloaded data sets"),
-        "workers": (4, "processes that decode the images of a folder"),
-        "out": ("", "folder for the results; the script's docstring names the default"),
-    }
-    every_training = {
-        "out": ("runs/METHOD-DATA-SEED", "run folder; a run in it is continued"),
-        "eval_every": (0, "epochs between kNN evaluations; 0: a sixth of the epochs"),
-        "bank": (50_000, "training and test images at most in evaluations of the run; 0: all"),
-        "compile": (False, "torch.compile the network"),
-    }
-    for name, (value, text) in (every_script | (every_training if trains else {})).items():
+    rows = {"data": (*data, f"{', '.join(known)}, or a folder of images"), **settings}
+    for name, (value, text) in (EVERY_SCRIPT | (EVERY_TRAINING if trains else {})).items():
         rows[name] = (*[value] * n, text)
 
     # The recipe first: the other defaults depend on it.
     first = Parser(add_help=False, allow_abbrev=False)
-    text = f"{settings['recipe'][-1]}: {', '.join(columns)}" if n > 1 else argparse.SUPPRESS
-    first.add_argument("--recipe", choices=columns, default=columns[0], help=text)
-    place = columns.index(first.parse_known_args(argv)[0].recipe)
+    help_of_recipe = rows.pop("recipe")[-1] if n > 1 else argparse.SUPPRESS
+    first.add_argument("--recipe", choices=columns, default=columns[0], help=help_of_recipe)
+    recipe = columns.index(first.parse_known_args(argv)[0].recipe)
 
-    title = (doc or "").partition("\n")[0]  # python -OO leaves no docstrings
-    usage = "%(prog)s [--FLAG VALUE ...]" + (" RUN ..." if runs else "")
-    note = "In brackets: the default, or the default of each recipe."
-    p = Parser(description=title, epilog=note, usage=usage, parents=[first], allow_abbrev=False)
+    p = Parser(
+        description=(doc or "").partition("\n")[0],  # python -OO leaves no docstrings
+        usage="%(prog)s [--FLAG VALUE ...]" + (" RUN ..." if runs else ""),
+        epilog=f"In brackets: the default, or that of each recipe, {' | '.join(columns)}.",
+        parents=[first],
+        allow_abbrev=False,
+    )
     if runs:
         p.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+    rows.pop("recipe", None)
     for name, row in rows.items():
-        add_flag(p, name, row, columns, place)
+        add_flag(p, name, row[:n], recipe, *row[n:])
     args = p.parse_args(argv)
+    args.argv = argv
 
     for name, row in rows.items():
-        value = getattr(args, name)
         allowed = row[-1] if len(row) > n + 1 else RANGES.get(name, "[0, inf)")
-        if isinstance(value, int | float) and not isinstance(allowed, tuple):
-            refuse_outside(flag_of(name), value, allowed)
+        refuse_outside(flag_of(name), getattr(args, name), allowed)
     if trains:
         if not args.data:
             fail(f"--recipe {args.recipe} needs images: --data FOLDER, or the name of a data set")
-        if "warmup" in settings and args.warmup > args.epochs:
+        if not args.out:
+            fail("--out is empty: give the name of a folder")
+        if getattr(args, "warmup", 0) > args.epochs:
             run = f"--epochs {args.epochs}, --warmup {args.warmup:g}"
             fail(f"{run}: choose more epochs or a shorter warm-up")
         args.eval_every = args.eval_every or max(1, args.epochs // 6)
-        if not args.out:
-            fail("--out is empty: give the name of a folder")
-        if os.path.realpath(args.out) == os.path.realpath(args.data):
-            fail(f"--out {args.out}: this is the folder of --data; choose another")
-    refuse_unwritable(args.out)
-    args.argv = argv
+    refuse_folder(args.out, args.data)
     return args
 
 
-def refuse_unwritable(out):
-    """Exits with a one-line message if the folder `out` cannot be made or written."""
+def refuse_folder(out, data):
+    """Exits with a one-line message if the folder `out` cannot be made or written, or is that of
+    the data."""
     place = Path(out).absolute()
+    if data and place == Path(data).absolute():
+        fail(f"--out {out}: this is the folder of --data; choose another")
     while not place.exists():
         place = place.parent
-    if not place.is_dir():
-        fail(f"--out {out}: {place} is a file; choose the name of a folder")
-    if not os.access(place, os.W_OK):
-        fail(f"--out {out}: no right to write in {place}; choose another folder")
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        fail(f"--out {out}: {place} is a file, or you may not write there; choose another folder")
 
 
 def flag_of(name):
     return "--" + name.strip("_").replace("_", "-")
 
 
-def add_flag(parser, name, row, columns, place):
-    """A row of the table as a flag, with the values of all columns in its help."""
-    values = row[: len(columns)]
-    kind = float if any(isinstance(value, float) for value in values) else type(values[0])
-    words = [f"{value:g}" if isinstance(value, float) else f"{value}" for value in values]
-    if len(set(words)) == 1:
-        words = words[:1]
-    else:
-        pairs = zip(columns, words)
-        words = [f"{column} {word}" for column, word in pairs if word not in ("", column)]
-    text = f"{row[len(columns)]} ({', '.join(words)})".replace(" ()", "")
-
+def add_flag(parser, name, values, recipe, text, allowed=None):
+    """A row of the table as a flag. Its help has the values of all recipes, in brackets."""
+    kind = float if float in map(type, values) else type(values[0])
+    words = [f"{value:g}" if kind is float else f"{value}" for value in values]
+    shown = " | ".join(words if len(set(words)) > 1 else words[:1])
+    options = {"type": kind, "metavar": name.strip("_").upper()}
     if kind is bool:
         options = {"action": argparse.BooleanOptionalAction}
-    else:
-        options = {"type": kind, "metavar": name.strip("_").upper()}
-    if isinstance(row[-1], tuple):
-        options["choices"] = row[-1]
-        text += f": {', '.join(row[-1])}"
-    text = text.replace("%", "%%")
-    parser.add_argument(flag_of(name), dest=name, default=values[place], help=text, **options)
+    if isinstance(allowed, tuple):
+        options["choices"] = allowed
+        text += f": {', '.join(allowed)}"
+    text = f"{text} ({shown})".replace("%", "%%")
+    parser.add_argument(flag_of(name), dest=name, default=values[recipe], help=text, **options)
 
 
 def refuse_outside(flag, value, interval):
     """Exits with a one-line message if a number is not in an interval that is written as in
     mathematics: "[0, 1)", "(0, inf)"."""
-    low, high = [float(end) for end in interval[1:-1].split(",")]
-    from_low = value >= low if interval[0] == "[" else value > low
-    to_high = value <= high if interval[-1] == "]" else value < high
-    if from_low and to_high:
+    if isinstance(value, str) or isinstance(interval, tuple):
         return
-    words = f"{'at least' if interval[0] == '[' else 'more than'} {low:g}"
+    low, high = [float(end) for end in interval[1:-1].split(",")]
+    closed_low = interval[0] == "["
+    closed_high = interval[-1] == "]"
+    if low < value < high or value == low and closed_low or value == high and closed_high:
+        return
+    words = f"{'at least' if closed_low else 'more than'} {low:g}"
     if high < math.inf:
-        words += f" and {'at most' if interval[-1] == ']' else 'less than'} {high:g}"
+        words += f" and {'at most' if closed_high else 'less than'} {high:g}"
     fail(f"{flag} {value:g}: choose {words}")
+
+
+def prepare_program():
+    """Sentences in place of tracebacks; output that is closed, or cannot print a name, is no
+    reason to end."""
+    sys.excepthook = one_line
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 class Run:
@@ -1792,17 +1175,15 @@ class Run:
         self.last = self.folder / "last.pt"
         self.settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
         self.settings["train_images"] = loader.count
+        if Path(args.data).is_dir():  # the same, however it was written
+            self.settings["data"] = os.path.abspath(args.data)
         self.total = args.epochs * loader.steps
         self.step = 0
         self.seconds = 0.0  # of training, over all starts
         self.clock = 0.0  # when the seconds were last added up
         self.pending = []  # steps whose losses are still on the device
-        self.knn = {}  # for the progress bar
+        self.shown = {}  # beside the progress bar
         self.baselines = {}
-        # With many images the baselines take long: then the training comes first.
-        self.late = len(self.data.bank.images) > 10_000
-        self.untrained = model.backbone.state_dict() if self.late else {}
-        self.untrained = {name: w.cpu().clone() for name, w in self.untrained.items()}
         self.resume()
 
         self.bar = tqdm(
@@ -1816,51 +1197,50 @@ class Run:
         self.clock = self.saved_at = time.perf_counter()
 
     def resume(self):
-        """Continues from last.pt, or measures the baselines and begins. Refuses a folder that holds
-        a run with other settings."""
+        """Continues from last.pt, or begins. Refuses a folder that holds a run with other settings.
+        The baselines of up to 10,000 images are measured now, of more after the training."""
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder)
         barrier()
         lines = read_lines(self.metrics)
-        started = [line["settings"] for line in lines if "settings" in line]
-        earlier = [*started, self.settings][0]
-        saved = None
-        if self.last.exists():
-            try:
-                saved = torch.load(self.last, map_location="cpu", weights_only=True)
-                earlier = saved["settings"]
-            except OSError as error:
-                fail(f"{self.last} cannot be opened ({error.strerror}): it may be sound")
-            except Exception as error:  # torch.load raises nearly anything on a damaged file
-                fail(
-                    f"{self.last} is damaged ({type(error).__name__}): remove it to begin again, "
-                    "or choose another --out"
-                )
-
+        saved = self.read_checkpoint()
         if saved and not lines:
             fail(f"{self.folder} has a last.pt, but no metrics.jsonl: choose another --out")
-        changed = []
-        for name in sorted(earlier.keys() | self.settings.keys()):
-            before, now = earlier.get(name), self.settings.get(name)
-            same_folder = name == "data" and os.path.abspath(before) == os.path.abspath(now)
-            if before != now and not same_folder and name != "eval_every":
-                changed.append(f"{name} {before}, now {now}")
-        if changed:
-            fail(
-                f"{self.folder} holds a run with other settings ({', '.join(changed)}): choose "
-                "another folder with --out, or remove this one"
-            )
+        started = [line["settings"] for line in lines if "settings" in line]
+        self.refuse_changes(saved["settings"] if saved else [*started, self.settings][0])
 
         barrier()  # every process has looked before process 0 writes
-        if not saved:
-            self.begin()
-        else:
+        if saved:
             self.continue_from(saved, lines)
-        if not self.late:
+        else:
+            self.begin()
+        if len(self.data.bank.images) <= 10_000:
             self.measure_baselines()
             if not self.step:
                 print0(table(self.baselines))
+
+    def read_checkpoint(self):
+        """What save() wrote, or None."""
+        try:
+            if self.last.exists():
+                saved = torch.load(self.last, map_location="cpu", weights_only=True)
+                return {"settings": saved["settings"], **saved}
+        except OSError as error:
+            fail(f"{self.last} cannot be opened ({error.strerror}): it may be sound")
+        except Exception as error:  # torch.load raises nearly anything on a damaged file
+            reason = type(error).__name__
+            fail(f"{self.last} is damaged ({reason}): remove it, or choose another --out")
+
+    def refuse_changes(self, earlier):
+        """Exits with a one-line message if settings that matter differ from earlier ones."""
+        changed = {name for name, _ in earlier.items() ^ self.settings.items()} - {"eval_every"}
+        words = [f"{k} {earlier.get(k)}, now {self.settings.get(k)}" for k in sorted(changed)]
+        if changed:
+            fail(
+                f"{self.folder} holds a run with other settings ({', '.join(words)}): choose "
+                "another folder with --out, or remove this one"
+            )
 
     def continue_from(self, saved, lines):
         for name, part in self.state.items():
@@ -1868,53 +1248,51 @@ class Run:
         self.step = saved["step"]
         self.seconds = saved["seconds"]
         self.baselines = saved["baselines"]
-        self.untrained = saved["untrained"]
         if rank() == 0:  # steps that were logged but not saved will be done again
             kept = [line for line in lines if line.get("step", -1) < self.step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            replace_file(self.metrics, lambda file: file.write(text.encode()))
+            replace_file(self.metrics, lambda file: file.write(as_lines(kept).encode()))
         if self.step < self.total:
             print0(f"{self.folder}: continuing after step {self.step} of {self.total}")
 
     def begin(self):
         device = device_name(self.device)
         test = self.data.test.images if self.data.test else ()
-        if rank() == 0:
-            first = {
-                "method": self.name,
-                "command": " ".join([f"methods/{self.name}.py", *self.args.argv]),
-                "commit": commit(),
-                "versions": versions(),
-                "device": device,
-                "world_size": world(),
-                "settings": self.settings,
-                "evaluated_on": {"bank": len(self.data.bank.images), "test": len(test)},
-            }
-            self.metrics.write_text(json.dumps(first) + "\n")
+        first = {
+            "method": self.name,
+            "command": " ".join([f"methods/{self.name}.py", *self.args.argv]),
+            "commit": commit(),
+            "versions": versions(),
+            "device": device,
+            "world_size": world(),
+            "settings": self.settings,
+            "evaluated_on": {"bank": len(self.data.bank.images), "test": len(test)},
+        }
+        share = self.args.batch // world()
         print0(
             f"{self.folder}: {self.loader.count} images, {self.args.epochs} epochs of "
-            f"{self.loader.steps} steps, {world()} x {self.args.batch // world()} images per step "
-            f"on {device}"
+            f"{self.loader.steps} steps, {world()} x {share} images per step on {device}"
         )
-        if self.loader.reader.side < self.args.size:
-            words = f"images of {self.loader.reader.side} pixels are enlarged to {self.args.size}"
-            print0(f"note: {words}")
+        images = self.loader.reader
+        if isinstance(images, InMemory) and images.pixels.shape[3] < self.args.size:
+            print0(f"note: the images are smaller than --size {self.args.size} and are enlarged")
+        if rank() == 0:
+            append(self.metrics, [first])
+            save_tensors(self.folder / "untrained.pt", self.model.backbone.state_dict())
         self.save()
 
     def measure_baselines(self):
         """Raw pixels, and the same network untrained; each is kept as soon as it is there."""
-        for name in ("pixels", "random_init"):
-            if name in self.baselines:
-                continue
-            print0(f"measuring the baselines: {name}")
-            network = self.model.backbone
-            if name == "pixels":
-                network = pixels(self.args.size, len(self.data.bank.images))
-            elif self.untrained:
-                network = copy.deepcopy(network)
-                network.load_state_dict(self.untrained)
-            self.baselines[name] = self.evaluate(network)
-            self.save()
+        networks = {
+            "pixels": pixels(self.args.size, len(self.data.bank.images)),
+            "random_init": copy.deepcopy(self.model.backbone),
+        }
+        untrained = torch.load(self.folder / "untrained.pt", weights_only=True)
+        networks["random_init"].load_state_dict(untrained)
+        for name, network in networks.items():
+            if name not in self.baselines:
+                print0(f"measuring the baselines: {name}")
+                self.baselines[name] = self.evaluate(network)
+                self.save()
 
     def evaluate(self, network, only_knn=False):
         """evaluate() of a network. Its time does not count as training."""
@@ -1930,9 +1308,11 @@ class Run:
         """Called once per step, after the update. loss: scalar tensor; it stays on the device until
         ten steps are fetched together. more: further numbers or scalar tensors, each a column of
         metrics.jsonl; like the loss they are averaged over processes."""
-        more = {"loss": loss, **more}
-        values = {name: torch.as_tensor(value).detach() for name, value in more.items()}
-        self.pending.append((self.step, lr, values))
+        row = {"step": self.step, "epoch": self.step // self.loader.steps, "lr": lr}
+        values = [loss, *more.values()]
+        values = [torch.as_tensor(value, device=self.device) for value in values]
+        self.pending.append((row, torch.stack(values).float().detach()))
+        self.columns = ["loss", *more]
         self.step += 1
         self.bar.update()
         # end_epoch does the same for the last step of an epoch
@@ -1944,35 +1324,26 @@ class Run:
     def flush(self, **extra):
         """Writes the pending steps; `extra` goes to the last one. Ends the run if a loss is not
         finite."""
-        steps, lrs, values = zip(*self.pending)
-        names = list(values[0])
-        values = torch.stack([torch.stack([v[name].float() for v in values]) for name in names])
-        values = (all_reduce_sum(values) / world()).T.tolist()  # the mean over processes
+        rows, values = zip(*self.pending)
+        values = (all_reduce_sum(torch.stack(values)) / world()).tolist()  # mean over processes
         elapsed = time.perf_counter() - self.clock
         self.clock += elapsed
         self.seconds += elapsed
         self.pending = []
 
-        rows = []
-        rate = {"images_per_s": round(len(steps) * self.args.batch / elapsed, 1)}
-        for step, lr, numbers in zip(steps, lrs, values):
-            place = {"step": step, "epoch": step // self.loader.steps}
-            rows.append(place | dict(zip(names, numbers)) | {"lr": lr} | rate)
-            loss = rows[-1]["loss"]
-            if not math.isfinite(loss):
-                fail(
-                    f"the loss is {loss} at step {step}, learning rate {lr:.3g}: {DIVERGED} "
-                    f"{self.last}"
-                )
-        rows[-1] |= {"seconds": round(self.seconds, 1), **extra}
+        rate = round(len(rows) * self.args.batch / elapsed, 1)
+        for row, numbers in zip(rows, values):
+            row |= dict(zip(self.columns, numbers)) | {"images_per_s": rate}
+            if not math.isfinite(row["loss"]):
+                where = f"at step {row['step']}, learning rate {row['lr']:.3g}"
+                fail(f"the loss is {row['loss']} {where}: {DIVERGED} {self.last}")
+        self.row = row | {"seconds": round(self.seconds, 1), **extra}
         if rank() == 0:
-            append(self.metrics, rows)
+            append(self.metrics, [*rows[:-1], self.row])
             if not (self.folder / "views.png").exists():
                 draw_views(self.folder / "views.png", self)
-
-        self.row = rows[-1]
-        self.words = {name: f"{self.row[name]:.3f}" for name in names}
-        self.bar.set_postfix(epoch=self.row["epoch"] + 1, **self.words, **self.knn)
+        self.shown |= {name: f"{self.row[name]:.3f}" for name in self.columns}
+        self.bar.set_postfix(epoch=row["epoch"] + 1, **self.shown)
 
     def save(self):
         """last.pt: everything that resume needs. Refuses weights that are not finite, so the last
@@ -1986,28 +1357,27 @@ class Run:
             "state": {name: part.state_dict() for name, part in self.state.items()},
             "settings": self.settings,
             "baselines": self.baselines,
-            "untrained": self.untrained,
             "step": self.step,
             "seconds": self.seconds,
         }
-        replace_file(self.last, lambda file: torch.save(saved, file))
+        save_tensors(self.last, saved)
 
     def end_epoch(self, epoch):
         """kNN when it is due, metrics, checkpoint; one printed line if there is no progress bar."""
         done = epoch + 1
         found = {}
+        self.shown.pop("knn20", None)
         if self.data.test and done % self.args.eval_every == 0 and done < self.args.epochs:
             found = self.evaluate(self.model.backbone, only_knn=True)
-            self.knn = {"knn20": f"{found['knn20']:.1f}"}
+            self.shown["knn20"] = f"{found['knn20']:.1f}"
         self.flush(**found)
         self.save()
         self.loader.reader.count_together()
 
         if self.bar.disable:
-            knn = f"  knn20 {found['knn20']:.1f}" if found else ""
-            words = "  ".join(f"{name} {word}" for name, word in self.words.items())
-            rate = f"{self.row['images_per_s']:.0f} images/s"
-            print0(f"epoch {done}/{self.args.epochs}  {words}  {rate}  {self.seconds:.0f} s{knn}")
+            words = "  ".join(f"{name} {word}" for name, word in self.shown.items())
+            rate = f"{self.row['images_per_s']:.0f} images/s  {self.seconds:.0f} s"
+            print0(f"epoch {done}/{self.args.epochs}  {rate}  {words}")
         if found and rank() == 0:
             draw_curve(self.folder / "curve.png", self)
 
@@ -2023,12 +1393,15 @@ class Run:
                 "evaluation": self.evaluate(self.model.backbone),
                 **self.baselines,
                 "train_seconds": round(self.seconds, 1),
-                "unreadable_files": len(self.loader.reader.broken),
+                "unreadable_files": len(self.loader.reader.broken.met),
             }
             lines.append(last)
             draw_neighbours(self.folder / "neighbours.png", self)
             if rank() == 0:
-                self.save_backbone()
+                about = {"method": self.name, "data": self.data.name}
+                about |= {"arch": self.args.arch, "size": self.args.size}
+                weights = self.model.backbone.state_dict()
+                save_tensors(self.folder / "backbone.pt", {**about, "weights": weights})
                 append(self.metrics, [last])  # at the end: it marks the run as complete
         if rank() == 0:
             draw_curve(self.folder / "curve.png", self)
@@ -2037,18 +1410,6 @@ class Run:
         print0(f"{self.folder}: {', '.join(files)}")
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def save_backbone(self):
-        """backbone.pt, which load_backbone reads."""
-        saved = {
-            "method": self.name,
-            "arch": self.args.arch,
-            "size": self.args.size,
-            "data": self.data.name,
-            "weights": {name: w.cpu() for name, w in self.model.backbone.state_dict().items()},
-        }
-        replace_file(self.folder / "backbone.pt", lambda file: torch.save(saved, file))
-
 
 def lock(folder):
     """Exits with a one-line message if another process writes into a run folder. The lock is gone
@@ -2071,32 +1432,32 @@ def lock(folder):
 
 def one_line(kind, error, traceback):
     """In place of a traceback, for what a user can cause: one sentence. See sys.excepthook."""
-    if issubclass(kind, KeyboardInterrupt):
-        text = "stopped: the same command continues"
-    elif issubclass(kind, BrokenPipeError):
+    if issubclass(kind, BrokenPipeError):
         sys.stdout = open(os.devnull, "w")  # or Python would complain once more at its end
-        text = "error: nobody reads the output any more; the same command continues"
-    elif issubclass(kind, torch.OutOfMemoryError | MemoryError) or "t allocate mem" in str(error):
-        text = "error: out of memory: choose a smaller --batch, --size, --arch or --bank"
-    elif issubclass(kind, RuntimeError) and " by peer" in str(error):
-        text = "error: another process has ended; its message says why"
-    elif issubclass(kind, OSError) and error.strerror:
-        text = f"error: {error.filename or 'a file'}: {error.strerror}"
-    else:
-        return sys.__excepthook__(kind, error, traceback)
-    print(f"\n{text}", file=sys.stderr)
+    known = (
+        (KeyboardInterrupt, "", "stopped: the same command continues"),
+        (BrokenPipeError, "", "error: nobody reads the output any more"),
+        (MemoryError, "", OUT_OF_MEMORY),
+        (torch.OutOfMemoryError, "", OUT_OF_MEMORY),
+        (RuntimeError, "t allocate mem", OUT_OF_MEMORY),
+        (RuntimeError, " by peer", "error: another process has ended; its message says why"),
+        (OSError, "", f"error: {error}"),
+    )
+    for cause, words, text in known:
+        if issubclass(kind, cause) and words in str(error):
+            return warn(f"\n{text}")
+    sys.__excepthook__(kind, error, traceback)
 
 
 def table(results, name=None):
     """Results of evaluate() as text: raw pixels, random init and, if named, the method."""
-    rows = {"raw pixels": results["pixels"], "random init": results["random_init"]}
-    if name:
-        rows[name] = results["evaluation"]
+    rows = {"raw pixels": "pixels", "random init": "random_init"}
+    rows |= {name: "evaluation"} if name else {}
     columns = ("knn20", "knn200", "linear", "retrieval1", "retrieval5", "rankme")
     heads = [head for head in columns if head in results["pixels"]]
     lines = [" " * 14 + "".join(f"{head:>11}" for head in heads)]
-    for row, values in rows.items():
-        lines.append(f"{row:14}" + "".join(f"{values[head]:11.1f}" for head in heads))
+    for row, part in rows.items():
+        lines.append(f"{row:14}" + "".join(f"{results[part][head]:11.1f}" for head in heads))
     return "\n".join(lines)
 
 
@@ -2111,13 +1472,23 @@ def read_lines(path):
     return [line for line in lines if isinstance(line, dict)]
 
 
+def as_lines(rows):
+    """Dicts -> JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def append(path, rows):
     """Adds dicts to a file as JSON lines."""
     try:
         with open(path, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write(as_lines(rows))
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror}); what was saved before is kept")
+
+
+def save_tensors(path, content):
+    """A dict with tensors, which torch.load reads with weights_only=True."""
+    replace_file(path, lambda file: torch.save(content, file))
 
 
 def replace_file(path, write):
@@ -2137,8 +1508,8 @@ def replace_file(path, write):
 
 
 def versions():
-    modules = {"torch": torch, "torchvision": torchvision, "numpy": np}
-    return {"python": platform.python_version()} | {k: m.__version__ for k, m in modules.items()}
+    known = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"python": platform.python_version(), "numpy": np.__version__, **known}
 
 
 def commit():
@@ -2153,42 +1524,36 @@ def commit():
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(": ")[2]
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    name = found[1] if found else platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
-def save_grid(path, rows, columns=(), names=(), green=(), note=""):
-    """Saves rows of images (3, h, w) in [0, 1] as a picture with its words. The first column is set
-    apart. columns: a heading for each; names: a word per row; green: places (row, column) that are
-    framed in green; note: a line below."""
+def save_grid(path, rows, columns, green=None, note=""):
+    """Saves rows of images (3, h, w) in [0, 1] as a picture with its words. columns: a heading for
+    each; the first one is set apart. green: bool (rows, columns), which images have a green frame.
+    note: a line below."""
     font = ImageFont.load_default(size=13)
     side = max(64, *[image.shape[2] for image in rows[0]])
-    left = 12 + round(max([font.getlength(name) for name in names], default=0))
     cell = side + 8
-    xs = [left] + [left + 16 + c * cell for c in range(1, len(rows[0]))]
-    ys = [26 + r * cell for r in range(len(rows))]
-    width = max(xs[-1] + side + 8, round(font.getlength(note)) + 16)
-    picture = Image.new("RGB", (width, ys[-1] + side + 32), "white")
+    width = max(len(columns) * cell + 24, round(font.getlength(note)) + 16)
+    picture = Image.new("RGB", (width, len(rows) * cell + 52), "white")
     draw = ImageDraw.Draw(picture)
-
-    for x, heading in zip(xs, columns):
-        draw.text((x + side // 2, 5), heading, "black", font, anchor="ma")
-    for y, name in zip(ys, names):
-        draw.text((6, y + side // 2), name, "black", font, anchor="lm")
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            x, y = xs[c], ys[r]
-            if (r, c) in green:
-                corners = (x - 4, y - 4, x + cell - 5, y + cell - 5)
-                draw.rectangle(corners, (0, 178, 0))
-            large = F.interpolate(image[None].float().cpu(), (side, side))[0]
-            picture.paste(TF.to_pil_image(large), (x, y))
     draw.text((8, picture.height - 20), note, "black", font)
+
+    for c, heading in enumerate(columns):
+        x = 12 + c * cell + (16 if c else 0)
+        draw.text((x + side // 2, 5), heading, "black", font, anchor="ma")
+        for r, row in enumerate(rows):
+            y = 26 + r * cell
+            if green is not None and green[r, c]:
+                frame = Image.new("RGB", (cell, cell), (0, 178, 0))
+                picture.paste(frame, (x - 4, y - 4))
+            image = row[c].float().cpu()
+            image = F.interpolate(image[None], (side, side))[0]
+            picture.paste(TF.to_pil_image(image), (x, y))
     replace_file(path, lambda file: picture.save(file, format="png"))
 
 
@@ -2201,7 +1566,7 @@ def draw_views(path, run):
     index, views = run.loader.first_shown
     shown = run.show(views)
     images, _ = next(run.loader.reader.whole(index, run.args.size))
-    rows = list(zip(images / 255, *[part.float().cpu() for part in shown.values()]))
+    rows = list(zip(images / 255, *shown.values()))
     note = f"{run.name}: the image, then what the network is shown"
     save_grid(path, rows, ["image", *shown], note=note)
 
@@ -2210,32 +1575,27 @@ def draw_neighbours(path, run):
     """Twelve test images and the eight nearest to each (drawings: by other artists), framed green
     if they show the same emoji or have the same label."""
     split = run.data.test or run.data.bank
-    x, _ = features(run.model.backbone, split, run.args.size, run.device, run.args.workers)
+    args = run.args
+    x, _ = features(run.model.backbone, split, args.size, run.device, args.workers)
     if rank() > 0:
         return
-    sample = torch.from_numpy(np.random.default_rng(0).permutation(len(x))[:12])
-    apart = split.drawing
-    if apart is None:
-        apart = torch.arange(len(x), device=x.device)
-    nearest = across_drawings(x, apart, 8, sample.to(x.device))
-    chosen_images = torch.cat([sample[:, None], nearest.cpu()], 1)  # (12, 9)
+    apart = torch.arange(len(x), device=x.device) if split.drawing is None else split.drawing
+    queries = torch.from_numpy(np.random.default_rng(0).permutation(len(x))[:12])
+    nearest = across_drawings(x, apart, 8, queries.to(x.device)).cpu()
+    shown = torch.cat([queries[:, None], nearest], 1)  # (12, 9)
 
+    note = f"{run.name}: test images, each with its nearest"
+    green = None
     meaning = split.labels if split.emoji is None else split.emoji
-    green = set()
     if meaning is not None:
-        same = meaning.cpu()[chosen_images] == meaning.cpu()[chosen_images[:, :1]]
-        same[:, 0] = False  # the query itself
-        green = set(map(tuple, same.nonzero().tolist()))
-    parts = split.images.whole(chosen_images.flatten(), run.args.size)
-    images = torch.cat([images.cpu() for images, _ in parts]) / 255
-    rows = [list(row) for row in images.split(chosen_images.shape[1])]
-
-    among = " among the drawings of other artists" if split.drawing is not None else ""
-    note = f"{run.name}: test images, each with its nearest{among}"
-    if green:
-        note += f"; green: {'the same emoji' if split.emoji is not None else 'the same label'}"
-    columns = ["test image", *[str(i) for i in range(1, chosen_images.shape[1])]]
-    save_grid(path, rows, columns, green=green, note=note)
+        green = meaning.cpu()[shown] == meaning.cpu()[queries][:, None]
+        green[:, 0] = False  # the query itself
+        what = "label" if split.emoji is None else "emoji by another artist"
+        note += f"; green: the same {what}"
+    parts = split.images.whole(shown.flatten(), run.args.size)
+    images = torch.cat([part.cpu() for part, _ in parts]) / 255
+    columns = ["test image", *map(str, range(1, shown.shape[1]))]
+    save_grid(path, images.unflatten(0, shown.shape), columns, green, note)
 
 
 def draw_curve(path, run):
@@ -2247,31 +1607,167 @@ def draw_curve(path, run):
     rows = [line for line in lines if "loss" in line]
     panels = 2 if run.data.test else 1
     figure = Figure((4.5 * panels, 3.4), dpi=110, layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    loss, *accuracy = figure.subplots(1, panels, squeeze=False)[0]
 
-    loss = axes[0]
     loss.set(xlabel="epoch", ylabel="loss", title=f"{run.name} on {run.data.name}")
     epochs = [row["step"] / run.loader.steps for row in rows]
-    loss.plot(epochs, [row["loss"] for row in rows], linewidth=0.8)
+    loss.plot(epochs, [row["loss"] for row in rows], ".-", linewidth=0.8, markersize=1)
     if run.reference_loss:
         word, value = run.reference_loss
         loss.axhline(value, color="tab:red", linestyle=":", label=f"{word}, {value:.2f}")
         loss.legend()
 
-    if run.data.test:
-        points = []
-        if run.baselines:
-            points = [(0, run.baselines["random_init"]["knn20"])]
-        points += [(row["epoch"] + 1, row["knn20"]) for row in rows if "knn20" in row]
-        for line in lines:
-            if "evaluation" in line:
-                points.append((run.args.epochs, line["evaluation"]["knn20"]))
-        accuracy = axes[1]
-        accuracy.set(xlabel="epoch", ylabel="%", title="kNN accuracy (k = 20)")
-        accuracy.plot(*zip(*points), marker="o", label=run.name)
-        baselines = (("pixels", "raw pixels", "--"), ("random_init", "random init", ":"))
-        for name, label, style in baselines if run.baselines else ():
-            value = run.baselines[name]["knn20"]
-            accuracy.axhline(value, color="gray", linestyle=style, label=label)
-        accuracy.legend()
+    for axes in accuracy:
+        points = [(row["epoch"] + 1, row["knn20"]) for row in rows if "knn20" in row]
+        if "evaluation" in lines[-1]:
+            points.append((run.args.epochs, lines[-1]["evaluation"]["knn20"]))
+        for (name, found), style in zip(run.baselines.items(), ("--", ":")):
+            axes.axhline(found["knn20"], color="gray", linestyle=style, label=name)
+        axes.plot(*zip(*points), marker="o", label=run.name)
+        axes.set(xlabel="epoch", ylabel="%", title="kNN accuracy (k = 20)")
+        axes.legend()
     replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+# -------- 7. Evaluation scripts -------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """A network to evaluate, and on which images. about: what else is known of it, for its line in
+    results.jsonl. lines: of the metrics.jsonl of its run."""
+
+    name: str
+    network: nn.Module
+    data: str
+    size: int
+    about: dict
+    lines: list = []
+
+
+def candidates(args):
+    """The networks that the command of an evaluation script asks for: raw pixels and the untrained
+    networks, once each, then the runs of args.runs. args.data and args.size, if they are given and
+    not 0, replace those of the training."""
+    runs = finished_runs(args)
+    found = {}
+    for run in runs:
+        for baseline in baselines(run, args.seed):
+            found.setdefault((baseline.name, baseline.data), baseline)
+    return [*found.values(), *runs]
+
+
+def finished_runs(args):
+    """A folder without a finished run is left out; if nothing is left, or a file is damaged, the
+    program ends before anything is measured."""
+    files = []
+    unfinished = []
+    for path in map(Path, args.runs):
+        if not path.exists():
+            fail(f"{path}: no such folder")
+        file = path / "backbone.pt" if path.is_dir() else path
+        if file.is_file():
+            files.append(file)
+        else:
+            unfinished.append(str(path))
+    if not files:
+        fail(f"no finished run in {', '.join(unfinished)}: a run writes its backbone.pt at the end")
+    for path in unfinished:
+        print0(f"left out, no finished run: {path}")
+
+    # A run is called after its folder; a second folder of that name by its path.
+    runs = {}
+    for file in dict.fromkeys(files):
+        run = read_run(file, args)
+        if run.name in runs:
+            run = run._replace(name=str(file.parent))
+        runs[run.name] = run
+    return list(runs.values())
+
+
+def read_run(file, args):
+    """The network in a backbone.pt, with what the metrics.jsonl beside it says of its training."""
+    network = load_backbone(file)
+    lines = read_lines(file.with_name("metrics.jsonl"))
+    settings = lines[0]["settings"] if lines else {}
+    size = getattr(args, "size", 0) or network.size
+    if isinstance(network, ViT) and size % network.first_layer.stride[0]:
+        side = network.first_layer.stride[0]
+        fail(f"--size {size}: choose a multiple of {side}, the side of a patch of {file}")
+    about = {
+        "method": network.method,
+        "arch": network.arch,
+        "seed": settings.get("seed"),
+        "weights": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+        "training": settings,
+    }
+    # A folder of images is recorded by its path in metrics.jsonl, by its name in backbone.pt.
+    data = args.data or settings.get("data", network.data)
+    return Candidate(file.resolve().parent.name, network, data, size, about, lines)
+
+
+def baselines(run, seed):
+    """Raw pixels, and the network of a run before training. Most methods share the networks of this
+    file; those of a method with its own bear its name."""
+    torch.manual_seed(seed)
+    method, arch, trained_size = run.network.method, run.network.arch, run.network.size
+    network = new_backbone(method, arch, trained_size).eval()
+    own = getattr(importlib.import_module(f"methods.{method}"), "backbone", backbone)
+    name = f"untrained {arch}" if own is backbone else f"untrained {arch} of {method}"
+    if run.size != trained_size:
+        name += f" made for {trained_size}"
+    about = {"arch": arch, "seed": seed}
+    return [
+        Candidate(f"raw pixels, {run.size} px", pixels(run.size), run.data, run.size, {}),
+        Candidate(f"{name}, {run.size} px", network, run.data, run.size, about),
+    ]
+
+
+class Results:
+    """The results.jsonl of an evaluation script: one line per result. What it holds is not measured
+    again, so a command that was stopped continues.
+
+    script: its name, "eval_features"; the folder is --out, by default runs/eval_features."""
+
+    # What makes two lines the same measurement.
+    IDENTITY = ("protocol", "network", "weights", "seed", "data", "settings")
+
+    def __init__(self, script, args, device):
+        self.script = script
+        self.args = args
+        self.device = device
+        self.folder = Path(args.out or f"runs/{script}")
+        self.path = self.folder / "results.jsonl"
+        self.rows = read_lines(self.path)  # a line that a kill cut short is dropped
+        barrier()  # every process has read before process 0 writes
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = as_lines(self.rows).encode()
+            replace_file(self.path, lambda file: file.write(text))
+
+    def measure(self, protocol, candidate, function, **settings):
+        """The result of function(), a dict of numbers, lists and strings: read from an earlier
+        line, or measured and written. protocol: what is measured. settings: all that the result
+        depends on besides the network and its data."""
+        row = {"protocol": protocol, "network": candidate.name, **candidate.about}
+        row |= {"data": candidate.data, "settings": {"size": candidate.size, **settings}}
+        row = json.loads(json.dumps(row))  # tuples become lists, as in a row that was read
+        place = f"{candidate.name} on {candidate.data}, {protocol}"
+        for earlier in self.rows:
+            if all(earlier.get(name) == row.get(name) for name in self.IDENTITY):
+                print0(f"{place}: already measured")
+                return earlier["result"]
+
+        print0(place)
+        began = time.perf_counter()
+        row |= {
+            "result": function(),
+            "seconds": round(time.perf_counter() - began, 1),
+            "command": " ".join([f"methods/{self.script}.py", *self.args.argv]),
+            "commit": commit(),
+            "versions": versions(),
+            "device": device_name(self.device),
+        }
+        self.rows.append(row)
+        if rank() == 0:
+            append(self.path, [row])
+        return row["result"]

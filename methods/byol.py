@@ -62,9 +62,10 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, Crop, Loader, Run, backbone, color_jitter, distribute, gaussian_blur,
-                    join_processes, load_data, normalize, parse, random_flip, random_grayscale,
-                    solarize)
+from common import ARCHS, Loader, Run, backbone, join_processes, load_data, parse
+from kernels.collectives import distribute
+from kernels.views import (Crop, color_jitter, gaussian_blur, normalize, random_flip,
+                           random_grayscale, solarize)
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -214,7 +215,8 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
     total = args.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 def target_decay(step, args, steps_per_epoch):

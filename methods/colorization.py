@@ -66,9 +66,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 import common
-from common import (ARCHS, VITS, Crop, Loader, Run, ViT, all_reduce_sum, denormalize, distribute,
-                    fail, first_batch, join_processes, load_data, normalize, parse, patch_side,
-                    random_flip, rank, save_grid, whole_image, world)
+from common import (ARCHS, VITS, Loader, Run, ViT, fail, first_batch, join_processes, load_data,
+                    parse, patch_side, save_grid)
+from kernels.collectives import all_reduce_sum, distribute, rank, world
+from kernels.views import Crop, denormalize, normalize, random_flip, whole_image
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -184,7 +185,7 @@ def feature_maps(net, x):
     """Yields four maps (n, channels, h, w): after a ResNet's stages, or a ViT's patches after four
     evenly spaced blocks."""
     if isinstance(net, ViT):
-        ends = [net.depth * quarter // 4 for quarter in (1, 2, 3, 4)]
+        ends = [len(net.blocks) * quarter // 4 for quarter in (1, 2, 3, 4)]
         x = net.embed(x)  # (n, 1 + L, D)
         for depth, block in enumerate(net.blocks, 1):
             x = block(x)
@@ -301,7 +302,8 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
     total = args.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 def show(views):

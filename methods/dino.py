@@ -59,10 +59,11 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, METHOD, VITS, Crop, Loader, Run, all_reduce_sum, backbone, color_jitter,
-                    denormalize, distribute, fail, first_batch, gaussian_blur, init_normal,
-                    join_processes, load_data, normalize, parse, patch_side, random_flip,
-                    random_grayscale, rank, save_grid, solarize, whole_image, world)
+from common import (ARCHS, VITS, Loader, Run, backbone, fail, first_batch, init_normal,
+                    join_processes, load_data, parse, patch_side, save_grid)
+from kernels.collectives import all_reduce_sum, distribute, rank, world
+from kernels.views import (METHOD, Crop, color_jitter, denormalize, gaussian_blur, normalize,
+                           random_flip, random_grayscale, solarize, whole_image)
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -274,7 +275,8 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
     total = args.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 def overlay(images, maps):
@@ -339,7 +341,7 @@ def main(argv=None):
             u = None
             if args.drop_path:
                 rand = loader.random(epoch, step, 0, METHOD)
-                u = rand.uniform(columns=(len(crops), model.backbone.depth, 2))
+                u = rand.uniform(columns=(len(crops), len(model.backbone.blocks), 2))
                 u = u.transpose(0, 1).to(device, non_blocking=True)  # (V, n, depth, 2)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

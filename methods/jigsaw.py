@@ -60,8 +60,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 import common
-from common import (ARCHS, AUGMENT, VITS, Crop, Loader, Run, column, denormalize, distribute, fail,
-                    join_processes, load_data, normalize, parse, patch_side, random_flip)
+from common import ARCHS, VITS, Loader, Run, fail, join_processes, load_data, parse, patch_side
+from kernels.collectives import distribute
+from kernels.views import AUGMENT, Crop, column, denormalize, normalize, random_flip
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -244,7 +245,8 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
     total = args.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 def show(views):

@@ -53,13 +53,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 import common
-from common import (METHOD, VITS, BatchRandom, Block, Crop, Loader, Run, denormalize, distribute,
-                    fail, first_batch, init_xavier, join_processes, load_data, normalize, parse,
-                    patch_side, print0, random_flip, rank, save_grid, sincos_positions,
-                    whole_image, world)
+from common import (VITS, Block, Loader, Run, fail, first_batch, init_xavier, join_processes,
+                    load_data, parse, patch_side, print0, save_grid, sincos_positions)
 from kernels import implementation
+from kernels.collectives import distribute, rank, world
 from kernels.mae_mask import masked_patch_mse  # mae_loss below, fused
 from kernels.mae_mask import random_masking, restore_tokens
+from kernels.views import (METHOD, BatchRandom, Crop, denormalize, normalize, random_flip,
+                           whole_image)
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -262,7 +263,8 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
     total = args.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 @torch.no_grad()

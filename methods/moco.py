@@ -64,11 +64,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, METHOD, Crop, Loader, Run, all_reduce_sum, backbone, color_jitter,
-                    denormalize, distribute, fail, gather, gaussian_blur, join_processes, load_data,
-                    normalize, parse, print0, random_flip, random_grayscale, world)
+from common import ARCHS, Loader, Run, backbone, fail, join_processes, load_data, parse, print0
 from kernels import implementation
+from kernels.collectives import all_reduce_sum, distribute, gather, world
 from kernels.infonce import moco_loss  # info_nce below, fused
+from kernels.views import (METHOD, Crop, color_jitter, denormalize, gaussian_blur, normalize,
+                           random_flip, random_grayscale)
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 

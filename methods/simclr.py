@@ -51,11 +51,12 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, Crop, Loader, Run, backbone, color_jitter, distribute, gaussian_blur,
-                    join_processes, load_data, normalize, parse, print0, random_flip,
-                    random_grayscale)
+from common import ARCHS, Loader, Run, backbone, join_processes, load_data, parse, print0
 from kernels import implementation
+from kernels.collectives import distribute
 from kernels.infonce import simclr_loss  # nt_xent below, fused
+from kernels.views import (Crop, color_jitter, gaussian_blur, normalize, random_flip,
+                           random_grayscale)
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -171,7 +172,8 @@ def learning_rate(step, args, steps_per_epoch):
     total = args.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 def main(argv=None):

@@ -59,11 +59,13 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, VITS, Crop, Loader, Run, backbone, color_jitter, denormalize, distribute,
-                    fail, gather, gaussian_blur, join_processes, load_data, normalize, parse,
-                    patch_side, print0, random_flip, random_grayscale, rank, world)
+from common import (ARCHS, VITS, Loader, Run, backbone, fail, join_processes, load_data, parse,
+                    patch_side, print0)
 from kernels import implementation
+from kernels.collectives import distribute, gather, rank, world
 from kernels.sinkhorn import assignment_cross_entropy, sinkhorn_potentials
+from kernels.views import (Crop, color_jitter, denormalize, gaussian_blur, normalize, random_flip,
+                           random_grayscale)
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -275,7 +277,8 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
     total = args.epochs * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 
 def main(argv=None):

@@ -31,7 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import BICUBIC, CORES, MEAN, STD, InMemory, Loader, Split, device_name, load_data
+from common import InMemory, Loader, Split, device_name, load_data
+from kernels.readers import CORES
+from kernels.views import BICUBIC, MEAN, STD
 from methods.simclr import views
 
 STRENGTH = 0.5

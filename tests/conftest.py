@@ -41,7 +41,9 @@ if not torch.cuda.is_available():
 from torchvision.utils import save_image  # noqa: E402
 
 import common  # noqa: E402
-from common import BatchRandom, Data, InMemory, Split, load_data, rank  # noqa: E402
+from common import Data, InMemory, Split, load_data  # noqa: E402
+from kernels.collectives import rank  # noqa: E402
+from kernels.views import BatchRandom  # noqa: E402
 
 CPU = torch.device("cpu")
 

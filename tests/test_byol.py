@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from conftest import CPU, arguments, call_main, double_precision, noise, tiny_data
 from torch import nn
 
-from common import BatchRandom, Loader
+from common import Loader
+from kernels.views import BatchRandom
 from methods import byol
 
 BATCH, SIZE, STEPS, LR, DECAY, TAU, TRUST = 12, 16, 3, 40.0, 1e-3, 0.9, 1e-3

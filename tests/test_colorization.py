@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 import common
-from common import Data, Files, InMemory, Loader, Split, denormalize, normalize
+from common import Data, Files, InMemory, Loader, Split
+from kernels.views import denormalize, normalize
 from methods import colorization
 
 BATCH, SIZE = 6, 16
@@ -182,10 +183,10 @@ def test_count_is_that_of_the_whole_batch(bins, monkeypatch, world):
     assert alone.sum() == 3 * BATCH * (SIZE // 4) ** 2 and (alone > 0).sum() > 50
 
     parts = []
-    monkeypatch.setattr(common, "world", lambda: world)
+    monkeypatch.setattr("kernels.views.world", lambda: world)
     monkeypatch.setattr(colorization, "all_reduce_sum", lambda x: parts.append(x) or alone)
     for process in range(world):
-        monkeypatch.setattr(common, "rank", lambda process=process: process)
+        monkeypatch.setattr("kernels.views.rank", lambda process=process: process)
         assert torch.equal(count_here(bins), alone)
     assert len(parts) == world and torch.equal(sum(parts), alone)
     assert all(part.sum() == alone.sum() / world for part in parts)

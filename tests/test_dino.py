@@ -13,7 +13,8 @@ from conftest import Recorder, arguments, noise
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from common import backbone, denormalize
+from common import backbone
+from kernels.views import denormalize
 from methods import dino
 
 K = 8
@@ -170,7 +171,7 @@ def test_drop_path_keeps_the_expectation_of_a_branch():
 
 def test_drop_path_is_the_students_alone_and_each_crop_has_its_own_numbers():
     model = make("vit_micro", drop_path=0.5)
-    depth = model.backbone.depth
+    depth = len(model.backbone.blocks)
     keep = torch.full((3, 4, depth, 2), 0.99, dtype=torch.float64)
     with torch.no_grad():
         plain, g_t = model(crops_of(4))

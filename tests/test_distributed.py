@@ -22,7 +22,8 @@ from conftest import (
 from torch import nn
 
 import common
-from common import SyncBatchNorm, all_reduce_sum, distribute, gather, rank, world
+from kernels.collectives import SyncBatchNorm, all_reduce_sum, distribute, gather, rank, world
+from kernels.views import Crop
 
 WORLDS = pytest.mark.parametrize("count", [1, 2, 3])
 # float64: sums of about a hundred terms of size 1, in another order
@@ -111,9 +112,7 @@ def normalised(kind, affine, x, weight):
 
 @WORLDS
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize(
-    "kind, shape", [(nn.BatchNorm1d, (6, 4)), (nn.BatchNorm2d, (6, 4, 3, 5))]
-)
+@pytest.mark.parametrize("kind, shape", [(nn.BatchNorm1d, (6, 4)), (nn.BatchNorm2d, (6, 4, 3, 5))])
 def test_synchronised_batch_norm_is_batch_norm_of_the_whole_batch(
     processes, count, kind, shape, affine
 ):
@@ -215,9 +214,9 @@ def end_of_epoch(met):
     """The unreadable files that a process knows after an epoch in which it met met[rank], and how
     it ended."""
     reader = common.Files([f"{i}.png" for i in range(300)])
-    views = [(common.Crop(4), lambda x, rand: x)]
+    views = [(Crop(4), lambda x, rand: x)]
     loader = common.Loader(common.Split(reader), views, 20, 0, CPU)
-    reader.broken.add({f"{i}.png": "empty" for i in met[rank()]})
+    reader.broken.add([(i, f"{i}.png", "empty") for i in met[rank()]])
     run = SimpleNamespace(
         args=SimpleNamespace(epochs=3, eval_every=1),
         data=SimpleNamespace(test=None),
@@ -229,8 +228,8 @@ def end_of_epoch(met):
     try:
         common.Run.end_epoch(run, 0)
     except SystemExit as stop:
-        return set(reader.broken), stop.code
-    return set(reader.broken), 0
+        return reader.broken.met, stop.code
+    return reader.broken.met, 0
 
 
 def test_unreadable_files_of_all_processes_count_together(processes):

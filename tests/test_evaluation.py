@@ -28,6 +28,7 @@ from common import (
     pixels,
     retrieval,
 )
+from kernels.views import normalize
 
 # percent: four standard deviations of 2,000 guesses among ten classes
 CHANCE = 4 * 100 * math.sqrt(0.1 * 0.9 / 2000)
@@ -337,7 +338,7 @@ def test_features_are_in_index_order_and_resized():
     colour = torch.stack([index % 256, index // 256, 0 * index], 1).to(torch.uint8)[
         :, :, None, None
     ]
-    expected = common.normalize(colour / 255).expand(-1, -1, 4, 4).flatten(1)
+    expected = normalize(colour / 255).expand(-1, -1, 4, 4).flatten(1)
     for side in (4, 7):
         images = InMemory(colour.expand(-1, -1, side, side).contiguous())
         x, readable = features(pixels(4), Split(images), 4, CPU)

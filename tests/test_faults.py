@@ -20,7 +20,9 @@ from conftest import CPU, ROOT, method
 from PIL import Image
 
 import common
-from common import Crop, Files, Loader, Split, load_data, read_lines, replace_file
+from common import Files, Loader, Split, load_data, read_lines, replace_file
+from kernels import readers
+from kernels.views import Crop
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
@@ -109,7 +111,7 @@ def test_folders_that_are_not_what_they_seem(tmp_path, capsys):
     assert "no images found in train/" in sentence(capsys, load_data, str(folder), "", CPU)
     folder = write(tmp_path / "b", *classes("training/"), *classes("validation/"))
     text = sentence(capsys, load_data, str(folder), "", CPU)
-    assert "validation/ looks like the test images" in text and "no train/" in text
+    assert "one looks like test images" in text and "no train/" in text
     folder = write(tmp_path / "d", *classes("train/"))
     (folder / "val").symlink_to("train")
     text = sentence(capsys, load_data, str(folder), "", CPU)
@@ -188,7 +190,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError) as caught:
         load_data(str(folder), "", CPU)
-    assert said(caught.value) == f"error: {folder / 'bee'}: Permission denied"
+    assert said(caught.value) == f"error: [Errno 13] Permission denied: '{folder / 'bee'}'"
 
 
 def test_reasons_of_unreadable_files(tmp_path, monkeypatch):
@@ -197,18 +199,18 @@ def test_reasons_of_unreadable_files(tmp_path, monkeypatch):
     (tmp_path / "link.png").symlink_to("nowhere.png")
     write(tmp_path, "small.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # load_picture sets it; to be restored
-    monkeypatch.setattr(common, "MAX_PIXELS", 31)  # 64 pixels are more than twice as many
+    monkeypatch.setattr("kernels.readers.MAX_PIXELS", 31)  # 64 pixels are more than twice as many
     words = {
         "pipe.png": "not a regular file",
         "link.png": "No such file",
         "small.png": "(64 pixels) exceeds limit of 62 pixels, could be decompression bomb",
     }
     for name, expected in words.items():
-        picture, reason = common.try_picture(str(tmp_path / name))
+        picture, reason = readers.try_picture(str(tmp_path / name))
         assert picture is None and expected in reason and "Traceback" not in reason
-    assert "MAX_PIXELS in common.py" in reason
-    monkeypatch.setattr(common, "MAX_PIXELS", 64)
-    assert common.try_picture(str(tmp_path / "small.png"))[0].size == (8, 8)
+    assert "MAX_PIXELS in kernels/readers.py" in reason
+    monkeypatch.setattr("kernels.readers.MAX_PIXELS", 64)
+    assert readers.try_picture(str(tmp_path / "small.png"))[0].size == (8, 8)
 
 
 # -------- Processes that decode -------------------------------------------------------------------
@@ -219,13 +221,14 @@ def test_small_shared_memory_is_refused_before_anything_waits(monkeypatch, capsy
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os.path, "isdir", lambda path: True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64e6))
-    text = sentence(capsys, common.check_shared_memory, 4, 10e6)
+    monkeypatch.setattr(readers, "CORES", 4)
+    text = sentence(capsys, readers.decoding, [], 4, 1, 10e6)
     for words in ("/dev/shm has 64 MB, 4 workers need 120 MB", "--shm-size", "--workers 0"):
         assert words in text
-    common.check_shared_memory(2, 10e6)
-    common.check_shared_memory(0, 1e12)
+    readers.decoding([], 2, 1, 10e6)
+    readers.decoding([], 0, 1, 1e12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # processes of torchrun that share it
-    sentence(capsys, common.check_shared_memory, 2, 11e6)
+    sentence(capsys, readers.decoding, [], 2, 1, 11e6)
 
 
 class Misbehaving:
@@ -244,10 +247,10 @@ class Misbehaving:
 
 @pytest.mark.parametrize("how", ["dies", pytest.param("hangs", marks=pytest.mark.thorough)])
 def test_a_worker_that_is_lost_ends_the_run(tmp_path, monkeypatch, capsys, how):
-    monkeypatch.setattr(common, "PATIENCE", 1)
+    monkeypatch.setattr(readers, "PATIENCE", 1)
     files = Files([str(write(tmp_path, f"{i}.png") / f"{i}.png") for i in range(4)])
     loader = Loader(Split(files), [(Crop(4), lambda x, rand: x)], 2, 0, CPU)
-    batches = files.batches(loader.plan, [Misbehaving(how)], CPU, 1)
+    batches = files.batches(loader, [Misbehaving(how)], CPU, 1)
     text = sentence(capsys, next, batches)
     assert "the processes that decode images have failed (DataLoader " in text
     assert "--workers 0" in text
@@ -296,13 +299,16 @@ def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
 # -------- Half a launcher -------------------------------------------------------------------------
 
 HALF = [
-    ({"WORLD_SIZE": "4"}, "not RANK, MASTER_ADDR, MASTER_PORT"),
-    ({"RANK": "0"}, "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "not MASTER_PORT"),
+    ({"WORLD_SIZE": "4"}, "only WORLD_SIZE are set"),
+    ({"RANK": "0"}, "only RANK are set"),
+    (
+        {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"},
+        "only RANK, WORLD_SIZE, MASTER_ADDR are set",
+    ),
     ({"SLURM_STEP_NUM_TASKS": "4"}, "srun has started several tasks"),
     (
         {"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
-        "cannot join (invalid literal for int() with base 10: 'two'): RANK, WORLD_SIZE",
+        "cannot join by torchrun's variables (invalid literal for int() with base 10: 'two')",
     ),
 ]
 ALONE = [
@@ -343,7 +349,7 @@ def test_more_processes_than_gpus(environment, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     text = sentence(capsys, common.join_processes, 0)
-    assert "LOCAL_RANK is 2, but there are 2 GPUs" in text
+    assert "LOCAL_RANK is 2: start one process per GPU" in text
 
 
 # -------- Disks -----------------------------------------------------------------------------------
@@ -405,8 +411,8 @@ NOT_FOUND = FileNotFoundError(errno.ENOENT, "No such file or directory", "here/l
 SAID = [
     (KeyboardInterrupt(), "stopped: the same command continues"),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), "error: nobody reads the output any more"),
-    (FULL, "error: a file: No space left on device"),
-    (NOT_FOUND, "error: here/last.part: No such file or directory"),
+    (FULL, "error: [Errno 28] No space left on device"),
+    (NOT_FOUND, "error: [Errno 2] No such file or directory: 'here/last.part'"),
     (
         RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:29896."),
         "error: another process has ended",

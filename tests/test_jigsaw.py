@@ -10,7 +10,8 @@ import torch
 from conftest import CPU, arguments, noise
 
 import common
-from common import AUGMENT, BatchRandom, Data, InMemory, Loader, Split, denormalize
+from common import Data, InMemory, Loader, Split
+from kernels.views import AUGMENT, BatchRandom, denormalize
 from methods import jigsaw
 
 BATCH, SIZE, TILE = 6, 36, 8
@@ -262,8 +263,8 @@ def test_labels_of_the_loop_are_those_of_the_views(monkeypatch, P, process, worl
         return cut_tiles(x, top, left, tile)
 
     monkeypatch.setattr(jigsaw, "cut_tiles", see_tiles)
-    monkeypatch.setattr(common, "rank", lambda: process)
-    monkeypatch.setattr(common, "world", lambda: world)
+    monkeypatch.setattr("kernels.views.rank", lambda: process)
+    monkeypatch.setattr("kernels.views.world", lambda: world)
     loader = Loader(random_images().train, jigsaw.views(settings(), P), BATCH, 3, CPU)
     for epoch, done in ((0, 0), (1, 0), (1, 3)):
         for step, _ in loader(epoch, done):

@@ -13,8 +13,9 @@ from conftest import CPU, arguments, double_precision, noise, tiny_data
 from torch import nn
 
 import common
-from common import MEAN, STD, BatchRandom, Data, InMemory, Loader, Split, sincos_positions
+from common import Data, InMemory, Loader, Split, sincos_positions
 from kernels.mae_mask import gather_tokens, restore_tokens
+from kernels.views import MEAN, STD, BatchRandom
 from methods import mae
 
 BATCH, SIZE, P = 12, 16, 4  # 4 x 4 patches, of which 4 are visible

@@ -21,7 +21,9 @@ from conftest import (
 )
 from torch import nn
 
-from common import BatchRandom, Loader, all_reduce_sum, backbone, distribute, gather, rank, world
+from common import Loader, backbone
+from kernels.collectives import all_reduce_sum, distribute, gather, rank, world
+from kernels.views import BatchRandom
 from methods import moco
 
 BATCH, GROUP, SIZE, QUEUE, M = 12, 4, 16, 20, 0.9  # three groups; two batches overrun the queue

@@ -174,14 +174,14 @@ def test_a_name_that_is_not_among_the_choices(flag, capsys):
 # -------- Help ------------------------------------------------------------------------------------
 
 IN_HELP = [
-    "the column of defaults: emoji, cifar10, paper",
-    "--batch BATCH images per step (emoji 256, cifar10 512, paper 4096)",
-    "learning rate, 100% of it (emoji 4, cifar10 1, paper 0.3)",
-    "--head-norm, --no-head-norm batch-norm in the head (emoji False, cifar10 True, paper True)",
-    "(emoji resnet14, cifar10 resnet18, paper resnet50): resnet14, resnet18, resnet50",
+    "the column of defaults",
+    "--batch BATCH images per step (256 | 512 | 4096)",
+    "learning rate, 100% of it (4 | 1 | 0.3)",
+    "--head-norm, --no-head-norm batch-norm in the head (False | True | True)",
+    "resnet14, resnet18, resnet50 (resnet14 | resnet18 | resnet50)",
     "augmentation (0)",  # of --seed: where all columns agree, the value once
     "or a folder of images",  # of --data: recipes named after a data set need not say it
-    "In brackets: the default, or the default of each recipe.",
+    "In brackets: the default, or that of each recipe, emoji | cifar10 | paper.",
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import arguments, noise
 
-from common import BatchRandom
+from kernels.views import BatchRandom
 from methods import rotnet
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

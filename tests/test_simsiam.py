@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import CPU, arguments, double_precision, noise, tiny_data
 from torch import nn
 
-from common import BatchRandom, Loader
+from common import Loader
+from kernels.views import BatchRandom
 from methods import simsiam
 
 BATCH, SIZE, DIM, STEPS = 12, 16, 8, 3
