@@ -1094,8 +1094,8 @@ def parse(doc, settings, argv=None, runs=None):
 def refuse_folder(out, data):
     """Exits with a one-line message if the folder `out` cannot be made or written, or is that of
     the data."""
-    place = Path(out).absolute()
-    if data and place == Path(data).absolute():
+    place = Path(out).resolve()
+    if data and place == Path(data).resolve():
         fail(f"--out {out}: this is the folder of --data; choose another")
     while not place.exists():
         place = place.parent
@@ -1276,12 +1276,15 @@ class Run:
         if isinstance(images, InMemory) and images.pixels.shape[3] < self.args.size:
             print0(f"note: the images are smaller than --size {self.args.size} and are enlarged")
         if rank() == 0:
-            append(self.metrics, [first])
+            replace_file(self.metrics, lambda file: file.write(as_lines([first]).encode()))
             save_tensors(self.folder / "untrained.pt", self.model.backbone.state_dict())
         self.save()
+        barrier()  # the others will read untrained.pt
 
     def measure_baselines(self):
         """Raw pixels, and the same network untrained; each is kept as soon as it is there."""
+        if len(self.baselines) == 2:
+            return
         networks = {
             "pixels": pixels(self.args.size, len(self.data.bank.images)),
             "random_init": copy.deepcopy(self.model.backbone),

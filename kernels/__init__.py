@@ -1,7 +1,9 @@
 """Fused kernels: InfoNCE (infonce.py), Sinkhorn (sinkhorn.py) and MAE masking (mae_mask.py).
 
 Each file is complete by itself: formulas, a PyTorch reference, the Triton kernels and the functions
-to call. bench.py measures them.
+to call. bench.py measures them. Three more files, in plain PyTorch, hold what every batch passes
+through: readers.py (stored images), views.py (random views, in batches on the device) and
+collectives.py (sums over processes, with exact gradients).
 
 To learn Triton read masking_kernel (mae_mask.py), then rows_kernel (sinkhorn.py), then
 lse_kernel_simple (infonce.py), then lse_kernel (infonce.py).

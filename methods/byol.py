@@ -231,7 +231,8 @@ def main(argv=None):
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)
-    model = BYOL(args.arch, args.size, args.hidden, args.dim, args.head_norm).to(device)
+    model = BYOL(args.arch, args.size, args.hidden, args.dim, args.head_norm)
+    model = model.to(device)
     online = nn.Sequential(model.backbone, model.projector)  # the target follows these two
     weights = [w for w in model.parameters() if w.requires_grad]
     kind = LARS if args.optimizer == "lars" else torch.optim.SGD

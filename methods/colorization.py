@@ -95,7 +95,8 @@ def soft_targets(ab, bins, neighbours=5, sigma=5.0):
 
 def class_weights(count, bins, lambda_, sigma=5.0):
     """Eq. 4: w (Q,) from how often each bin was seen, count (Q,)."""
-    kernel = (-torch.cdist(bins, bins).square() / (2 * sigma**2)).softmax(0)
+    distance = torch.cdist(bins, bins)
+    kernel = (-distance.square() / (2 * sigma**2)).softmax(0)
     p = kernel @ (count / count.sum())  # each column of the kernel spreads the mass of one bin
     w = 1 / ((1 - lambda_) * p + lambda_ / len(p))
     return w / (p * w).sum()
@@ -135,7 +136,10 @@ def rgb_to_lab(x):
     straight = xyz * (29 / 6) ** 2 / 3 + 4 / 29  # a straight line for dark colours
     f = torch.where(xyz > (6 / 29) ** 3, root, straight)
     fx, fy, fz = f.unbind(1)
-    return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], 1)
+    L = 116 * fy - 16
+    a = 500 * (fx - fy)
+    b = 200 * (fy - fz)
+    return torch.stack([L, a, b], 1)
 
 
 def lab_to_rgb(lab):
@@ -205,8 +209,9 @@ class Colorizer(nn.Module):
         self.backbone = backbone(arch, size)
         self.side = size // 4
         D = self.backbone.out_dim
-        # the channels of the four maps
-        channels = [D, D, D, D] if arch in VITS else [D // 8, D // 4, D // 2, D]
+        channels = [D // 8, D // 4, D // 2, D]  # of the four maps
+        if arch in VITS:
+            channels = [D, D, D, D]
         self.lateral = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
         self.head = nn.Sequential(
             nn.BatchNorm2d(width),

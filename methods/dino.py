@@ -144,7 +144,8 @@ class DINO(nn.Module):
         # The teacher sees the large crops only.
         with torch.no_grad():
             teacher = self.head(self.backbone(torch.cat(crops[:2])))  # (2n, K)
-        return student.unflatten(0, (len(crops), -1)), teacher.unflatten(0, (2, -1))
+        student = student.unflatten(0, (len(crops), -1))
+        return student, teacher.unflatten(0, (2, -1))
 
     def features(self, crops, u):
         """The student's features of crops of one size, one after the other."""
@@ -296,7 +297,8 @@ def draw_attention(path, run):
     last block, relative to its largest value."""
     split = run.data.test or run.data.bank
     view = whole_image(run.args.size, lambda x, rand: normalize(x))
-    (x,) = first_batch(split, [view], 8 * world(), run.args.seed, run.device)
+    count = 8 * world()
+    (x,) = first_batch(split, [view], count, run.args.seed, run.device)
     maps = run.model.backbone.attention(x).float()  # (8, heads, grid, grid)
     maps = maps / maps.amax((2, 3), keepdim=True)
     maps = F.interpolate(maps, x.shape[2:])  # (8, heads, H, H)

@@ -136,7 +136,8 @@ def permutation_set(count):
     (Algorithm 1). Begins with the identity, then adds one at a time: of all 9! permutations the one
     with the largest sum of Hamming distances (places that differ) to those chosen. Ties are broken
     by the largest minimum distance, then by lexicographic order. No random number."""
-    every = np.array(list(itertools.permutations(range(9))), np.int8).T.copy()  # (9, 362880)
+    orders = list(itertools.permutations(range(9)))
+    every = np.array(orders, np.int8).T.copy()  # (9, 362880)
     total = np.zeros(every.shape[1], np.int32)
     least = np.full(every.shape[1], 9, np.int8)
     chosen = [0]
@@ -260,7 +261,8 @@ def main(argv=None):
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
     P = permutation_set(args.perms)
-    loader = Loader(data.train, views(args, P), args.batch, args.seed, device, args.workers)
+    shuffled = views(args, P)
+    loader = Loader(data.train, shuffled, args.batch, args.seed, device, args.workers)
     model = Jigsaw(args.arch, args.size, args.dim, args.perms).to(device)
     weights = model.parameters()
     optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)

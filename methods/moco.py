@@ -126,8 +126,10 @@ class SplitBatchNorm(_NormBase):
                 self.running_var.lerp_(unbiased.mean(0), self.momentum)
 
             # Each image is scaled by the deviation of its group.
-            scale = member @ torch.rsqrt(variance + self.eps) * self.weight  # (n, C)
-            x = torch.addcmul(self.bias[:, None, None], x, scale[:, :, None, None])
+            scale = member @ torch.rsqrt(variance + self.eps)  # (n, C)
+            scale = scale * self.weight
+            bias = self.bias[:, None, None]
+            x = torch.addcmul(bias, x, scale[:, :, None, None])
         return x.to(dtype)
 
     def normalise_whole_groups(self, x):

@@ -412,7 +412,7 @@ def test_picture_shows_truth_lightness_and_prediction(tmp_path, monkeypatch, in_
 def test_picture_of_a_process_has_twelve_images(tmp_path, monkeypatch):
     """Process 0 of 3 draws for all: it is not short of images because it has a share of a batch."""
     rows = []
-    monkeypatch.setattr(common, "world", lambda: 3)
+    monkeypatch.setattr("kernels.views.world", lambda: 3)
     monkeypatch.setattr(colorization, "world", lambda: 3)
     monkeypatch.setattr(colorization, "save_grid", lambda path, shown, *_, **__: rows.extend(shown))
     pixels = random_data().train.images.pixels.repeat(2, 1, 1, 1)  # 36

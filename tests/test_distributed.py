@@ -224,6 +224,7 @@ def end_of_epoch(met):
         flush=lambda **found: None,
         save=lambda: None,
         bar=SimpleNamespace(disable=False),
+        shown={},
     )
     try:
         common.Run.end_epoch(run, 0)

@@ -110,8 +110,8 @@ def test_values_are_those_of_evaluate(tmp_path):
 
     # what a line records
     row = found.rows[2]
-    assert row["protocol"] == "features" and row["data"] == "emoji" and row["images"] == [40, 16]
-    assert row["settings"] == {"size": 8} and row["seed"] == 3 and row["training"]["epochs"] == 2
+    assert row["protocol"] == "features" and row["data"] == "emoji"
+    assert row["settings"] == {"size": 8, "images": [40, 16]} and row["seed"] == 3 and row["training"]["epochs"] == 2
     assert row["versions"]["torch"] == torch.__version__ and "commit" in row
     assert row["command"].startswith(f"methods/eval_features.py {folders[0]} {folders[1]} --out")
     assert found.rows[1]["seed"] == 0
@@ -181,7 +181,7 @@ def test_continues_after_a_kill_and_measures_nothing_twice(tmp_path):
     found = run_script(tmp_path / "a", "--out", out, evaluate=counter)
     assert len(counter.sizes) == 1 and len(found.rows) == 3
     assert (out / "results.jsonl").read_text().startswith(whole)
-    assert found.out.count(": already measured") == 2 and found.out.count(": evaluating") == 1
+    assert found.out.count(": already measured") == 2
     again = run_script(tmp_path / "a", "--out", out, evaluate=no_evaluation)
     assert again.code == 0 and again.rows == found.rows
     assert again.out.splitlines()[-6:] == found.out.splitlines()[-6:]  # the same table

@@ -111,11 +111,11 @@ def test_folders_that_are_not_what_they_seem(tmp_path, capsys):
     assert "no images found in train/" in sentence(capsys, load_data, str(folder), "", CPU)
     folder = write(tmp_path / "b", *classes("training/"), *classes("validation/"))
     text = sentence(capsys, load_data, str(folder), "", CPU)
-    assert "one looks like test images" in text and "no train/" in text
+    assert "one looks like test images" in text
     folder = write(tmp_path / "d", *classes("train/"))
     (folder / "val").symlink_to("train")
     text = sentence(capsys, load_data, str(folder), "", CPU)
-    assert "val/ and train/ are the same folder" in text
+    assert "train/ and val/ are the same folder" in text
     folder = write(tmp_path / "c", *[f"class{i}/0.png" for i in range(3)])
     text = sentence(capsys, load_data, str(folder), "", CPU)
     assert "one image per class leaves none for training" in text
@@ -307,7 +307,13 @@ HALF = [
     ),
     ({"SLURM_STEP_NUM_TASKS": "4"}, "srun has started several tasks"),
     (
-        {"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        {
+            "RANK": "0",
+            "WORLD_SIZE": "two",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "29500",
+            "TORCHELASTIC_RUN_ID": "1",
+        },
         "cannot join by torchrun's variables (invalid literal for int() with base 10: 'two')",
     ),
 ]
@@ -476,7 +482,7 @@ def test_where_the_results_go_is_checked_first(tmp_path, capsys, monkeypatch):
     parse("--out", tmp_path / "new" / "and newer")
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     text = sentence(capsys, parse, "--out", tmp_path / "new" / "run")
-    assert f"no right to write in {tmp_path}" in text
+    assert f"{tmp_path} is a file, or you may not write there" in text
     assert not (tmp_path / "new").exists()
 
 

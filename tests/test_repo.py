@@ -179,12 +179,13 @@ def test_bench_views_runs(monkeypatch, capsys):
     module = load("tests/bench_views.py")
     cases = {"32 px": (32, 32, 8, 4, 0.0), "224 px, PIL's blur": (48, 40, 4, 2, 0.5)}
     monkeypatch.setattr(module, "CASES", cases)
+    monkeypatch.setattr(module, "STEP", (16, 8, 4))
     monkeypatch.setattr(sys, "argv", ["bench_views.py", "--threads", "1", "--repeats", "1"])
     module.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and torch.__version__ in lines[0]
-    for line in lines[2:]:
-        ours, theirs, ratio = re.search(r"(\d+) +(\d+) +([\d.]+)x$", line).groups()
+    assert len(lines) == 6 and torch.__version__ in lines[0]
+    for line in lines[2:4] + lines[5:]:
+        ours, theirs, ratio = re.search(r"(\d+) +(\d+) +([\d.]+)x", line).groups()
         assert int(ours) > 0 and int(theirs) > 0 and float(ratio) > 0
 
 

@@ -534,7 +534,7 @@ def test_the_same_folder_written_differently_continues(quick_run, tmp_path, monk
     for other in ("./base", "base/", tmp_path / "base"):
         assert quick_run("--data", other).code == 0, other
     found = quick_run("--data", "case")
-    assert found.code == 1 and "data base, now case" in found.err
+    assert found.code == 1 and f"data {tmp_path / 'base'}, now case" in found.err
 
 
 def test_a_checkpoint_that_cannot_be_opened_may_be_sound(quick_run, tmp_path, monkeypatch):

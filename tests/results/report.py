@@ -384,34 +384,45 @@ def short_table(rows):
 
 
 def full_table(rows, data):
-    """Everything that was measured on one data set, beside raw pixels and untrained networks."""
+    """Everything that was measured on one data set, in two tables: the trained networks beside raw
+    pixels; and, of the same runs, the untrained networks, the budget and the machines."""
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == data]
+    runs = sorted(runs, key=lambda e: -mean(e, "evaluation", "linear"))
     heads = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear"}
     if any("retrieval1" in e[0]["evaluation"] for e in runs):
         heads |= {"retrieval1": "R@1", "retrieval5": "R@5"}
     heads |= {"rankme": "RankMe"}
-    before = {key: f"untrained {heads[key]}" for key in heads}
-    before = {key: head for key, head in before.items() if key not in ("knn200", "retrieval5")}
-    where = ["epochs × batch", "runs", "seconds", "hardware", "commits"]
-    lines = []
+    before = {key: head for key, head in heads.items() if key not in ("knn200", "retrieval5")}
+
+    trained = []
     if runs:
-        raw = [spread(runs[0][:1], "pixels", key) for key in heads]
-        lines.append(["raw pixels", *raw, *[""] * (len(before) + len(where))])
-    for e in sorted(runs, key=lambda e: -mean(e, "evaluation", "linear")):
+        trained.append(["raw pixels", *[spread(runs[0][:1], "pixels", key) for key in heads], ""])
+    other = []
+    for e in runs:
         settings = e[0]["settings"]
-        devices = by_device(e)
         flags = changed(e[0])
         name = f"**{e[0]['method']}**" + (f" `{flags}`" if flags else "") + f", {settings['arch']}"
+        seeds = sorted(run["settings"]["seed"] for run in e)
         numbers = [spread(e, "evaluation", key) for key in heads]
-        numbers += [spread(e, "random_init", key) for key in before]
+        trained.append([name, *numbers, ", ".join(str(seed) for seed in seeds)])
+
+        numbers = [spread(e, "random_init", key) for key in before]
         size = f"{settings['epochs']} × {settings['batch']}"
-        took = ", ".join(f"{seconds(runs):.0f}" for runs in devices.values())
+        machines = by_device(e).items()
+        where = "; ".join(f"{device}: {seconds(runs):.0f} s" for device, runs in machines)
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
-        lines.append([name, *numbers, size, len(e), took, "; ".join(devices), commits])
+        other.append([name, *numbers, size, where, commits])
+
     done = {e[0]["method"] for e in runs}
     missing = [m for files in FAMILIES.values() for m in files if m not in done]
-    table = markdown(["features", *heads.values(), *before.values(), *where], lines)
-    return [*table, *(["", f"Not run: {', '.join(sorted(missing))}."] if missing else [])]
+    return [
+        *markdown(["features", *heads.values(), "seeds"], trained),
+        *(["", f"Not run: {', '.join(sorted(missing))}."] if missing else []),
+        "",
+        "Of the same runs: the network before training, the budget, the seconds of the training.",
+        "",
+        *markdown(["run", *before.values(), "epochs × batch", "seconds", "commits"], other),
+    ]
 
 
 def papers_table():
