@@ -111,7 +111,8 @@ def test_values_are_those_of_evaluate(tmp_path):
     # what a line records
     row = found.rows[2]
     assert row["protocol"] == "features" and row["data"] == "emoji"
-    assert row["settings"] == {"size": 8, "images": [40, 16]} and row["seed"] == 3 and row["training"]["epochs"] == 2
+    assert row["settings"] == {"size": 8, "images": [40, 16]}
+    assert row["seed"] == 3 and row["training"]["epochs"] == 2
     assert row["versions"]["torch"] == torch.__version__ and "commit" in row
     assert row["command"].startswith(f"methods/eval_features.py {folders[0]} {folders[1]} --out")
     assert found.rows[1]["seed"] == 0
