@@ -13,13 +13,19 @@ another reader with these methods, and no change elsewhere.
 The plan (kernels/views.py) decides which images a step shows and which box of each, so the number
 of workers changes nothing. A file that cannot be read is replaced by the next one, named once, and
 counted.
+
+load_solids(split) and load_photos(split), at the end of this file, read the embedded sets that have
+more than one label per image, or images of several sizes.
 """
 
+import io
 import math
 import os
 import shutil
 import signal
 import stat
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +39,10 @@ from kernels.views import BICUBIC, crop_images
 
 MAX_PIXELS = 250_000_000  # a file with more is read with a warning, with twice as many not at all
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
+SOLIDS = DATA / "solids.npz"
+PHOTOS = DATA / "photos.npz"
+FOCAL = 24 / 0.45  # of the camera of `solids`, in pixels of its 48 x 48 images
 PATIENCE = 120  # seconds, and one per image, without a batch from the workers: then a run ends
 
 
@@ -262,3 +272,107 @@ def load_picture(path):
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+class Photos(NamedTuple):
+    """Photographs of a split of the embedded set `photos`."""
+
+    images: list  # n tensors (3, H, W) uint8, RGB; the shorter side has 128 pixels
+    labels: torch.Tensor  # (n,) int64: kind, a row of `kinds`
+    names: list  # n texts
+    kinds: tuple  # 6 texts
+
+
+def load_photos(split, path=PHOTOS):
+    """The Photos of a split, "train" or "test"."""
+    arrays = arrays_of(split, path)
+    labels = torch.from_numpy(arrays["labels"]).long()
+    kinds = tuple(arrays["kinds"].tolist())
+    return Photos(decode_webp(arrays), labels, arrays["names"].tolist(), kinds)
+
+
+class Scenes(NamedTuple):
+    """Rendered scenes of a split of the embedded set `solids`: N images of 2 to 4 objects of 8
+    shapes on a floor. How a scene is made, and its coordinates: tests/data/scenes.py.
+
+    Labels are those of the surface at the centre (j + 0.5, i + 0.5) of pixel (i, j), which covers
+    [j, j + 1) x [i, i + 1). Camera coordinates: x right, y down, z forward; the point (X, Y, Z) is
+    seen at x = 24 + FOCAL X / Z, y = 24 + FOCAL Y / Z. Sky has depth 0 and normal 0: not valid.
+    """
+
+    images: torch.Tensor  # (N, 3, 48, 48) uint8, RGB
+    instances: torch.Tensor  # (N, 48, 48) uint8: 0 background (floor, sky), j + 1 object j
+    classes: torch.Tensor  # (N, 48, 48) uint8: 0 background, else the object's label
+    depth: torch.Tensor  # (N, 48, 48) float32: z in scene units, multiples of 1/256
+    normals: torch.Tensor  # (N, 3, 48, 48) float32 in camera coordinates, exact to 0.4 degrees
+    boxes: list  # N tensors (n, 4) float32: x0, y0, x1, y1 of the visible part, half-open
+    labels: list  # N tensors (n,) int64: 1 to 8, a row of `names`
+    areas: list  # N tensors (n,) int64: visible pixels
+    whole: list  # N tensors (n,) int64: pixels in the image if nothing stood before the object
+    keypoints: torch.Tensor  # (N, 4, 9, 3) float32: x, y in pixels; 1 visible, 0 not, -1 no point
+    names: tuple  # 9 texts: "background" and the shapes
+
+
+def load_solids(split, path=SOLIDS):
+    """The Scenes of a split, "train" or "test". Row 0 of an object's keypoints is its centre; rows
+    1 to 8 are its corners or tips, in an order without meaning."""
+    arrays = arrays_of(split, path)
+    tensors = {name: torch.from_numpy(arrays[name]) for name in ARRAYS_OF_SOLIDS}
+    labels = tensors["labels"].long()  # (N, 4), 0: no object
+    instances = tensors["instances"]
+    numbers = torch.nn.functional.pad(labels, (1, 0))  # (N, 5), by the value of an instance
+    classes = numbers.gather(1, instances.flatten(1).long()).view_as(instances).byte()
+
+    # Stored as 127 n, rounded.
+    normals = tensors["normals"].permute(0, 3, 1, 2).float()
+    normals = torch.nn.functional.normalize(normals, dim=1)
+
+    places = tensors["keypoints"].float() / 256  # pixels
+    keypoints = torch.cat([places, tensors["states"].float()[..., None]], -1)
+
+    def of_objects(values):
+        return [rows[present] for rows, present in zip(values, labels > 0)]
+
+    areas = tensors["areas"].long()  # (N, 4, 2)
+    return Scenes(
+        images=torch.stack(decode_webp(arrays)),
+        instances=instances,
+        classes=classes,
+        depth=tensors["depth"].float() / 256,
+        normals=normals.contiguous(),
+        boxes=of_objects(tensors["boxes"].float()),
+        labels=of_objects(labels),
+        areas=of_objects(areas[..., 0]),
+        whole=of_objects(areas[..., 1]),
+        keypoints=keypoints,
+        names=("background", *arrays["shapes"].tolist()),
+    )
+
+
+ARRAYS_OF_SOLIDS = ["instances", "depth", "normals", "labels", "boxes", "areas"]
+ARRAYS_OF_SOLIDS += ["keypoints", "states"]
+
+
+def arrays_of(split, path):
+    """{name: array} of an embedded set: those of one split without its prefix, and those that both
+    splits share."""
+    if split not in ("train", "test"):
+        fail(f"{split!r} is not a split: train or test")
+    if not os.path.isfile(path):
+        fail(f"{path} is missing: it belongs to the project, see tests/data/README.md")
+    with np.load(path) as file:
+        other = {"train": "test_", "test": "train_"}[split]
+        names = [name for name in file if not name.startswith(other)]
+        return {name.removeprefix(f"{split}_"): file[name] for name in names}
+
+
+def decode_webp(arrays):
+    """Images (3, H, W) uint8 from their concatenated files; ends: where each of them ends."""
+    data = arrays["webp"].tobytes()
+    start = 0
+    images = []
+    for end in arrays["ends"].tolist():
+        picture = Image.open(io.BytesIO(data[start:end])).convert("RGB")
+        images.append(TF.pil_to_tensor(picture).contiguous())
+        start = end
+    return images
