@@ -1,63 +1,266 @@
 """Frozen features: what the trained networks of some runs know, compared on one data set.
 kNN: Wu, Xiong, Yu, Lin, CVPR 2018, section 3.4. https://arxiv.org/abs/1805.01978
+Linear SVM: Goyal, Mahajan, Gupta, Misra, ICCV 2019. https://arxiv.org/abs/1905.01235
+Its code: https://github.com/facebookresearch/fair_self_supervision_benchmark
+K-means features: Coates, Lee, Ng, AISTATS 2011. https://proceedings.mlr.press/v15/coates11a.html
 Effective rank: Garrido et al., ICML 2023. https://arxiv.org/abs/2210.02885
 Alignment and uniformity: Wang, Isola, ICML 2020. https://arxiv.org/abs/2005.10242
 
 Idea. A network is frozen, which means that none of its weights changes any more, and turns every
 image into a vector, its features. If simple rules can read the labels off the features, training
-has put this knowledge there. Raw pixels and the same network before training are measured in the
-same way: only what a run has more than both is what it learned. Another data set than that of the
+has put this knowledge there. Three baselines are measured in the same way: raw pixels, k-means
+features, which are learned from small patches without a network, and the same network before
+training. Only what a run has more than these is what it learned. Another data set than that of the
 training (--data) shows whether the features are of use elsewhere.
 
-Notation. The training images with their labels are the bank; the test images are the questions.
-Accuracies are in percent. It is the protocol of the table at the end of every run, evaluate() in
-common.py:
+Notation. The training images with their labels are the bank; the test images are the questions and
+choose nothing. Accuracies are in percent.
 
     knn20, knn200   the 20 or 200 bank images with the most similar features (cosine s) vote for
                     their labels with weights exp(s / 0.07)
     linear          linear probe: logistic regression on the features, solved to convergence; its
                     weight decay is chosen on a fifth of the bank
+    svm             mean average precision of one linear SVM per class, as on PASCAL VOC 2007: it
+                    sorts the test images, and those of its class should come first
     retrieval1, 5   on emoji only: how often one of the 1 or 5 nearest drawings by other artists
                     shows the same emoji
     rankme          how many dimensions the features use: exp(entropy of the singular values)
+    params          numbers that were learned, in millions
+    mflops          millions of additions and multiplications per image, in convolutions and
+                    products of matrices
+    images/s        speed on this machine; train s: seconds of the training, as the run recorded
 
-results.jsonl has these and the rest of the collapse panel (feature_std, alignment, uniformity).
+The first three and the last three of the upper table are evaluate() in common.py, the table at the
+end of every run.
 
 Run.
     python methods/eval_features.py runs/simclr-emoji-0 runs/rotnet-emoji-0
-    python methods/eval_features.py runs/* --data fashion
-    torchrun --nproc_per_node 8 methods/eval_features.py runs/simclr-imagenet-0
-It writes results.jsonl and curves.png into --out, by default runs/eval_features. What is in
-results.jsonl is not measured again, so a command that was stopped continues.
+    python methods/eval_features.py runs/* --data fashion --only svm
+    torchrun --nproc_per_node 8 methods/eval_features.py runs/simclr-imagenet-0 --only features
+It writes results.jsonl, curves.png into --out, by default runs/eval_features. What is
+in results.jsonl is not measured again, so a command that was stopped continues. The file holds more
+than the tables: feature_std, alignment and uniformity, each class's average precision and cost.
 """
 
+import math
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (Results, candidates, evaluate, join_processes, load_data, parse, print0,
-                    replace_file)
-from kernels.collectives import rank
+from common import (Candidate, Results, Split, candidates, embed, evaluate, features,
+                    join_processes, load_data, only, parse, pixels, print0, replace_file)
+from kernels.collectives import fail, rank, world
+from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
-COLUMNS = ("knn20", "knn200", "linear", "retrieval1", "retrieval5", "rankme")
 
 # The measure.
 
 
-def table(results):
-    """{name: what evaluate() returned} as text, one line per name."""
+def average_precision(scores, positive):
+    """Area under the curve of precision against recall, as on PASCAL VOC since 2010: the precision
+    at a recall is the highest at this or any larger recall. Images with equal scores are taken
+    together, so their order does not matter.
+
+    scores (N,) float; positive (N,) bool. Returns a number from 0 to 1, NaN without positives."""
+    if not positive.any():
+        return math.nan
+    scores, order = scores.sort(descending=True)
+    hits = positive[order].double().cumsum(0)  # (N,): positives among the first 1, 2, ... images
+    count = torch.arange(1, len(scores) + 1, device=scores.device)
+
+    # A threshold lies only where the score falls.
+    falls = F.pad(scores.diff() < 0, (0, 1), value=True)
+    precision = (hits / count)[falls]
+    recall = (hits / hits[-1])[falls]
+    highest = precision.flip(0).cummax(0).values.flip(0)
+    steps = recall.diff(prepend=recall.new_zeros(1))
+    return (highest * steps).sum().item()
+
+
+def fit_svm(x, sign, cost, variance, weight):
+    """One SVM per class (Goyal et al. 2019): weights (C, D), the minimum over each row w of
+
+        1/2 ||w||^2 + cost * sum over images i of a_i max(0, 1 - s_i w . x_i)^2
+
+    x (N, D): features, a column of ones for the bias among them. sign (N, C): s, 1 for images of
+    the class, which have a = 2, and -1 for others, which have a = 1. variance (D,): the mean
+    squares of the columns of x; if these are decorrelated, the way to the minimum is short. It is
+    what scikit-learn's LinearSVC minimises, for one class after the other and ten times slower;
+    L-BFGS starts from `weight`."""
+    decay = 1 / (2 * cost * len(x))
+    scale = (variance + decay).rsqrt()
+    scaled = x * scale
+    share = (1.5 + 0.5 * sign) / len(x)  # a_i / N
+    weight = (weight / scale).double().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [weight],
+        max_iter=500,
+        tolerance_grad=1e-4,
+        tolerance_change=0,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective():
+        solver.zero_grad()
+        missing = (1 - sign * F.linear(scaled, weight.float())).clamp(min=0)
+        loss = (share * missing.square()).double().sum()
+        loss = loss + decay * (weight * scale).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    solver.step(objective)
+    return (weight.detach() * scale).float()
+
+
+# The official code tries 26 costs: the powers of ten from 1e-7 to 100, and 0.5^4 to 0.5^19. Small
+# ones are far from the best.
+COSTS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+
+
+def svm(bank, labels, test, test_labels, groups):
+    """Mean average precision in percent, and per class the average precision and the cost. The cost
+    of a class is the one of COSTS with the best average precision in three-fold cross-validation on
+    the bank; every fold has its share of each class, and whole groups (near copies).
+
+    bank, test (N, D); labels (N,) int64; groups (N,) int64 or None. Classes that have no test image
+    are left out of the mean."""
+    # Length 1, a 1 for the bias, and decorrelated: a rotation changes no solution.
+    bank = unit_with_bias(bank)
+    test = unit_with_bias(test)
+    variance, rotation = torch.linalg.eigh(bank.T @ bank / len(bank))
+    variance = variance.clamp(min=0)
+    bank = bank @ rotation
+    test = test @ rotation
+    classes = torch.arange(labels.max() + 1, device=labels.device)
+    sign = torch.where(labels[:, None] == classes, 1.0, -1.0)
+
+    # The groups in the order of their classes go to the folds in turn.
+    groups = torch.arange(len(labels), device=labels.device) if groups is None else groups
+    names, member = groups.unique(return_inverse=True)
+    label = torch.zeros_like(names).scatter_(0, member, labels)
+    fold = torch.empty_like(names)
+    turn = torch.arange(len(names), device=names.device) % 3
+    fold[label.argsort(stable=True)] = turn
+    fold = fold[member]  # (N,)
+
+    # From small to large costs, each from the last solution.
+    found = torch.zeros(len(COSTS), len(classes))
+    for held in (fold == 0, fold == 1, fold == 2):
+        train = bank[~held]
+        weight = bank.new_zeros(len(classes), bank.shape[1])
+        for i, cost in enumerate(COSTS):
+            weight = fit_svm(train, sign[~held], cost, variance, weight)
+            found[i] += precisions(bank[held], weight, sign[held] > 0).nan_to_num()
+    best = found.argmax(0)  # (C,)
+
+    weight = bank.new_zeros(len(classes), bank.shape[1])
+    chosen = weight.clone()
+    for i, cost in enumerate(COSTS):
+        weight = fit_svm(bank, sign, cost, variance, weight)
+        chosen[best == i] = weight[best == i]
+    found = 100 * precisions(test, chosen, test_labels[:, None] == classes)
+    return {
+        "svm": found.nanmean().item(),
+        "precisions": [None if math.isnan(p) else p for p in found.tolist()],
+        "costs": [COSTS[i] for i in best],
+    }
+
+
+def unit_with_bias(x):
+    """(N, D) -> (N, D + 1)"""
+    x = x.float()
+    return F.pad(x / (x.norm(dim=1, keepdim=True) + 1e-5), (0, 1), value=1.0)
+
+
+def precisions(x, weight, positive):
+    """Average precision of each class: x (N, D), weight (C, D), positive (N, C) bool -> (C,)."""
+    scores = F.linear(x, weight)
+    pairs = zip(scores.T, positive.T)
+    return torch.tensor([average_precision(*pair) for pair in pairs])
+
+
+def count_cost(network, size):
+    """{"parameters", "flops"}: the numbers that a network has learned, and the multiplications and
+    additions of its convolutions and products of matrices for one image. Nothing is measured, so
+    every machine gives the same."""
+    some = next(network.parameters(), torch.zeros(1))
+    # MATH: attention as products of matrices, or torch would not count it on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        embed(network, some.new_zeros(1, 3, size, size))
+    parameters = sum(weight.numel() for weight in network.parameters())
+    return {"parameters": parameters, "flops": counter.get_total_flops()}
+
+
+def measure_cost(network, size):
+    """count_cost, and images per second of this machine: the best of three batches of 64."""
+    some = next(network.parameters(), torch.zeros(1))
+    x = some.new_zeros(64, 3, size, size)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        embed(network, x).sum().item()  # a GPU has finished when the number is here
+        seconds.append(time.perf_counter() - began)
+    fastest = min(seconds[1:])  # the first one is for what happens only once
+    return count_cost(network, size) | {"images_per_s": len(x) / fastest}
+
+
+# The evaluation.
+
+TABLES = (
+    ("knn20", "knn200", "linear", "svm", "retrieval1", "retrieval5", "rankme"),
+    ("params", "mflops", "images/s", "train s"),
+)
+PARTS = ("all", "features", "svm", "cost")
+SETTINGS = {
+    "recipe": ("default", "which column gives the defaults"),
+    "data": ("", "data set or folder of images; if not given, that of the training"),
+    "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
+    "only": ("all", "what is measured", PARTS),
+}
+
+
+def get_args(argv=None):
+    return parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
+
+
+def table(results, columns):
+    """{name: {column: number or text}} as text: one line per name, and those of the columns that
+    there are; "" if there are none."""
     width = max(len(name) for name in results) + 2
-    first = next(iter(results.values()))
-    columns = [name for name in COLUMNS if name in first]
-    lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
+    columns = [c for c in columns if any(c in found for found in results.values())]
+    if not columns:
+        return ""
+    lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
     for name, found in results.items():
-        numbers = [f"{found[column]:11.1f}" for column in columns]
-        lines.append(f"{name:{width}}" + "".join(numbers))
+        words = []
+        for column in columns:
+            value = found.get(column, "")
+            words.append(value if isinstance(value, str) else f"{value:.1f}")
+        lines.append(f"{name:{width}}" + "".join(f"{word:>12}" for word in words))
     return "\n".join(lines)
+
+
+def columns_of(measured, lines):
+    """What was measured of a network, {protocol: result}, as {column: number or text}. lines: of
+    the metrics.jsonl of its run."""
+    columns = {**measured.get("features", {}), **measured.get("svm", {})}
+    if "cost" in measured:
+        cost = measured["cost"]
+        columns["params"] = f"{cost['parameters'] / 1e6:.2f}"
+        columns["mflops"] = cost["flops"] / 1e6
+        columns["images/s"] = f"{cost['images_per_s']:.0f}"
+        columns |= {"train s": line["train_seconds"] for line in lines if "train_seconds" in line}
+    return columns
 
 
 def knn_curve(lines):
@@ -81,17 +284,22 @@ def spread(heights, gap):
     return places
 
 
-# The evaluation.
-
-SETTINGS = {
-    "recipe": ("default", "which column gives the defaults"),
-    "data": ("", "data set or folder of images; if not given, that of the training"),
-    "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
-}
-
-
-def get_args(argv=None):
-    return parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
+def name_lines(axes, lines, right):
+    """Writes the names of lines at their ends, in their colours, at the place `right` of the
+    horizontal axis. lines: {name: matplotlib's line}."""
+    ends = [line.get_xydata()[-1] for line in lines.values()]
+    low, high = axes.get_ylim()
+    heights = spread([height for _, height in ends], (high - low) / 20)  # about that of a word
+    for (name, line), end, height in zip(lines.items(), ends, heights):
+        axes.annotate(
+            f" {name}  {end[1]:.1f}",
+            end,
+            (right, height),
+            color=line.get_color(),
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5},
+        )
 
 
 def draw_curves(path, runs):
@@ -106,22 +314,61 @@ def draw_curves(path, runs):
     axes = figure.subplots()
     axes.set(xlabel="epoch", ylabel="%", title="kNN accuracy (k = 20) on the data of the training")
     axes.spines[["top", "right"]].set_visible(False)
-    accuracies = [accuracy for points in curves.values() for _, accuracy in points]
-    gap = max(1, max(accuracies) - min(accuracies)) / 20  # about the height of a word
-    heights = spread([points[-1][1] for points in curves.values()], gap)
-    right = max(points[-1][0] for points in curves.values())
-    for (name, points), height in zip(curves.items(), heights):
-        (line,) = axes.plot(*zip(*points), marker=".")
-        axes.annotate(
-            f" {name}  {points[-1][1]:.1f}",
-            points[-1],
-            (1.02 * right, height),
-            color=line.get_color(),
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5},
-        )
+    lines = {}
+    for name, points in curves.items():
+        (lines[name],) = axes.plot(*zip(*points), marker=".")
+    name_lines(axes, lines, 1.02 * axes.get_xlim()[1])
     replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def share(function, *args):
+    """What function(*args) returns in process 0, for all processes."""
+    everyone = [function(*args) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(everyone)
+    return everyone[0]
+
+
+def with_kmeans(found, sets, args, device):
+    """The candidates, and first the k-means features of their data sets and sizes, which are fitted
+    to 1,000 images of the bank without labels."""
+    baselines = []
+    for name, size in dict.fromkeys((candidate.data, candidate.size) for candidate in found):
+        if size < PATCH:
+            print0(f"no k-means features: {size} pixels are less than a patch of {PATCH}")
+            continue
+        images = sets[name].bank.images
+        some = np.random.default_rng(args.seed).permutation(len(images))[:1000]
+        some = Split(images.part(torch.from_numpy(some)))
+        x, _ = features(pixels(size), some, size, device, args.workers)
+        network = KMeansFeatures(*share(fit_kmeans, x, args.seed))
+        about = {"seed": args.seed, "weights": ABOUT}
+        baselines.append(Candidate(f"k-means, {size} px", network, name, size, about))
+    return [*baselines, *found]
+
+
+def labelled(network, data, size, device, workers):
+    """Features of the bank, labels, features of the test images, labels, and groups of the bank or
+    None; without images that cannot be read. Every process must call it; process 0 gets them."""
+    bank, readable = features(network, data.bank, size, device, workers)
+    test, test_readable = features(network, data.test, size, device, workers)
+    if rank() > 0:
+        return [None] * 5
+    groups = data.bank.emoji
+    return (
+        only(bank, readable),
+        data.bank.labels.to(device)[readable],
+        only(test, test_readable),
+        data.test.labels.to(device)[test_readable],
+        None if groups is None else groups.to(device)[readable],
+    )
+
+
+def refuse_broken(found):
+    """Exits with a one-line message, before anything is measured, if a network is broken."""
+    for candidate in found:
+        if not all(x.isfinite().all() for x in candidate.network.state_dict().values()):
+            fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
 
 
 def main(argv=None):
@@ -130,25 +377,38 @@ def main(argv=None):
     found = candidates(args)
     names = dict.fromkeys(candidate.data for candidate in found)
     sets = {name: load_data(name, args.root, device) for name in names}
+    refuse_broken(found)
+    for name, data in sets.items():
+        if not data.test and args.only == "svm":
+            fail(f"--only svm: {name} has no labels; choose another --data or --only")
+        if not data.test:
+            print0(f"{name} has no labels: what needs none is measured")
     results = Results("eval_features", args, device)
 
     tables = {name: {} for name in sets}
-    for candidate in found:
+    for candidate in with_kmeans(found, sets, args, device):
         data = sets[candidate.data]
         network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
-        measured = results.measure(
-            "features",
-            candidate,
-            lambda: evaluate(network, data, candidate.size, device, args.workers),
-            images=[len(split.images) for split in (data.bank, data.test) if split],
-        )
-        tables[candidate.data][candidate.name] = measured
+        place = network, data, candidate.size, device, args.workers
+        functions = {
+            "features": lambda: evaluate(*place),
+            "svm": lambda: share(svm, *labelled(*place)),
+            "cost": lambda: measure_cost(network, candidate.size),
+        }
+        images = [len(split.images) for split in (data.bank, data.test) if split]
+        measured = {}
+        for protocol, function in functions.items():
+            possible = data.test or protocol in ("features", "cost")
+            if possible and args.only in ("all", protocol):
+                measured[protocol] = results.measure(protocol, candidate, function, images=images)
+        tables[candidate.data][candidate.name] = columns_of(measured, candidate.lines)
 
     folder = results.folder
     if rank() == 0:
         draw_curves(folder / "curves.png", [run for run in found if run.lines])
-    for name, measured in tables.items():
-        print0(f"\n{name}\n{table(measured)}")
+    for name, rows in tables.items():
+        texts = [table(rows, columns) for columns in TABLES]
+        print0("\n".join([f"\n{name}", *filter(None, texts)]))
     print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,264 @@
+"""Few labels: what frozen features are worth when only some of the images have labels.
+Nested draws of equal size per class: Goyal, Mahajan, Gupta, Misra, ICCV 2019, section 4.
+https://arxiv.org/abs/1905.01235
+1 % and 10 % of the labels: Chen et al., ICML 2020, section 6. https://arxiv.org/abs/2002.05709
+K-means features, a baseline: kernels/kmeans.py.
+
+Idea. Self-supervised training needs images without labels; the labels come later, and they cost
+work. So the question is how many of them a classifier needs on the features of a network whose
+weights do not change any more. Raw pixels, k-means features (learned from small patches without a
+network) and the same network before training are measured in the same way.
+
+Notation. Of the training images (the bank) only a few have labels: 1, 2, 5, 10 or 20 per class, or
+1 % or 10 % of each class. A class with fewer images gives all it has, every class at least one.
+Five draws; of each draw the smaller set is a part of the larger. Accuracies on all test images, in
+percent: mean and deviation over the draws.
+
+With one label per class nothing is left to choose a weight decay on. So the classifier is always
+the logistic regression of scikit-learn with its default, C = 1,
+
+    minimum over w, b of   1/2 ||w||^2 + sum over the labelled images of their cross-entropy
+
+on features that are standardised over the bank, whose other labels are not looked at, and divided
+by sqrt(D): their mean squared length is then 1 in every network. The paper of 1 % and 10 % trains
+all weights instead.
+
+Run.
+    python methods/eval_few.py runs/simclr-emoji-0
+    python methods/eval_few.py runs/simclr-emoji-0 runs/rotnet-emoji-0 --data fashion
+    torchrun --nproc_per_node 8 methods/eval_few.py runs/simclr-imagenet-0
+It writes results.jsonl, with the accuracy of each draw, and few.png into --out, by default
+runs/eval_few. What is in results.jsonl is not measured again, so a command that was stopped
+continues.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
+from common import (Candidate, Results, Split, candidates, features, fit_logistic,
+                    join_processes, load_data, only, parse, pixels, print0, replace_file)
+from kernels.collectives import fail, rank, world
+from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
+
+KIND = "evaluation"  # the tests ask for what is due to each kind
+
+# The measure.
+
+BUDGETS = {"1": 1, "2": 2, "5": 5, "10": 10, "20": 20, "1 %": 0.01, "10 %": 0.1}
+
+
+def draw_labels(labels, budget, draw):
+    """Indices of the images whose labels are known: of each class `budget` images, or all if it has
+    fewer; below 1, this share of the class, but at least one image. Of a draw (a number, the seed)
+    the smaller sets are parts of the larger. labels (N,) int64, on the CPU."""
+    order = torch.from_numpy(np.random.default_rng(draw).permutation(len(labels)))
+    chosen = []
+    for name in labels.unique():
+        images = order[labels[order] == name]
+        count = budget if budget >= 1 else max(1, round(budget * len(images)))
+        chosen.append(images[:count])
+    return torch.cat(chosen)
+
+
+def few_labels(bank, labels, test, test_labels):
+    """Accuracies in percent with few labels: {budget: {images, accuracies, mean, deviation}}.
+
+    With one image per class nothing is left to choose a weight decay on. So the classifier is
+    scikit-learn's LogisticRegression with its default, C = 1, on features that are standardised
+    over the bank, whose other labels are not used, and divided by sqrt(D): in every network their
+    mean squared length is 1."""
+    mean = bank.float().mean(0)
+    scale = (bank.float().std(0) + 1e-6) * bank.shape[1] ** 0.5
+    test = (test.float() - mean) / scale
+    labels = labels.cpu()
+    result = {}
+    for name, budget in BUDGETS.items():
+        accuracies = []
+        for draw in range(5):
+            chosen = draw_labels(labels, budget, draw)
+            x = (bank[chosen.to(bank.device)].float() - mean) / scale
+            y = labels[chosen].to(bank.device)
+
+            # The weights are a mixture of the n images, so n coordinates are enough.
+            u, s, v = torch.linalg.svd(x, full_matrices=False)
+            zeros = x.new_zeros(int(labels.max()) + 1, len(s))
+            start = zeros, zeros[:, 0]
+            variance = s.square() / len(x)
+            weight, bias = fit_logistic(u * s, y, variance, 1 / len(x), *start)
+            right = F.linear(test, weight @ v, bias).argmax(1) == test_labels
+            accuracies.append(100 * right.double().mean().item())
+        result[name] = {
+            "images": len(chosen),
+            "accuracies": accuracies,
+            "mean": float(np.mean(accuracies)),
+            "deviation": float(np.std(accuracies, ddof=1)),
+        }
+    return result
+
+
+# The evaluation.
+
+SETTINGS = {
+    "recipe": ("default", "which column gives the defaults"),
+    "data": ("", "data set or folder of images; if not given, that of the training"),
+    "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
+}
+
+
+def table(results):
+    """{network: what few_labels returned} as text: mean and deviation, one line per network."""
+    width = max(len(name) for name in results) + 2
+    budgets = [b if "%" in b else f"{b} per class" for b in BUDGETS]
+    lines = [" " * width + "".join(f"{budget:>14}" for budget in budgets)]
+    for name, found in results.items():
+        numbers = [f"{p['mean']:.1f} +- {p['deviation']:.1f}" for p in found.values()]
+        lines.append(f"{name:{width}}" + "".join(f"{number:>14}" for number in numbers))
+    return "\n".join(lines)
+
+
+def spread(heights, gap):  # copy of: methods/eval_features.py::spread
+    """Moves numbers up, as little as this takes, until they are `gap` apart. Returns them in the
+    given order."""
+    places = list(heights)
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    for below, i in zip(order, order[1:]):
+        places[i] = max(places[i], places[below] + gap)
+    return places
+
+
+def name_lines(axes, lines, right):  # copy of: methods/eval_features.py::name_lines
+    """Writes the names of lines at their ends, in their colours, at the place `right` of the
+    horizontal axis. lines: {name: matplotlib's line}."""
+    ends = [line.get_xydata()[-1] for line in lines.values()]
+    low, high = axes.get_ylim()
+    heights = spread([height for _, height in ends], (high - low) / 20)  # about that of a word
+    for (name, line), end, height in zip(lines.items(), ends, heights):
+        axes.annotate(
+            f" {name}  {end[1]:.1f}",
+            end,
+            (right, height),
+            color=line.get_color(),
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5},
+        )
+
+
+def draw_few(path, few):
+    """Accuracy against labels. few: {data set: {network: what few_labels returned}}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 4.5 * len(few)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(few), squeeze=False)[:, 0]
+    for axes, (data, results) in zip(panels, few.items()):
+        axes.set(
+            xscale="log",
+            xlabel="labels (solid: 1 to 20 per class; dashed: 1 % and 10 % of each class)",
+            ylabel="accuracy on the test images, %",
+            title=f"{Path(data).name}, few labels: mean and deviation of five draws",
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        lines = {}
+        for name, found in results.items():
+            points = [(p["images"], p["mean"], p["deviation"]) for p in found.values()]
+            options = {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1}
+            line = axes.errorbar(*zip(*points[:5]), **options)[0]
+            options |= {"color": line.get_color(), "linestyle": "--"}
+            lines[name] = axes.errorbar(*zip(*points[5:]), **options)[0]
+        name_lines(axes, lines, 1.1 * axes.get_xlim()[1])
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def share(function, *args):  # copy of: methods/eval_features.py::share
+    """What function(*args) returns in process 0, for all processes."""
+    everyone = [function(*args) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(everyone)
+    return everyone[0]
+
+
+def with_kmeans(found, sets, args, device):  # copy of: methods/eval_features.py::with_kmeans
+    """The candidates, and first the k-means features of their data sets and sizes, which are fitted
+    to 1,000 images of the bank without labels."""
+    baselines = []
+    for name, size in dict.fromkeys((candidate.data, candidate.size) for candidate in found):
+        if size < PATCH:
+            print0(f"no k-means features: {size} pixels are less than a patch of {PATCH}")
+            continue
+        images = sets[name].bank.images
+        some = np.random.default_rng(args.seed).permutation(len(images))[:1000]
+        some = Split(images.part(torch.from_numpy(some)))
+        x, _ = features(pixels(size), some, size, device, args.workers)
+        network = KMeansFeatures(*share(fit_kmeans, x, args.seed))
+        about = {"seed": args.seed, "weights": ABOUT}
+        baselines.append(Candidate(f"k-means, {size} px", network, name, size, about))
+    return [*baselines, *found]
+
+
+def labelled(network, data, size, device, workers):  # copy of: methods/eval_features.py::labelled
+    """Features of the bank, labels, features of the test images, labels, and groups of the bank or
+    None; without images that cannot be read. Every process must call it; process 0 gets them."""
+    bank, readable = features(network, data.bank, size, device, workers)
+    test, test_readable = features(network, data.test, size, device, workers)
+    if rank() > 0:
+        return [None] * 5
+    groups = data.bank.emoji
+    return (
+        only(bank, readable),
+        data.bank.labels.to(device)[readable],
+        only(test, test_readable),
+        data.test.labels.to(device)[test_readable],
+        None if groups is None else groups.to(device)[readable],
+    )
+
+
+def refuse_broken(found):  # copy of: methods/eval_features.py::refuse_broken
+    """Exits with a one-line message, before anything is measured, if a network is broken."""
+    for candidate in found:
+        if not all(x.isfinite().all() for x in candidate.network.state_dict().values()):
+            fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
+
+
+def main(argv=None):
+    args = parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
+    device = join_processes(args.seed)
+    found = candidates(args)
+    names = dict.fromkeys(candidate.data for candidate in found)
+    sets = {name: load_data(name, args.root, device) for name in names}
+    refuse_broken(found)
+    for name, data in sets.items():
+        if not data.test:
+            fail(f"{name} has no labels: choose another --data, or methods/eval_features.py")
+    results = Results("eval_few", args, device)
+
+    tables = {name: {} for name in sets}
+    for candidate in with_kmeans(found, sets, args, device):
+        data = sets[candidate.data]
+        network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
+
+        def measure():
+            known = labelled(network, data, candidate.size, device, args.workers)
+            return share(few_labels, *known[:4])
+
+        images = [len(data.bank.images), len(data.test.images)]
+        measured = results.measure("few", candidate, measure, images=images)
+        tables[candidate.data][candidate.name] = measured
+
+    folder = results.folder
+    if rank() == 0:
+        draw_few(folder / "few.png", tables)
+    for name, measured in tables.items():
+        print0(f"\n{name}\n{table(measured)}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

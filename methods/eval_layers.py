@@ -1,0 +1,266 @@
+"""Every layer: what each layer of a trained network knows, by a linear probe.
+Zhang, Isola, Efros, ECCV 2016, section 3.2. https://arxiv.org/abs/1603.08511
+Goyal, Mahajan, Gupta, Misra, ICCV 2019, section 6. https://arxiv.org/abs/1905.01235
+
+Idea. The last layers of a network serve the task that it was trained for. If this task is far from
+recognising things (which of four turns, which permutation of tiles), the features in the middle may
+be of more use than the last ones. So a linear classifier reads the labels off every layer, in the
+trained network and in the same network before training. The weights do not change any more.
+
+Notation. A layer answers with a map of C channels at H x W places. Early maps are large and have
+few channels, late ones are small and have many. For a fair comparison all get about the same number
+of features, F (--features): the map is averaged to s x s places, s^2 C features, with
+
+    s = sqrt(F / C), rounded, at least 1 and at most H
+
+F is 800, about the width of the last layer at 32 pixels (768 in resnet14). At 224 pixels 9000 gives
+the sizes of Goyal et al.: 9216, 9216, 8192, 9216 and 8192 in resnet50.
+
+    ResNet   stem (after its ReLU, before max-pooling), layer1 ... layer4
+    ViT      block1 ... blockN: the patch tokens are the map, and the class token is put beside it
+    pixels   the image itself as a map of three channels, the baseline
+
+The probe is linear_probe() in common.py: logistic regression, whose weight decay is chosen on a
+fifth of the training images. (Papers: SGD on augmented images.) Accuracies on the test images, in
+percent. The deepest number may differ from the table of a run, which has the whole feature.
+
+Run.
+    python methods/eval_layers.py runs/simclr-emoji-0
+    python methods/eval_layers.py runs/simclr-emoji-0 runs/rotnet-emoji-0 --data fashion
+    torchrun --nproc_per_node 8 methods/eval_layers.py runs/simclr-imagenet-0 --features 9000
+It writes results.jsonl and layers.png into --out, by default runs/eval_layers. What is in
+results.jsonl is not measured again, so a command that was stopped continues.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
+from common import (ResNet, Results, ViT, candidates, features, join_processes, linear_probe,
+                    load_data, only, parse, print0, replace_file)
+from kernels.collectives import fail, rank, world
+
+KIND = "evaluation"  # the tests ask for what is due to each kind
+
+# The measure.
+
+
+def average(x, target):
+    """A map (n, C, H, W), or tokens (n, 1 + H H, C) with the class token first, averaged to about
+    `target` features per image: (n, C s^2), and C more of the class token."""
+    rest = []
+    if x.ndim == 3:
+        rest = [x[:, 0]]
+        side = math.isqrt(x.shape[1] - 1)
+        x = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    s = round(math.sqrt(target / x.shape[1]))
+    s = min(x.shape[2], max(1, s))
+    x = F.adaptive_avg_pool2d(x, s).flatten(1)
+    return torch.cat([x, *rest], 1)
+
+
+class Layer(nn.Module):
+    """One layer of a network as a network: normalised images -> the features that `average` makes
+    of its output. module: a part of the network."""
+
+    def __init__(self, network, module, target):
+        super().__init__()
+        self.network = network
+        self.module = module
+        self.target = target
+
+    def forward(self, x):
+        found = []
+
+        def keep(module, inputs, output):
+            found.append(average(output, self.target))
+
+        handle = self.module.register_forward_hook(keep)
+        self.network(x)
+        handle.remove()
+        return found[0]
+
+
+def layers(network):
+    """{name of a layer: module}, from the image to the features; {} if they are not known."""
+    if isinstance(network, ResNet):
+        stages = {f"layer{i}": getattr(network, f"layer{i}") for i in (1, 2, 3, 4)}
+        return {"stem": network.relu, **stages}  # the blocks have a ReLU of their own
+    if isinstance(network, ViT):
+        return {f"block{i}": block for i, block in enumerate(network.blocks, 1)}
+    if not list(network.parameters()):
+        return {"pixels": nn.Identity()}
+    return {}
+
+
+def probe(bank, labels, test, test_labels, groups):
+    """{"linear": accuracy of a linear probe in percent, "features": D}. See labelled."""
+    count = bank.shape[1]
+    return {"linear": linear_probe(bank, labels, test, test_labels, groups), "features": count}
+
+
+# The evaluation.
+
+SETTINGS = {
+    "recipe": ("default", "which column gives the defaults"),
+    "data": ("", "data set or folder of images; if not given, that of the training"),
+    "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
+    "features": (800, "features per layer, about; 9000 in the papers, at 224 pixels", "[1, inf)"),
+}
+
+
+def table(results):
+    """{network: {layer: accuracy}} as text: one line per network, one column per layer."""
+    width = max(len(name) for name in results) + 2
+    columns = list(dict.fromkeys(layer for found in results.values() for layer in found))
+    lines = [" " * width + "".join(f"{column:>9}" for column in columns)]
+    for name, found in results.items():
+        words = [f"{found[column]:.1f}" if column in found else "" for column in columns]
+        lines.append(f"{name:{width}}" + "".join(f"{word:>9}" for word in words))
+    return "\n".join(lines)
+
+
+def spread(heights, gap):  # copy of: methods/eval_features.py::spread
+    """Moves numbers up, as little as this takes, until they are `gap` apart. Returns them in the
+    given order."""
+    places = list(heights)
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    for below, i in zip(order, order[1:]):
+        places[i] = max(places[i], places[below] + gap)
+    return places
+
+
+def name_lines(axes, lines, right):  # copy of: methods/eval_features.py::name_lines
+    """Writes the names of lines at their ends, in their colours, at the place `right` of the
+    horizontal axis. lines: {name: matplotlib's line}."""
+    ends = [line.get_xydata()[-1] for line in lines.values()]
+    low, high = axes.get_ylim()
+    heights = spread([height for _, height in ends], (high - low) / 20)  # about that of a word
+    for (name, line), end, height in zip(lines.items(), ends, heights):
+        axes.annotate(
+            f" {name}  {end[1]:.1f}",
+            end,
+            (right, height),
+            color=line.get_color(),
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5},
+        )
+
+
+def draw_layers(path, tables):
+    """Accuracy against depth: one panel per data set and kind of network; raw pixels are a dotted
+    line, untrained networks are dashed. tables: {data set: {network: {layer: accuracy}}}."""
+    from matplotlib.figure import Figure  # here, so --help need not wait for it
+
+    panels = {}
+    for data, results in tables.items():
+        for name, found in results.items():
+            panels.setdefault((data, tuple(found)), {})[name] = list(found.values())
+    raw = {data: panels.pop((data, ("pixels",)), {}) for data in tables}
+    figure = Figure((8, 4 * len(panels)), dpi=110, layout="constrained")
+    subplots = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axes, ((data, names), results) in zip(subplots, panels.items()):
+        lines = {}
+        for name, (accuracy,) in raw[data].items():
+            ends = (0, len(names) - 1)
+            (lines[name],) = axes.plot(ends, (accuracy, accuracy), color="gray", linestyle=":")
+        for name, accuracies in results.items():
+            style = "o--" if name.startswith("untrained") else "o-"
+            (lines[name],) = axes.plot(accuracies, style, markersize=4)
+        axes.set(
+            xlabel="layer, from the image to the features",
+            ylabel="linear accuracy, %",
+            title=f"{Path(data).name}: what each layer knows",
+            xticks=range(len(names)),
+            xticklabels=names,
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        name_lines(axes, lines, axes.get_xlim()[1])
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def share(function, *args):  # copy of: methods/eval_features.py::share
+    """What function(*args) returns in process 0, for all processes."""
+    everyone = [function(*args) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(everyone)
+    return everyone[0]
+
+
+def labelled(network, data, size, device, workers):  # copy of: methods/eval_features.py::labelled
+    """Features of the bank, labels, features of the test images, labels, and groups of the bank or
+    None; without images that cannot be read. Every process must call it; process 0 gets them."""
+    bank, readable = features(network, data.bank, size, device, workers)
+    test, test_readable = features(network, data.test, size, device, workers)
+    if rank() > 0:
+        return [None] * 5
+    groups = data.bank.emoji
+    return (
+        only(bank, readable),
+        data.bank.labels.to(device)[readable],
+        only(test, test_readable),
+        data.test.labels.to(device)[test_readable],
+        None if groups is None else groups.to(device)[readable],
+    )
+
+
+def refuse_broken(found):  # copy of: methods/eval_features.py::refuse_broken
+    """Exits with a one-line message, before anything is measured, if a network is broken."""
+    for candidate in found:
+        if not all(x.isfinite().all() for x in candidate.network.state_dict().values()):
+            fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
+
+
+def main(argv=None):
+    args = parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
+    device = join_processes(args.seed)
+    found = candidates(args)
+    names = dict.fromkeys(candidate.data for candidate in found)
+    sets = {name: load_data(name, args.root, device) for name in names}
+    refuse_broken(found)
+    for name, data in sets.items():
+        if not data.test:
+            fail(f"{name} has no labels: choose another --data, or methods/eval_features.py")
+    results = Results("eval_layers", args, device)
+
+    tables = {name: {} for name in sets}
+    for candidate in found:
+        data = sets[candidate.data]
+        network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
+        place = data, candidate.size, device, args.workers
+        images = [len(data.bank.images), len(data.test.images)]
+        accuracies = {}
+        for layer, module in layers(network).items():
+            view = Layer(network if layer != "pixels" else module, module, args.features)
+            measured = results.measure(
+                f"linear probe of {layer}",
+                candidate,
+                lambda: share(probe, *labelled(view, *place)),
+                images=images,
+                features=args.features,
+            )
+            accuracies[layer] = measured["linear"]
+        if accuracies:
+            tables[candidate.data][candidate.name] = accuracies
+        else:
+            print0(f"{candidate.name}: left out, neither a ResNet nor a ViT of common.py")
+
+    folder = results.folder
+    if rank() == 0:
+        draw_layers(folder / "layers.png", tables)
+    for name, measured in tables.items():
+        print0(f"\n{name}\n{table(measured)}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
