@@ -179,7 +179,8 @@ def svm(bank, labels, test, test_labels, groups):
 def unit_with_bias(x):
     """(N, D) -> (N, D + 1)"""
     x = x.float()
-    return F.pad(x / (x.norm(dim=1, keepdim=True) + 1e-5), (0, 1), value=1.0)
+    x = x / (x.norm(dim=1, keepdim=True) + 1e-5)
+    return F.pad(x, (0, 1), value=1.0)
 
 
 def precisions(x, weight, positive):
@@ -367,7 +368,8 @@ def labelled(network, data, size, device, workers):
 def refuse_broken(found):
     """Exits with a one-line message, before anything is measured, if a network is broken."""
     for candidate in found:
-        if not all(x.isfinite().all() for x in candidate.network.state_dict().values()):
+        values = candidate.network.state_dict().values()
+        if not all(value.isfinite().all() for value in values):
             fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
 
 

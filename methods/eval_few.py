@@ -163,6 +163,7 @@ def draw_few(path, few):
             ylabel="accuracy on the test images, %",
             title=f"{Path(data).name}, few labels: mean and deviation of five draws",
         )
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.spines[["top", "right"]].set_visible(False)
         lines = {}
         for name, found in results.items():
@@ -221,7 +222,8 @@ def labelled(network, data, size, device, workers):  # copy of: methods/eval_fea
 def refuse_broken(found):  # copy of: methods/eval_features.py::refuse_broken
     """Exits with a one-line message, before anything is measured, if a network is broken."""
     for candidate in found:
-        if not all(x.isfinite().all() for x in candidate.network.state_dict().values()):
+        values = candidate.network.state_dict().values()
+        if not all(value.isfinite().all() for value in values):
             fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
 
 

@@ -214,7 +214,8 @@ def labelled(network, data, size, device, workers):  # copy of: methods/eval_fea
 def refuse_broken(found):  # copy of: methods/eval_features.py::refuse_broken
     """Exits with a one-line message, before anything is measured, if a network is broken."""
     for candidate in found:
-        if not all(x.isfinite().all() for x in candidate.network.state_dict().values()):
+        values = candidate.network.state_dict().values()
+        if not all(value.isfinite().all() for value in values):
             fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
 
 

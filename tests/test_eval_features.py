@@ -1,16 +1,29 @@
-"""methods/eval_features.py: its numbers are those of evaluate(), it continues after a kill, and it
-refuses wrong files in one sentence, before anything is measured."""
+"""methods/eval_features.py: its numbers are those of evaluate(); its SVMs are scikit-learn's; it
+continues after a kill, and refuses wrong files in one sentence, before anything is measured."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main, noise, tiny_data
+from sklearn.metrics import average_precision_score, precision_recall_curve
+from sklearn.svm import LinearSVC
+from torch import nn
 
 import methods.simclr
 from common import backbone, evaluate, pixels, read_lines
-from methods.eval_features import knn_curve, spread
+from methods.eval_features import (
+    COSTS,
+    average_precision,
+    count_cost,
+    fit_svm,
+    knn_curve,
+    spread,
+    svm,
+)
 
 DATA = tiny_data(40, 16)
 
@@ -36,9 +49,14 @@ def quick(network, data, size, device, workers=0):
     return evaluate(network, data, size, device, workers, only_knn=True)
 
 
-def run_script(*flags, data=DATA, evaluate=quick, draw=False, **patches):
-    """main() of the script, and the lines of results.jsonl."""
+def run_script(*flags, data=DATA, evaluate=quick, draw=False, kmeans=False, **patches):
+    """main() of the script, and the lines of results.jsonl. Only `features`, and not of k-means, if
+    nothing else is asked for."""
     patches["evaluate"] = evaluate
+    if "--only" not in flags:
+        flags = [*flags, "--only", "features"]
+    if not kmeans:
+        patches["with_kmeans"] = lambda found, *_: found
     if not draw:
         patches["draw_curves"] = lambda *_: None
     found = call_main("eval_features", *flags, "--workers", 0, data=data, **patches)
@@ -110,9 +128,8 @@ def test_values_are_those_of_evaluate(tmp_path):
 
     # what a line records
     row = found.rows[2]
-    assert row["protocol"] == "features" and row["data"] == "emoji"
-    assert row["settings"] == {"size": 8, "images": [40, 16]}
-    assert row["seed"] == 3 and row["training"]["epochs"] == 2
+    assert row["protocol"] == "features" and row["data"] == "emoji" and row["seed"] == 3
+    assert row["settings"] == {"size": 8, "images": [40, 16]} and row["training"]["epochs"] == 2
     assert row["versions"]["torch"] == torch.__version__ and "commit" in row
     assert row["command"].startswith(f"methods/eval_features.py {folders[0]} {folders[1]} --out")
     assert found.rows[1]["seed"] == 0
@@ -182,7 +199,7 @@ def test_continues_after_a_kill_and_measures_nothing_twice(tmp_path):
     found = run_script(tmp_path / "a", "--out", out, evaluate=counter)
     assert len(counter.sizes) == 1 and len(found.rows) == 3
     assert (out / "results.jsonl").read_text().startswith(whole)
-    assert found.out.count(": already measured") == 2
+    assert found.out.count(": already measured") == 2 and found.out.count(", features\n") == 1
     again = run_script(tmp_path / "a", "--out", out, evaluate=no_evaluation)
     assert again.code == 0 and again.rows == found.rows
     assert again.out.splitlines()[-6:] == found.out.splitlines()[-6:]  # the same table
@@ -216,6 +233,228 @@ def test_two_folders_of_one_name(tmp_path):
     found = run_script(*folders, "--out", tmp_path / "out")
     assert [row["network"] for row in found.rows[2:]] == ["a", str(folders[1])]
     assert found.rows[2]["weights"] != found.rows[3]["weights"]
+
+
+# -------- The SVMs --------------------------------------------------------------------------------
+
+
+def test_average_precision_by_hand():
+    """Sorted: right, wrong, right, wrong, right. Precision 1, 1/2, 2/3, 1/2, 3/5 at recall 1/3,
+    1/3, 2/3, 2/3, 1; the highest at this or a larger recall: 1, 2/3, 2/3, 3/5, 3/5."""
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.3])
+    positive = torch.tensor([True, True, True, False, False])
+    assert average_precision(scores, positive) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    # after a tie of one right and one wrong image: 1/2 or 2/3, not 1
+    tied = torch.tensor([0.1, 0.9, 0.5, 0.9, 0.3])
+    assert average_precision(tied, positive) == pytest.approx((2 / 3 + 2 / 3 + 3 / 5) / 3)
+    assert average_precision(torch.zeros(5), positive) == pytest.approx(3 / 5)
+    assert average_precision(positive.float(), positive) == 1
+    assert math.isnan(average_precision(scores, torch.zeros(5, dtype=torch.bool)))
+    assert math.isnan(average_precision(scores[:0], positive[:0]))
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_average_precision_and_scikit_learns(levels):
+    """scikit-learn takes the precision itself: ours is the area below its curve after each
+    precision has become the highest at this or a larger recall. Both take ties together."""
+    scores = (noise(200) * levels).round()
+    positive = noise(200, seed=1) + 0.5 * scores / levels > 0.8
+    precision, recall, _ = precision_recall_curve(positive, scores)  # by falling recall
+    highest = np.maximum.accumulate(precision)
+    area = -np.sum(np.diff(recall) * highest[:-1])
+    found = average_precision(scores, positive)
+    assert found == pytest.approx(area, abs=1e-12)
+    theirs = average_precision_score(positive, scores)
+    assert theirs - 1e-12 < found < theirs + 0.1
+    if levels == 1000:
+        assert found > theirs + 1e-3
+    else:  # the order of equal scores does not matter
+        order = torch.randperm(200)
+        assert average_precision(scores[order], positive[order]) == pytest.approx(found, abs=1e-12)
+
+
+def by_sklearn(x, positive, cost):
+    """The official settings, but to convergence: for so few images `dual` is only slower."""
+    weights = {True: 2, False: 1}
+    solver = LinearSVC(C=cost, class_weight=weights, dual=False, tol=1e-9, max_iter=10_000)
+    return solver.fit(x.double().numpy(), positive.numpy())
+
+
+def clusters(count=90, classes=3, seed=0):
+    """Features (N, 6) of overlapping classes, and labels that are not equally frequent."""
+    labels = torch.arange(count) % (classes + 1) % classes
+    centres = noise(classes, 6, seed=seed + 1, dtype=torch.float32)
+    return 3 + 0.7 * centres[labels] + noise(count, 6, seed=seed, dtype=torch.float32), labels
+
+
+@pytest.mark.parametrize("cost", [0.01, 1.0, 100.0])
+def test_svm_is_that_of_scikit_learn(cost):
+    x, labels = clusters()
+    x = nn.functional.normalize(x, dim=1)
+    positive = labels[:, None] == torch.arange(3)
+    ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+    variance, rotation = torch.linalg.eigh(ones.T @ ones / len(x))
+    sign = torch.where(positive, 1.0, -1.0)
+    weight = fit_svm(ones @ rotation, sign, cost, variance.clamp(min=0), torch.zeros(3, 7))
+    scores = ones @ rotation @ weight.T
+    for c in range(3):
+        theirs = by_sklearn(x, positive[:, c], cost).decision_function(x.double().numpy())
+        # scores are of the order of 1
+        assert np.abs(scores[:, c].numpy() - theirs).max() < 5e-3
+
+
+def test_costs_and_precisions_are_those_of_scikit_learn():
+    """The protocol with LinearSVC, class by class; groups of three images, each in one fold."""
+    x, labels = clusters()
+    test, test_labels = clusters(seed=0)[0] + 0.3, labels
+    groups = torch.arange(len(x)) // 3 * 3 + labels * 1000  # images of one class
+    found = svm(x, labels, test, test_labels, groups)
+
+    def unit(x):
+        return x / (x.norm(dim=1, keepdim=True) + 1e-5)
+
+    names = groups.unique()
+    own = torch.tensor([labels[groups == name][0] for name in names])
+    fold = torch.empty(len(x), dtype=torch.int64)
+    for turn, i in enumerate(own.argsort(stable=True)):
+        fold[groups == names[i]] = turn % 3
+    for c in range(3):
+        positive = labels == c
+        means = []
+        for cost in COSTS:
+            values = []
+            for k in range(3):
+                fitted = by_sklearn(unit(x[fold != k]), positive[fold != k], cost)
+                scores = fitted.decision_function(unit(x[fold == k]).double().numpy())
+                values.append(average_precision(torch.from_numpy(scores), positive[fold == k]))
+            means.append(np.mean(values))
+        chosen = means[COSTS.index(found["costs"][c])]
+        assert chosen > max(means) - 2e-3  # near equals may be swapped by rounding
+        fitted = by_sklearn(unit(x), positive, found["costs"][c])
+        scores = torch.from_numpy(fitted.decision_function(unit(test).double().numpy()))
+        value = 100 * average_precision(scores, test_labels == c)
+        assert found["precisions"][c] == pytest.approx(value, abs=0.5)
+    assert found["svm"] == pytest.approx(np.mean(found["precisions"]), abs=1e-4)
+    assert min(found["precisions"]) > 40 and max(found["precisions"]) < 100
+
+
+def test_what_changes_no_svm():
+    """Test labels choose nothing; the length of a feature vector does not matter."""
+    x, labels = clusters(60)
+    found = svm(x, labels, x, labels, None)
+    assert svm(x, labels, x, labels.flip(0), None)["costs"] == found["costs"]
+    scaled = x * torch.linspace(0.5, 20, len(x))[:, None]
+    assert svm(scaled, labels, x, labels, None)["svm"] == pytest.approx(found["svm"], abs=0.1)
+    perfect = nn.functional.one_hot(labels).float()
+    assert svm(perfect, labels, perfect, labels, None)["svm"] == 100
+
+
+def test_degenerate_features_and_classes_have_defined_precisions():
+    x, labels = clusters(30)
+    constant = svm(torch.ones(30, 4), labels, torch.ones(9, 4), torch.arange(9) % 3, None)
+    assert constant["precisions"] == pytest.approx([100 / 3] * 3)
+    assert svm(torch.zeros(30, 4), labels, torch.zeros(9, 4), torch.arange(9) % 3, None) == constant
+    # a class with one bank image and no test image, and one with two
+    labels[:4] = torch.tensor([3, 4, 4, 0])
+    rare = svm(x, labels, x[4:], labels[4:], None)
+    assert rare["precisions"][3:] == [None, None] and 0 < rare["svm"] <= 100
+    two = svm(x[:2], torch.tensor([0, 1]), x[:2], torch.tensor([0, 1]), None)
+    assert two["svm"] == 100
+
+
+# -------- Cost ------------------------------------------------------------------------------------
+
+
+def test_cost_by_hand():
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1, bias=False), nn.ReLU(), nn.Flatten())
+    net.append(nn.Linear(5 * 16, 7))
+    expected = 2 * 3 * 3 * 3 * 5 * 4 * 4 + 2 * 80 * 7  # 4x4 places; additions count too
+    assert count_cost(net, 8) == {"parameters": 135 + 567, "flops": expected}
+    assert count_cost(pixels(8), 8) == {"parameters": 0, "flops": 0}
+
+
+def test_cost_of_a_vit_has_its_attention():
+    """T = 5 tokens of width 96 (8 pixels, patches of 4), four blocks."""
+    net = backbone("vit_micro", 8)
+    tokens, dim = 5, 96
+    block = 2 * tokens * 12 * dim**2 + 2 * 2 * tokens**2 * dim  # linear layers; QK and its sum of V
+    assert count_cost(net, 8)["flops"] == 4 * block + 2 * 4 * (3 * 16) * dim
+
+
+# -------- All parts -------------------------------------------------------------------------------
+
+
+def test_all_parts_of_a_run(tmp_path):
+    """One line per part and network, one table for accuracies and one for costs; the network stays
+    as it was, a second call measures nothing."""
+    write_run(tmp_path / "a", arch="resnet14")
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    seconds = '}, "train_seconds": 61.5, "pixels"'
+    metrics.write_text(metrics.read_text().replace('}, "pixels"', seconds))
+    seen = []
+
+    def watched(network, *args):
+        seen.append((network, {k: v.clone() for k, v in network.state_dict().items()}))
+        return quick(network, *args)
+
+    flags = [tmp_path / "a", "--only", "all", "--out", tmp_path / "out"]
+    found = run_script(*flags, kmeans=True, evaluate=watched)
+    assert found.code == 0, found.err
+    names = ["k-means, 8 px", "raw pixels, 8 px", "untrained resnet14, 8 px", "a"]
+    parts = ("features", "svm", "cost")
+    rows = [(row["network"], row["protocol"]) for row in found.rows]
+    assert rows == [(name, part) for name in names for part in parts]
+    for network, state in seen:
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, state[key]), key
+        assert not any(p.grad is not None for p in network.parameters())
+
+    assert found.rows[0]["seed"] == 0 and "256 centroids" in found.rows[0]["weights"]
+    cost = found.rows[-1]["result"]
+    assert cost["images_per_s"] > 0 and cost["parameters"] > 1e6
+    last = [line for line in found.out.splitlines() if line.startswith("a  ")]
+    assert len(last) == 2
+    svm_column = float(last[0].split()[3])
+    assert svm_column == round(found.rows[-2]["result"]["svm"], 1)
+    assert last[1].split()[1:3] == ["1.13", f"{cost['flops'] / 1e6:.1f}"]
+    assert last[1].split()[-1] == "61.5"
+    again = run_script(*flags, kmeans=True, evaluate=no_evaluation)
+    assert again.rows == found.rows and again.out.splitlines()[-14:] == found.out.splitlines()[-14:]
+
+
+def svm_of_two_processes(folder, out):
+    found = run_script(folder, "--out", out, "--only", "svm", kmeans=True)
+    assert found.code == 0, found.err
+
+
+def test_svm_of_two_processes(processes, tmp_path):
+    write_run(tmp_path / "a")
+    alone = run_script(tmp_path / "a", "--out", tmp_path / "one", "--only", "svm", kmeans=True)
+    processes(2, svm_of_two_processes, tmp_path / "a", tmp_path / "two")
+    together = read_lines(tmp_path / "two" / "results.jsonl")
+    assert len(together) == 4
+    for row, other in zip(alone.rows, together):
+        assert row["network"] == other["network"]
+        # batches of other sizes round differently
+        assert other["result"]["svm"] == pytest.approx(row["result"]["svm"], abs=1)
+
+
+def test_without_labels_or_with_broken_weights(tmp_path):
+    net = write_run(tmp_path / "a")
+    unlabelled = DATA._replace(train=DATA.train._replace(labels=None), test=None)
+    unlabelled = unlabelled._replace(bank=unlabelled.train)
+    flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    found = run_script(*flags, "--only", "svm", data=unlabelled)
+    assert found.code == 1 and found.err.startswith("error: --only svm: emoji has no labels")
+    found = run_script(*flags, "--only", "all", data=unlabelled, evaluate=evaluate)
+    assert "emoji has no labels: what needs none is measured" in found.out
+    assert {row["protocol"] for row in found.rows} == {"features", "cost"}
+
+    saved = torch.load(tmp_path / "a" / "backbone.pt")
+    saved["weights"]["norm.bias"][3] = math.nan
+    torch.save(saved, tmp_path / "a" / "backbone.pt")
+    assert "a: a weight is NaN or infinite" in refusal(*flags)
+    assert net.norm.bias.isfinite().all()
 
 
 # -------- Refusals --------------------------------------------------------------------------------

@@ -1,0 +1,141 @@
+"""methods/eval_few.py: nested draws of labels, and scikit-learn's logistic regression on them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, call_main, noise, tiny_data
+from sklearn.linear_model import LogisticRegression
+from test_eval_features import write_run
+
+from common import pixels, read_lines
+from methods.eval_few import BUDGETS, draw_labels, few_labels, labelled
+
+DATA = tiny_data(40, 16)
+
+
+def test_draws_are_nested_and_have_their_share_of_each_class():
+    labels = torch.tensor([0] * 230 + [1] * 30 + [2] * 3)[torch.randperm(263)]
+    counts = {"1": (1, 1, 1), "5": (5, 5, 3), "20": (20, 20, 3)}
+    counts |= {"1 %": (2, 1, 1), "10 %": (23, 3, 1)}
+    for draw in range(3):
+        sets = {name: draw_labels(labels, BUDGETS[name], draw) for name in BUDGETS}
+        for name, expected in counts.items():
+            assert tuple(labels[sets[name]].bincount().tolist()) == expected
+            assert len(sets[name].unique()) == len(sets[name])
+        for chain in (("1", "2", "5", "10", "20"), ("1", "1 %", "10 %")):
+            for small, large in zip(chain, chain[1:]):
+                assert set(sets[small].tolist()) <= set(sets[large].tolist())
+        assert torch.equal(sets["5"], draw_labels(labels, 5, draw))
+    assert not torch.equal(draw_labels(labels, 5, 0), draw_labels(labels, 5, 1))
+
+
+def test_accuracies_are_those_of_scikit_learn():
+    labels = torch.arange(150) % 4 % 3
+    centres = noise(3, 40, seed=1, dtype=torch.float32)
+    bank = 5 + 0.6 * centres[labels] + noise(150, 40, dtype=torch.float32)
+    bank[:, 3] *= 100
+    test = 5 + 0.6 * centres[labels] + noise(150, 40, seed=2, dtype=torch.float32)
+    test[:, 3] *= 100
+    before = bank.clone(), test.clone()
+    found = few_labels(bank, labels, test, labels)
+    assert torch.equal(bank, before[0]) and torch.equal(test, before[1])
+    assert list(found) == list(BUDGETS)
+
+    mean, std = bank.mean(0), bank.std(0)
+    x, z = [(part - mean) / std / 40**0.5 for part in (bank, test)]
+    assert x.square().sum(1).mean().item() == pytest.approx(1, abs=0.01)
+    for name, budget in BUDGETS.items():
+        accuracies = []
+        for draw in range(5):
+            chosen = draw_labels(labels, budget, draw)
+            solver = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000)
+            solver.fit(x[chosen].numpy(), labels[chosen].numpy())
+            accuracies.append(100 * solver.score(z.numpy(), labels.numpy()))
+        # of 150 images one may lie on the border
+        assert found[name]["accuracies"] == pytest.approx(accuracies, abs=0.7)
+        values = found[name]["accuracies"]
+        assert found[name]["mean"] == pytest.approx(np.mean(values))
+        assert found[name]["deviation"] == pytest.approx(np.std(values, ddof=1))
+        assert found[name]["images"] == len(chosen)
+    assert found["20"]["mean"] > found["1"]["mean"] + 5
+
+
+def test_degenerate_features():
+    """Constant features: one class for all images. One-hot features: all right from one label."""
+    labels = torch.arange(30) % 3
+    found = few_labels(torch.ones(30, 4), labels, torch.ones(9, 4), labels[:9])
+    assert {name: part["mean"] for name, part in found.items()} == dict.fromkeys(
+        BUDGETS, pytest.approx(100 / 3)
+    )
+    perfect = torch.nn.functional.one_hot(labels).float()
+    found = few_labels(perfect, labels, perfect, labels)
+    assert all(part["accuracies"] == [100.0] * 5 for part in found.values())
+    # a class that has one image
+    labels[:3] = torch.tensor([0, 1, 3])
+    assert few_labels(perfect, labels, perfect, labels)["20"]["images"] == 30
+
+
+def run_script(*flags, data=DATA, **patches):
+    found = call_main("eval_few", *flags, "--workers", 0, data=data, **patches)
+    out = flags[flags.index("--out") + 1]
+    found.rows = read_lines(out / "results.jsonl")
+    return found
+
+
+def test_run(tmp_path):
+    """One line per network; a second call measures nothing; the picture is there."""
+    net = write_run(tmp_path / "a")
+    out = tmp_path / "out"
+    found = run_script(tmp_path / "a", "--out", out)
+    assert found.code == 0, found.err
+    names = ["k-means, 8 px", "raw pixels, 8 px", "untrained vit_micro, 8 px", "a"]
+    assert [row["network"] for row in found.rows] == names
+    assert {row["protocol"] for row in found.rows} == {"few"}
+    known = labelled(pixels(8), DATA, 8, CPU, 0)
+    assert found.rows[1]["result"] == json.loads(json.dumps(few_labels(*known[:4])))
+    known = labelled(net, DATA, 8, CPU, 0)
+    assert found.rows[3]["result"]["1"]["accuracies"] == few_labels(*known[:4])["1"]["accuracies"]
+
+    lines = found.out.splitlines()
+    head = next(i for i, line in enumerate(lines) if "1 per class" in line)
+    part = found.rows[3]["result"]["10 %"]
+    assert lines[head + 4].startswith("a ")
+    assert lines[head + 4].endswith(f" {part['mean']:.1f} +- {part['deviation']:.1f}")
+    assert (out / "few.png").stat().st_size > 5000
+    again = run_script(tmp_path / "a", "--out", out, few_labels=None)
+    assert again.rows == found.rows and again.out.splitlines()[-6:] == lines[-6:]
+
+
+def of_two_processes(folder, out):
+    found = run_script(folder, "--out", out)
+    assert found.code == 0, found.err
+
+
+@pytest.mark.thorough
+def test_two_processes(processes, tmp_path):
+    write_run(tmp_path / "a")
+    alone = run_script(tmp_path / "a", "--out", tmp_path / "one")
+    processes(2, of_two_processes, tmp_path / "a", tmp_path / "two")
+    together = read_lines(tmp_path / "two" / "results.jsonl")
+    assert len(together) == 4
+    for row, other in zip(alone.rows, together):
+        for name, part in row["result"].items():
+            # one of 16 images may lie on the border
+            assert other["result"][name]["mean"] == pytest.approx(part["mean"], abs=100 / 16 / 5)
+
+
+def test_refusals(tmp_path):
+    write_run(tmp_path / "a")
+    unlabelled = DATA._replace(train=DATA.train._replace(labels=None), test=None)
+    found = run_script(tmp_path / "a", "--out", tmp_path / "out", data=unlabelled)
+    assert found.code == 1 and found.err.startswith("error: emoji has no labels")
+    assert found.err.count("\n") == 1 and not found.rows
+
+    saved = torch.load(tmp_path / "a" / "backbone.pt")
+    saved["weights"]["norm.bias"][3] = math.inf
+    torch.save(saved, tmp_path / "a" / "backbone.pt")
+    found = run_script(tmp_path / "a", "--out", tmp_path / "out")
+    assert found.code == 1 and "a: a weight is NaN or infinite" in found.err
