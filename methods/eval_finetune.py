@@ -1,0 +1,297 @@
+"""Fine-tuning: how much training before helps when few, some or all images have labels.
+SimCLR: Chen, Kornblith, Norouzi, Hinton, ICML 2020. https://arxiv.org/abs/2002.05709
+SwAV: Caron et al., NeurIPS 2020. https://arxiv.org/abs/2006.09882
+Official code of SwAV: https://github.com/facebookresearch/swav
+
+Idea. Labels are expensive, images are not. A network that was trained without labels gets a linear
+classifier on top, the head, and then all weights are trained together with the labels of 1 %, 10 %
+or all of the images. This is compared with the same network from scratch, which means from its
+initial weights, with the same labels and steps; and with the frozen linear probe, which trains only
+a linear classifier on unchanged features. Training before is worth most where labels are few.
+
+Notation. h = f(x) (n, D) features of the network, the trunk; W (C, D), b the head; y (n,) labels;
+T steps, counted by t from 0. The loss is the cross-entropy, and both learning rates fall to 0:
+
+    L     = mean over the batch of -log softmax(W h + b)[y]
+    lr(t) = lr(0) x (1 + cos(pi t / T)) / 2
+
+lr(0) is larger for the head, which starts near 0, than for the trunk, which is trained already. The
+labelled images have the proportions of the classes in the whole set, with at least one per class.
+The subsets of a draw are nested: those of 1 % are among those of 10 %. A draw also decides on the
+initial head, the order of the images, and their random crops and flips; --seed is that of the
+weights from scratch, which are the same for all draws. Batch-norm uses the statistics of the batch,
+as in any training. Accuracies are in percent, on whole test images, which choose nothing.
+
+Run.
+    python methods/eval_finetune.py runs/simclr-emoji-0 runs/mae-emoji-0
+    python methods/eval_finetune.py runs/* --data fashion --draws 1
+    python methods/eval_finetune.py runs/simclr-emoji-0 --steps 800 --lr-trunk 0.01
+It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
+runs/eval_finetune; the runs stay as they are. What is in results.jsonl is not measured again, so a
+command that was stopped continues.
+
+Differs from the papers. (This file | SimCLR, SwAV.)
+    1. The same number of steps for every part of the labels | epochs: 20 (SwAV), 60 for 1 % and 30
+       for 10 % (SimCLR).
+    2. The rates fall by a cosine | times 0.2 after 12 and 16 of 20 epochs (SwAV).
+    3. Three draws | one list of images, with as many of each class.
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
+from common import (Loader, Results, Split, baselines, candidates, features, flip_and_normalize,
+                    join_processes, linear_probe, load_data, parse, print0, replace_file)
+from kernels.collectives import fail, world
+from kernels.views import Crop
+
+KIND = "evaluation"  # the tests ask for what is due to each kind
+PARTS = (0.01, 0.1, 1.0)  # of the labels
+
+# The measure.
+
+
+def learning_rate(peak, step, steps):
+    """The equation above."""
+    return peak * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def labelled_part(labels, part, draw):
+    """Indices (n,) int64, ascending, of the images whose labels are given: of each class its share,
+    rounded, and at least one. Subsets of the same draw are nested. labels: (N,) int64."""
+    generator = np.random.default_rng(draw)
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0].cpu()
+        order = generator.permutation(len(members))
+        count = max(1, round(part * len(members)))
+        chosen.append(members[order[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def with_head(network, classes, draw):
+    """A copy of the network, all of whose weights can be trained, and a linear head of small random
+    weights: images (n, 3, H, W) -> logits (n, classes)."""
+    trunk = copy.deepcopy(network).requires_grad_(True)
+    head = nn.Linear(network.out_dim, classes)
+    generator = torch.Generator().manual_seed(draw)
+    nn.init.normal_(head.weight, std=0.01, generator=generator)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(trunk, nn.Flatten(1), head)
+
+
+def parameter_groups(model, lr_trunk, lr_head):
+    """For an optimiser: the weights of the trunk and those of the head, each with its rate."""
+    trunk, _, head = model
+    return [
+        {"params": list(trunk.parameters()), "lr": lr_trunk},
+        {"params": list(head.parameters()), "lr": lr_head},
+    ]
+
+
+# The evaluation.
+
+SETTINGS = {
+    "recipe": ("default", "which column gives the defaults"),
+    "data": ("", "data set or folder of images; if not given, that of the training"),
+    "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
+    "steps": (400, "steps of every fine-tuning", "[1, inf)"),
+    "batch": (128, "images per step; all labelled ones if there are fewer"),
+    "lr_trunk": (1e-3, "learning rate of the network at the first step"),
+    "lr_scratch": (1e-3, "the same for a network that was not trained before"),
+    "lr_head": (1e-2, "learning rate of the head at the first step"),
+    "crop": (0.2, "smallest area of a random crop", "(0, 1]"),
+    "draws": (3, "draws of the labelled images", "[1, inf)"),
+}
+
+
+def get_args(argv=None):
+    return parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
+
+
+def fine_tune(candidate, split, classes, draw, device, args):
+    """Trains a copy of the network, with a head, on all images of a split. Returns the model and
+    the loss of the last step."""
+    model = with_head(candidate.network, classes, draw)
+    model.to(device, memory_format=torch.channels_last).train()
+    lr_trunk = args.lr_trunk if "weights" in candidate.about else args.lr_scratch
+    groups = parameter_groups(model, lr_trunk, args.lr_head)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    view = Crop(candidate.size, scale=(args.crop, 1.0)), flip_and_normalize
+    batch = min(args.batch, len(split.images))
+    loader = Loader(split, [view], batch, draw, device, args.workers)
+    for epoch in range(math.ceil(args.steps / loader.steps)):
+        for step, (x,) in loader(epoch):
+            if step == args.steps:
+                break
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = learning_rate(peak, step, args.steps)
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(x.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), split.labels[loader.index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    if not loss.isfinite():
+        fail(f"{candidate.name}: the loss is {loss.item()}: choose lower learning rates")
+    return model, loss.item()
+
+
+def measure(candidate, data, part, draw, device, args):
+    """What a line of results.jsonl holds: accuracies with the labels of one draw. tuned is None
+    for raw pixels, which have no weights."""
+    print0(f"  {part:.0%} of the labels, draw {draw + 1} of {args.draws}")
+    index = labelled_part(data.bank.labels, part, draw)
+    if len(index) < 2:
+        fail(f"{part:.0%} of the labels is one image: at least two are needed")
+    labels = data.bank.labels[index].to(device)
+    split = Split(data.bank.images.part(index), labels)
+    how = candidate.size, device, args.workers
+    network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
+
+    bank, bank_readable = features(network, split, *how)
+    test, readable = features(network, data.test, *how)
+    test_labels = data.test.labels.to(device)[readable]
+    if not (bank.isfinite().all() and test.isfinite().all()):
+        fail(f"{candidate.name}: some of its features are infinite or not a number")
+    groups = None if data.bank.emoji is None else data.bank.emoji[index]
+    sets = bank[bank_readable], labels[bank_readable], test[readable], test_labels
+    result = {"labels": len(index), "frozen": linear_probe(*sets, groups), "tuned": None}
+
+    if list(network.parameters()):
+        classes = int(data.bank.labels.max()) + 1
+        model, loss = fine_tune(candidate, split, classes, draw, device, args)
+        logits, _ = features(model, data.test, *how)
+        right = logits[readable].argmax(1) == test_labels
+        result["tuned"] = 100 * right.double().mean().item()
+        result["loss"] = loss
+    return result
+
+
+def summary(lines):
+    """The results of one network, {(part, draw): result}, as {part: {"frozen" or "tuned": (mean,
+    deviation over the draws)}}; the deviation of one draw is nan."""
+    found = {}
+    for part in PARTS:
+        of_part = [result for (p, _), result in lines.items() if p == part]
+        found[part] = {"labels": of_part[0]["labels"]}
+        for kind in ("frozen", "tuned"):
+            values = [result[kind] for result in of_part if result[kind] is not None]
+            if values:
+                deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+                found[part][kind] = float(np.mean(values)), deviation
+    return found
+
+
+def table(summaries):
+    """{network: its summary()} as text, one line per network."""
+    width = max(len(name) for name in summaries)
+    first = next(iter(summaries.values()))
+    heads = [f"{f'{part:.0%} frozen':>16}{'tuned':>14}" for part in first]
+    lines = [" " * width + "".join(heads)]
+    for name, found in summaries.items():
+        line = f"{name:{width}}"
+        for row in found.values():
+            line += f"{cell(row.get('frozen')):>16}{cell(row.get('tuned')):>14}"
+        lines.append(line)
+    labels = ", ".join(f"{part:.0%}: {row['labels']}" for part, row in first.items())
+    note = "frozen: linear probe; tuned: all weights trained, from scratch if untrained; mean and"
+    return "\n".join([*lines, f"{note} deviation over draws\nlabels {labels}"])
+
+
+def cell(numbers):
+    if numbers is None:
+        return "-"
+    mean, deviation = numbers
+    return f"{mean:.1f}" if math.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def draw_curves(path, summaries, scratch):
+    """Accuracy against labels: one panel per run, with three lines. scratch: {run: the name of the
+    same network untrained}."""
+    from matplotlib.figure import Figure  # here, so --help need not wait for it
+
+    columns = min(4, len(scratch))
+    rows = math.ceil(len(scratch) / columns)
+    figure = Figure((3 + 2.7 * columns, 1 + 2.8 * rows), dpi=100, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (run, untrained) in zip(grid.flat, scratch.items()):
+        lines = (
+            ("fine-tuned", summaries[run], "tuned", "o-"),
+            ("from scratch", summaries[untrained], "tuned", "s--"),
+            ("frozen, linear probe", summaries[run], "frozen", "^:"),
+        )
+        for name, found, kind, style in lines:
+            labels = [row["labels"] for row in found.values()]
+            means = [row[kind][0] for row in found.values()]
+            deviations = np.nan_to_num([row[kind][1] for row in found.values()])
+            axes.errorbar(labels, means, deviations, fmt=style, markersize=4, capsize=2, label=name)
+        axes.set(title=run, xscale="log", xlabel="labelled images")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(scratch) :]:
+        axes.remove()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("accuracy, %")
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("What training before is worth when few images have labels")
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def main(argv=None):
+    args = get_args(argv)
+    device = join_processes(args.seed)
+    if world() > 1:
+        fail("eval_finetune runs in one process: start it with python instead of torchrun")
+    found = candidates(args)
+    names = dict.fromkeys(candidate.data for candidate in found)
+    sets = {name: load_data(name, args.root, device) for name in names}
+    for name, data in sets.items():
+        if data.test is None:
+            fail(f"--data {name}: labels are needed; give images in folders of their classes")
+    results = Results("eval_finetune", args, device)
+
+    settings = {name: getattr(args, name) for name in ("steps", "batch", "lr_head", "crop")}
+    summaries = {name: {} for name in sets}
+    for candidate in found:
+        data = sets[candidate.data]
+        trained = "weights" in candidate.about
+        settings["lr_trunk"] = args.lr_trunk if trained else args.lr_scratch
+        lines = {}
+        for part in PARTS:
+            for draw in range(args.draws):
+                lines[part, draw] = results.measure(
+                    "fine-tuning",
+                    candidate,
+                    lambda: measure(candidate, data, part, draw, device, args),
+                    part=part,
+                    draw=draw,
+                    images=[len(split.images) for split in (data.bank, data.test)],
+                    **settings,
+                )
+        summaries[candidate.data][candidate.name] = summary(lines)
+
+    folder = results.folder
+    for name, measured in summaries.items():
+        runs = [run for run in found if run.data == name and "weights" in run.about]
+        scratch = {run.name: baselines(run, args.seed)[1].name for run in runs}
+        ending = f"-{Path(name).name}.png" if len(summaries) > 1 else ".png"
+        draw_curves(folder / f"finetune{ending}", measured, scratch)
+        print0(f"\n{name}\n{table(measured)}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+if __name__ == "__main__":
+    main()
