@@ -821,10 +821,11 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
         x.sub_(mean).div_(std)
 
     # Decorrelate. A rotation changes no solution, but the way to it is shorter.
-    variance, rotation = torch.linalg.eigh(bank.T @ bank / len(bank))
-    variance = variance.clamp(min=0)
+    # In float64: with fewer images than features, float32 may find no eigenvalues.
+    variance, rotation = torch.linalg.eigh((bank.T @ bank / len(bank)).double())
+    variance = variance.clamp(min=0).float()
     for part in (*bank.split(8192), *test.split(8192)):
-        part.copy_(part @ rotation)
+        part.copy_(part @ rotation.float())
 
     # A fifth of the groups is held out.
     groups = torch.arange(len(bank)) if groups is None else groups.cpu()

@@ -40,6 +40,7 @@ Differs from the paper. (This file | the paper.)
        side, so it fits images of any size | in pixels, of images of 224 x 224.
 """
 
+import io
 import math
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.io import decode_jpeg, encode_jpeg
+from PIL import Image
 from torchvision.transforms import functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
@@ -116,7 +117,11 @@ def pixelation(x, part, generators):
 def jpeg(x, quality, generators):
     """Encodes and decodes each image as JPEG of this quality, 1 to 100."""
     stored = (x * 255).round().to(torch.uint8).cpu()
-    decoded = [decode_jpeg(encode_jpeg(image, quality)) for image in stored]
+    decoded = []
+    for image in stored:
+        file = io.BytesIO()
+        TF.to_pil_image(image).save(file, "JPEG", quality=quality)
+        decoded.append(TF.pil_to_tensor(Image.open(file)))
     return torch.stack(decoded).to(x) / 255
 
 
@@ -128,8 +133,9 @@ def rotation(x, degrees, generators):
     cos = angle.cos()
     sin = angle.sin()
     zero = torch.zeros_like(angle)
-    # Where each pixel comes from.
-    matrices = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)  # (n, 2, 3)
+    # Where each pixel comes from: two rows of a matrix per image.
+    numbers = [cos, -sin, zero, sin, cos, zero]
+    matrices = torch.stack(numbers, 1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
@@ -195,8 +201,9 @@ def linear_classifier(bank, labels, groups=None):
     mean = bank.mean(0)
     std = bank.std(0) + 1e-6
     x = (bank - mean) / std
-    variance, rotation = torch.linalg.eigh(x.T @ x / len(x))
-    variance = variance.clamp(min=0)
+    variance, rotation = torch.linalg.eigh((x.T @ x / len(x)).double())
+    variance = variance.clamp(min=0).float()
+    rotation = rotation.float()
     x = x @ rotation
 
     # A fifth of the groups is held out.
@@ -367,11 +374,11 @@ def draw_corruptions(path, data, seed):
         strengths = row[1]
         for axes, strength in zip(column, strengths):
             shown = corrupt(image, [0], corruption, strength, seed)
-            axes.imshow(shown[0].permute(1, 2, 0).cpu())
+            axes.imshow(shown[0].permute(1, 2, 0).cpu().numpy())
             axes.set_xlabel(strength)
         column[0].set_title(corruption, fontsize=10)
     for axes, word in zip(grid[:, 0], ("weak", "medium", "strong")):
-        axes.imshow(image[0].permute(1, 2, 0).cpu())
+        axes.imshow(image[0].permute(1, 2, 0).cpu().numpy())
         axes.set_ylabel(word)
     grid[0, 0].set_title("test image", fontsize=10)
     for axes in grid.flat:

@@ -47,8 +47,8 @@ SOME_THOROUGH = [  # one of each kind in the ordinary suite
 ]
 EVERY_SCRIPT = pytest.mark.parametrize("name", SCRIPTS)
 METHOD_TOKENS = 3400  # the most that a file may hold
-COMMON_TOKENS = 13_000
-LINE_TOKENS = 28
+COMMON_TOKENS = 17_500
+LINE_TOKENS = 32
 
 
 class Due(NamedTuple):
@@ -191,16 +191,16 @@ def test_sections_are_in_order(name):
 
 @EVERY_SCRIPT
 def test_imports(name):
-    """The standard library, numpy, torch and torchvision, common and kernels; never another method;
-    all at the top, except those that take long: a user who asks for --help need not wait."""
+    """The standard library, numpy, torch, torchvision and PIL, common and kernels; never another
+    method; all at the top, except matplotlib's, which takes long."""
     tree = ast.parse(source(name))
     allowed = {*sys.stdlib_module_names, "numpy", "torch", "torchvision", "einops"}
-    allowed |= {"common", "kernels"}
+    allowed |= {"PIL", "common", "kernels"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
             modules = [node.module] if isinstance(node, ast.ImportFrom) else names
-            wanted = allowed if node in tree.body else {"matplotlib", "scipy", "sklearn"}
+            wanted = allowed if node in tree.body else {"matplotlib"}
             assert {module.split(".")[0] for module in modules} <= wanted, ast.unparse(node)
 
 
@@ -537,6 +537,7 @@ def test_the_stand_in_notices(trouble, tmp_path):
 
 def test_the_stand_in_notices_a_network_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(method("simclr").SimCLR, "to", lambda self, device: self)
+    monkeypatch.setattr(common, "distribute", lambda model, *_: model)
     with pytest.raises(RuntimeError):
         on_meta("simclr", *short("simclr"), "--out", tmp_path, distribute=lambda model, *_: model)
 
@@ -702,7 +703,7 @@ def check_metrics(name, flags, text):
 def check_checkpoint(run, folder):
     """last.pt holds all state; backbone.pt gives the trained network back."""
     saved = torch.load(folder / "last.pt", weights_only=True)
-    assert set(saved) == {"state", "settings", "baselines", "step", "seconds"}
+    assert set(saved) == {"state", "settings", "baselines", "untrained", "step", "seconds"}
     assert saved["step"] == 4
     assert set(saved["state"]) == {"model", *run.state} and "optimizer" in saved["state"]
     assert list(saved["state"]["model"]) == list(run.model.state_dict())
