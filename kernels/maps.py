@@ -1,0 +1,92 @@
+"""Maps: what a network knows of each place of an image, before its features are pooled; and a head
+that reads a linear function of them at each place.
+
+    images uint8 (n, 3, H, W) --prepare--> (n, 3, size, size) --maps--> [(n, channels, h, w), ...]
+                              --MapHead--> (n, channels, side, side)
+
+The maps are those of ALL stages: of a ResNet the first layer's and those of layer1 to layer4, of a
+vision transformer the patches after four evenly spaced blocks. Stacked they are the hypercolumn of
+Hariharan et al., CVPR 2015 (https://arxiv.org/abs/1411.5752).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.views import normalize
+
+
+def prepare(images, size):
+    """uint8 (n, 3, H, W) -> what a network is shown, (n, 3, size, size): whole images, resized and
+    normalised."""
+    x = images.float().div_(255)
+    if x.shape[2:] != (size, size):
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+        x.clamp_(0, 1)  # bicubic overshoots
+    return normalize(x).contiguous(memory_format=torch.channels_last)
+
+
+def maps(network, x):
+    """The maps of a backbone (common.py) for images x (n, 3, H, W), a list of (n, channels, h, w).
+    The baseline of raw pixels, which has no weights, gives the colours of the 7 x 7 pixels around
+    each place: (n, 147, h, w)."""
+    if hasattr(network, "layer4"):  # a ResNet
+        x = network.relu(network.bn1(network.conv1(x)))
+        found = [x]
+        x = network.maxpool(x)
+        for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+            x = stage(x)
+            found.append(x)
+        return found
+
+    if hasattr(network, "blocks"):  # a vision transformer
+        side = network.first_layer.stride[0]
+        grid = (x.shape[2] // side, x.shape[3] // side)
+        ends = [len(network.blocks) * quarter // 4 for quarter in (1, 2, 3, 4)]
+        found = []
+        x = network.embed(x)  # (n, 1 + L, D)
+        for depth, block in enumerate(network.blocks, 1):
+            x = block(x)
+            if depth in ends:
+                patches = network.norm(x)[:, 1:].mT  # (n, D, L)
+                found.append(patches.unflatten(2, grid))
+        return found
+
+    x = network(x)
+    return [F.unfold(x, 7, padding=3).unflatten(2, x.shape[2:])]
+
+
+class MapHead(nn.Module):
+    """Maps -> (n, channels, side, side): a 1x1 convolution of all maps together, enlarged to `side`
+    bilinearly. Each map is first standardised per channel. The convolution comes before the maps
+    are enlarged: both are linear, so their order does not matter, and small maps are less work.
+
+    start: what the head answers everywhere before it is trained, (channels,); None: its weights
+    start at random, as those of a layer among others."""
+
+    def __init__(self, widths, channels, side, start=None):
+        super().__init__()
+        self.side = side
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width, affine=False) for width in widths])
+        self.convs = nn.ModuleList([nn.Conv2d(width, channels, 1, bias=False) for width in widths])
+        self.bias = nn.Parameter(torch.zeros(channels) if start is None else start.clone())
+        if start is not None:
+            for conv in self.convs:
+                nn.init.zeros_(conv.weight)
+
+    def forward(self, maps):
+        output = self.bias[:, None, None]
+        for norm, conv, x in zip(self.norms, self.convs, maps):
+            read = conv(norm(x.float()))  # (n, channels, h, w)
+            down = enlarging(read.shape[2], self.side).to(read)
+            across = enlarging(read.shape[3], self.side).to(read)
+            wide = read @ across.T  # (n, channels, h, side)
+            output = output + (wide.mT @ down.T).mT
+        return output
+
+
+def enlarging(size, side):
+    """The matrix (side, size) of bilinear resizing. Two small products of matrices take a fifth of
+    the time of F.interpolate."""
+    unit = torch.eye(size)[None, None]
+    return F.interpolate(unit, (side, size), mode="bilinear")[0, 0]

@@ -1,0 +1,413 @@
+"""Dense tasks: what a network knows at each place of an image, not of the image as a whole.
+Hypercolumns: Hariharan, Arbelaez, Girshick, Malik, CVPR 2015. https://arxiv.org/abs/1411.5752
+Surface normals: Fouhey, Gupta, Hebert, ICCV 2013. https://doi.org/10.1109/ICCV.2013.421
+Depth: Eigen, Puhrsch, Fergus, NeurIPS 2014. https://arxiv.org/abs/1406.2283
+Keypoints: Yang, Ramanan, TPAMI 2013. https://doi.org/10.1109/TPAMI.2012.261
+
+Idea. Features of a whole image tell what is seen, but not where. Four tasks ask for an answer at
+every pixel of the scenes of the data set `solids`: 1,000 rendered scenes to train on, and 250 with
+other textures to test. A head that looks at one place only (a 1x1 convolution) reads the answer off
+the maps of a network, its features before they are pooled. Frozen, the network does not change, so
+the maps themselves must hold the answer. Fine-tuned, all weights are trained together with the
+head. The untrained network is treated in the same way; to fine-tune it is to train from scratch.
+
+Notation. The maps are those of ALL stages of a ResNet (its first layer, then layer1 to layer4), or
+the patches of a ViT after four evenly spaced blocks; of raw pixels, the colours of the 7 x 7 pixels
+around each place. The head standardises each map per channel (batch-norm without scale and offset)
+and adds what it reads off each, enlarged to the 48 x 48 pixels of a scene. Over all test pixels,
+for normals and depth without those that show no surface (the sky):
+
+    segmentation  the shape at a pixel, one of 8, or the background. miou: intersection / union of
+                  each of these 9 classes, in percent, averaged over the classes; object_iou:
+                  the same of the pixels whose probability of the background is below 1/2
+    normals       the direction of the surface, a unit vector n, by angle = arccos(n . n_true):
+                  mean, median, and the percentage within 11.25, 22.5 and 30 degrees;
+                  object_angle: the mean over the pixels of objects, without the floor
+    depth         rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true
+    keypoints     corners and tips, as the peaks of one heat map per shape. Given the box and the
+                  shape of an object, as many peaks are taken as it has visible points. pck: the
+                  percentage of points whose peak is no further than a fraction of the longer side
+                  of the box; auc: its mean over the fractions from 0 to 0.2
+
+Beside them stands the constant answer: the same for all pixels, the best for the training scenes.
+
+Run.
+    python methods/eval_dense.py runs/simclr-emoji-0
+    python methods/eval_dense.py runs/* --no-finetune
+    python methods/eval_dense.py runs/* --only normals
+It writes results.jsonl, scenes.png and pck.png into --out, by default runs/eval_dense, and the
+folder outputs, the latest answers, from which scenes.png is drawn. What is in results.jsonl is not
+measured again.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
+from common import Candidate, Results, candidates, join_processes, parse, print0, replace_file
+from kernels.collectives import fail, world
+from kernels.maps import MapHead, maps, prepare
+from kernels.readers import load_solids
+
+KIND = "evaluation"  # the tests ask for what is due to each kind
+FRACTIONS = torch.linspace(0, 0.2, 21, dtype=torch.float64)  # of the longer side of a box
+
+# The measure.
+
+
+def segmentation_scores(predicted, truth, classes):
+    """Intersection over union of each class, over all pixels together, and its mean, in percent.
+    A class that neither has is -1, and left out of the mean. predicted, truth: (N, H, W) ints."""
+    pairs = classes * truth.long() + predicted.long()
+    counts = pairs.flatten().bincount(minlength=classes**2).view(classes, classes).double()
+    shared = counts.diag()
+    either = counts.sum(0) + counts.sum(1) - shared
+    iou = 100 * shared / either  # nan for a class that neither has
+    return {"miou": iou.nanmean().item(), "iou": iou.nan_to_num(-1).tolist()}
+
+
+def normal_scores(predicted, truth):
+    """Angles in degrees over all valid pixels: mean, median, and the percentage within limits.
+    predicted: (N, 3, H, W) of any length; truth: unit vectors, 0 where there is no surface."""
+    valid = truth.any(1)  # (N, H, W)
+    cosine = F.cosine_similarity(predicted.double(), truth.double(), dim=1)[valid]
+    angle = cosine.clamp(-1, 1).arccos().rad2deg()
+    scores = {"mean_angle": angle.mean().item(), "median_angle": angle.quantile(0.5).item()}
+    for limit in (11.25, 22.5, 30):
+        scores[f"within_{limit}"] = 100 * (angle <= limit).double().mean().item()
+    return scores
+
+
+def depth_scores(predicted, truth):
+    """Errors over all valid pixels: rmse in units of the scene, abs_rel a ratio.
+    predicted, truth: (N, H, W); truth is 0 where there is no surface."""
+    valid = truth > 0
+    error = predicted[valid].double() - truth[valid].double()
+    relative = error.abs() / truth[valid].double()
+    rmse = error.square().mean().sqrt()
+    return {"rmse": rmse.item(), "abs_rel": relative.mean().item()}
+
+
+def point_errors(predicted, truth):
+    """How far true points (n, 2) are from predicted ones (m, 2), in pairs of one each, those of
+    least total distance. Returns (n,) distances, inf for a point that is left without a partner."""
+    from scipy.optimize import linear_sum_assignment  # here, so --help need not wait for it
+
+    apart = (truth[:, None].double() - predicted.double()).norm(dim=2)  # (n, m)
+    rows, columns = linear_sum_assignment(apart.numpy())
+    errors = torch.full((len(truth),), torch.inf, dtype=torch.float64)
+    errors[rows] = apart[rows, columns]
+    return errors
+
+
+def pck_scores(errors):
+    """Errors (n,), as fractions of the side of a box -> pck, the percentage that is at most each of
+    FRACTIONS; auc, the area under it by trapezoids, 100 at best; and its value at 0.1."""
+    curve = 100 * (errors[:, None] <= FRACTIONS + 1e-9).double().mean(0)
+    area = torch.trapezoid(curve, FRACTIONS) / FRACTIONS[-1]
+    middle = curve[10].item()
+    return {"pck": curve.tolist(), "pck_0.1": middle, "auc": area.item()}
+
+
+def peaks(heat, box, count):
+    """The highest local maxima (of 3 x 3 pixels) of a map (H, W) within a box x0, y0, x1, y1.
+    Returns (m, 2) float, x and y of the centres of these pixels, m at most count; a map without
+    heights and depths has no peaks."""
+    highest = F.max_pool2d(heat[None], 3, stride=1, padding=1)[0]
+    is_peak = (heat == highest) & (heat > heat.min())
+    x0, y0, x1, y1 = box.int().tolist()
+    rows, columns = is_peak[y0:y1, x0:x1].nonzero().unbind(1)
+    heights = heat[y0:y1, x0:x1][rows, columns]
+    order = heights.argsort(descending=True, stable=True)[:count]
+    return torch.stack([columns + x0, rows + y0], 1)[order] + 0.5
+
+
+def visible_points(scenes):
+    """Yields for each object that has some: scene, shape, box (4,), visible points (n, 2). The
+    centre, an object's first keypoint, is left out: the box gives it away."""
+    for scene, labels in enumerate(scenes.labels):
+        for number, label in enumerate(labels.tolist()):
+            points = scenes.keypoints[scene, number, 1:]  # (8, 3): x, y, state
+            points = points[points[:, 2] == 1, :2]
+            if len(points):
+                yield scene, label, scenes.boxes[scene][number], points
+
+
+def keypoint_scores(heat, scenes):
+    """pck_scores of the peaks of heat maps (N, 9, H, W), one per shape; the first is not used."""
+    errors = []
+    for scene, label, box, points in visible_points(scenes):
+        found = peaks(heat[scene, label], box, len(points))
+        side = (box[2:] - box[:2]).max().double()
+        errors.append(point_errors(found, points) / side)
+    return pck_scores(torch.cat(errors))
+
+
+def scores(task, output, scenes):
+    """What a head's output (N, channels, H, W) for some scenes is worth: a dict."""
+    if task == "segmentation":
+        found = segmentation_scores(output.argmax(1), scenes.classes, output.shape[1])
+        objects = output.softmax(1)[:, 0] < 0.5  # of any shape
+        of_two = segmentation_scores(objects, scenes.classes > 0, 2)
+        return found | {"object_iou": of_two["iou"][1]}
+    if task == "normals":
+        found = normal_scores(output, scenes.normals)
+        on_objects = scenes.normals * (scenes.classes[:, None] > 0)
+        return found | {"object_angle": normal_scores(output, on_objects)["mean_angle"]}
+    if task == "depth":
+        return depth_scores(output[:, 0], scenes.depth)
+    return keypoint_scores(output, scenes)
+
+
+# The evaluation.
+
+TASKS = {"segmentation": 9, "normals": 3, "depth": 1, "keypoints": 9}  # channels of the output
+COLUMNS = ("miou", "object_iou", "mean_angle", "median_angle", "object_angle", "within_11.25",
+           "within_22.5", "within_30", "rmse", "abs_rel", "pck_0.1", "auc")
+SETTINGS = {
+    "recipe": ("default", "which column gives the defaults"),
+    "data": ("solids", "the scenes", ("solids",)),
+    "size": (48, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
+    "only": ("all", "which task", ("all", *TASKS)),
+    "finetune": (True, "also train all weights, anew for each task"),
+    "batch": (16, "scenes per step"),
+    "steps": (300, "steps with frozen maps", "[1, inf)"),
+    "lr": (1e-3, "learning rate of the head with frozen maps"),
+    "finetune_steps": (400, "steps in which all weights are trained", "[1, inf)"),
+    "finetune_lr": (1e-3, "learning rate when all weights are trained"),
+}
+SHOWN = 2  # test scenes in the pictures
+
+
+def targets(task, scenes):
+    """What the head is trained for: a tensor, one row per scene."""
+    if task == "segmentation":
+        return scenes.classes.long()  # (N, H, W)
+    if task == "normals":
+        return scenes.normals  # (N, 3, H, W)
+    if task == "depth":
+        return scenes.depth[:, None]  # (N, 1, H, W)
+
+    # For each shape a distribution over the pixels: Gaussians (sigma 1) at its visible points.
+    count, _, height, width = scenes.images.shape
+    heat = torch.zeros(count, TASKS[task], height, width)
+    for scene, label, _, points in visible_points(scenes):
+        x = torch.arange(width) + 0.5 - points[:, :1]  # (n, W)
+        y = torch.arange(height) + 0.5 - points[:, 1:]  # (n, H)
+        down = torch.exp(-y.square() / 2)
+        heat[scene, label] += down.T @ torch.exp(-x.square() / 2)
+    return heat / heat.sum((2, 3), keepdim=True).clamp(min=1e-6)
+
+
+def constant(task, target):
+    """The output (channels,) for all pixels that is the best for these targets; of heat maps 0."""
+    channels = TASKS[task]
+    if task == "keypoints":
+        return torch.zeros(channels)
+    if task == "segmentation":
+        counts = target.flatten().bincount(minlength=channels)
+        return (counts + 1).log()  # + 1: a shape may be missing
+    valid = target.any(1)
+    return target.sum((0, 2, 3)) / valid.sum()
+
+
+def loss_of(task, output, target):
+    if task == "segmentation":
+        return F.cross_entropy(output, target)
+    if task == "keypoints":  # a softmax over the pixels of each map
+        return F.cross_entropy(output.flatten(2).mT, target.flatten(2).mT)
+    valid = target.any(1)
+    if task == "normals":
+        return 1 - F.cosine_similarity(output, target, dim=1)[valid].mean()
+    return F.mse_loss(output[:, 0][valid], target[:, 0][valid])
+
+
+@torch.no_grad()
+def frozen_maps(network, images, size):
+    """The maps of all images, a list of (N, channels, h, w) in float16."""
+    batches = [maps(network, prepare(part, size)) for part in images.split(50)]
+    found = [torch.cat([x.half() for x in stage]) for stage in zip(*batches)]
+    if not all(x.isfinite().all() for x in found):
+        fail("some maps of this network are not finite: its training has failed")
+    return found
+
+
+def fit(see, head, weights, task, target, settings):
+    """Trains weights by AdamW; the rate rises for a tenth of the steps, then falls to 0.
+    see(index): the maps of the scenes with these numbers."""
+    steps, lr = settings["steps"], settings["lr"]
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    generator = np.random.default_rng(settings["head_seed"])
+    for _ in tqdm(range(steps), task, leave=False, disable=None):
+        index = generator.choice(len(target), settings["batch"], replace=False)
+        index = torch.from_numpy(index).to(target.device)
+        loss = loss_of(task, head(see(index)), target[index])
+        if not loss.isfinite():
+            fail(f"the loss of {task} is {loss.item()}: lower --lr or --finetune-lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def train_and_test(candidate, task, mode, train, test, settings, device):
+    """Trains a head on the training scenes. Returns its output for the test scenes, (N, channels,
+    H, W). A frozen network is left as it was; a fine-tuned one is a copy."""
+    images = train.images.to(device)
+    target = targets(task, train).to(device)
+    start = constant(task, target)
+    if mode == "constant":
+        shape = len(test.images), len(start), *images.shape[2:]
+        return start.cpu()[:, None, None].expand(shape)
+
+    network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
+    frozen = mode == "frozen"
+    known = frozen_maps(network, images if frozen else images[:1], candidate.size)
+    torch.manual_seed(settings["head_seed"])
+    widths = [x.shape[1] for x in known]
+    head = MapHead(widths, len(start), images.shape[3], start).to(device)
+    weights = [*head.parameters()]
+    if not frozen:
+        network = copy.deepcopy(network).train().requires_grad_(True)
+        weights += network.parameters()
+
+    def see(index):
+        if frozen:
+            return [x[index] for x in known]
+        return maps(network, prepare(images[index], candidate.size))
+
+    fit(see, head, weights, task, target, settings)
+    network.eval()
+    head.eval()
+    with torch.no_grad():
+        parts = test.images.to(device).split(50)
+        parts = [head(maps(network, prepare(part, candidate.size))) for part in parts]
+        return torch.cat(parts).cpu()
+
+
+def table(results):
+    """{network and mode: scores} as text, one line each."""
+    width = max(map(len, results)) + 2
+    columns = [name for name in COLUMNS if any(name in found for found in results.values())]
+    lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
+    for heading, found in results.items():
+        words = [f"{found[name]:.3g}" if name in found else "-" for name in columns]
+        lines.append(f"{heading:{width}}" + "".join(f"{word:>14}" for word in words))
+    return "\n".join(lines)
+
+
+def paint(axes, task, output, scenes, i):
+    """Draws what an output (channels, H, W), or the truth in the form of targets(), says of a
+    scene."""
+    valid = scenes.depth[i] > 0
+    if task == "segmentation":
+        shapes = output.argmax(0) if output.ndim == 3 else output
+        axes.imshow(shapes, cmap="tab10", vmin=0, vmax=9)
+    elif task == "normals":
+        turn = torch.tensor([1, -1, -1])[:, None, None]  # a surface that faces us is blue
+        colours = (1 + F.normalize(output, dim=0) * turn) / 2
+        axes.imshow(colours.where(valid, 1).permute(1, 2, 0))
+    elif task == "depth":
+        axes.imshow(output[0].where(valid, torch.nan), vmin=2, vmax=10)
+    else:
+        axes.imshow(scenes.images[i].permute(1, 2, 0) // 2 + 127)
+        for scene, label, box, points in visible_points(scenes):
+            if scene == i:
+                points = peaks(output[label], box, len(points))
+                axes.plot(*(points.T - 0.5), "o", markersize=3)
+
+
+def draw_scenes(path, tasks, outputs, scenes):
+    """The first scenes, the truth, and below what each network says. outputs: {heading: {task:
+    (SHOWN, channels, H, W)}}."""
+    from matplotlib.figure import Figure  # here, so --help need not wait for it
+
+    columns = [(task, i) for task in tasks for i in range(SHOWN)]
+    truth = {task: targets(task, scenes) for task in tasks}
+    rows = {"scene": {}, "truth": truth, **outputs}
+    figure = Figure((1.3 * len(columns) + 3, 1.3 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (heading, found) in zip(grid, rows.items()):
+        line[0].set_ylabel(heading, rotation=0, ha="right")
+        for axes, (task, i) in zip(line, columns):
+            axes.set(xticks=[], yticks=[])
+            if heading == "scene":
+                axes.imshow(scenes.images[i].permute(1, 2, 0))
+                axes.set_title(task)
+            elif task in found:
+                paint(axes, task, found[task][i], scenes, i)
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def draw_pck(path, results):
+    """The percentage of keypoints found over the distance allowed, a line per network and mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title("Corners and tips found in the test scenes (dashed: frozen)")
+    axes.set_xlabel("distance allowed, as a fraction of the longer side of the object's box")
+    axes.set_ylabel("keypoints found, %")
+    for heading, found in results.items():
+        if "pck" in found:
+            style = "--" if heading.endswith("frozen") else "-"
+            axes.plot(FRACTIONS, found["pck"], style, label=heading)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def main(argv=None):
+    args = parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
+    device = join_processes(args.seed)
+    if world() > 1:
+        fail("this script runs in one process: start it with python, not with torchrun")
+    train = load_solids("train")
+    test = load_solids("test")
+    found = candidates(args)
+    results = Results("eval_dense", args, device)
+    folder = results.folder
+    (folder / "outputs").mkdir(exist_ok=True)
+
+    # Who is measured, how, and with how many steps at which rate.
+    nobody = Candidate("best constant", None, args.data, args.size, {})
+    jobs = [(nobody, "constant", 0, 0.0)]
+    jobs += [(each, "frozen", args.steps, args.lr) for each in found]
+    for each in found:
+        if args.finetune and list(each.network.parameters()):  # raw pixels have no weights
+            jobs.append((each, "fine-tuned", args.finetune_steps, args.finetune_lr))
+
+    tasks = TASKS if args.only == "all" else [args.only]
+    measured = {}  # {network and mode: scores}
+    outputs = {}  # {network and mode: {task: outputs for the first scenes}}
+    for candidate, mode, steps, lr in jobs:
+        heading = f"{candidate.name}, {mode}"
+        measured[heading] = {}
+        outputs[heading] = {}
+        settings = {"steps": steps, "lr": lr, "batch": args.batch, "head_seed": args.seed}
+        settings["scenes"] = [len(train.images), len(test.images)]
+        for task in tasks:
+            file = folder / "outputs" / f"{task}, {heading.replace('/', '-')}.npy"
+
+            def measure():
+                output = train_and_test(candidate, task, mode, train, test, settings, device)
+                replace_file(file, lambda part: np.save(part, output[:SHOWN].numpy()))
+                return scores(task, output, test)
+
+            measured[heading] |= results.measure(f"{task}, {mode}", candidate, measure, **settings)
+            if file.exists():
+                outputs[heading][task] = torch.from_numpy(np.load(file))
+
+    draw_scenes(folder / "scenes.png", tasks, outputs, test)
+    draw_pck(folder / "pck.png", measured)
+    print0(f"\n{table(measured)}\n\n{folder}: pck.png, results.jsonl, scenes.png")
+
+
+if __name__ == "__main__":
+    main()

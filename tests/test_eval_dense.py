@@ -1,0 +1,516 @@
+"""methods/eval_dense.py: its scores against scikit-learn and by hand; a head learns what the maps
+hold and nothing else; a frozen network is left as it was; it continues after a kill."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, call_main, noise
+from test_eval_features import write_run
+
+import common
+from common import Candidate, backbone, pixels, read_lines
+from kernels.maps import MapHead, enlarging, maps, prepare
+from kernels.readers import Scenes
+from methods import eval_dense
+from methods.eval_dense import (
+    FRACTIONS,
+    constant,
+    depth_scores,
+    keypoint_scores,
+    loss_of,
+    normal_scores,
+    pck_scores,
+    peaks,
+    point_errors,
+    segmentation_scores,
+    targets,
+    train_and_test,
+    visible_points,
+)
+
+SHAPES = ("background", "sphere", "box", "cylinder", "cone", "torus", "capsule", "octahedron", "cross")
+
+
+# -------- Scenes ----------------------------------------------------------------------------------
+
+
+def make_scenes(count, seed=0, side=16):
+    """Scenes of one flat square each, whose colour tells the shape, and of which the normal and the
+    depth follow. Its corners are the keypoints; the sky is the top row."""
+    rng = np.random.default_rng(seed)
+    images = np.full((count, 3, side, side), 120)
+    classes = np.zeros((count, side, side), int)
+    depth = np.full((count, side, side), 8.0)
+    normals = np.zeros((count, 3, side, side))
+    normals[:, 1] = -1
+    keypoints = np.zeros((count, 4, 9, 3))
+    keypoints[:, :, :, 2] = -1
+    boxes, labels = [], []
+    for i in range(count):
+        x, y = rng.integers(1, side - 7, 2)
+        width = int(rng.integers(5, 7))
+        label = int(rng.integers(1, 4))
+        square = (i, slice(y, y + width), slice(x, x + width))
+        images[i, :, y : y + width, x : x + width] = np.eye(3, dtype=int)[label - 1][:, None, None] * 250
+        classes[square] = label
+        depth[square] = 2.0 + label
+        normals[i, :, y : y + width, x : x + width] = np.array([0.6, 0, -0.8])[:, None, None]
+        keypoints[i, 0, 0] = x + width / 2, y + width / 2, 1
+        for k, (a, b) in enumerate(((0, 0), (0, 1), (1, 0)), 1):
+            keypoints[i, 0, k] = x + a * (width - 1) + 0.5, y + b * (width - 1) + 0.5, 1
+        keypoints[i, 0, 4] = x + width, y + width, 0  # hidden
+        boxes.append(torch.tensor([[x, y, x + width, y + width]]).float())
+        labels.append(torch.tensor([label]))
+    depth[:, 0] = 0
+    normals[:, :, 0] = 0
+    none = [torch.ones(1, dtype=torch.int64)] * count
+    tensors = [torch.from_numpy(array) for array in (images, classes, depth, normals, keypoints)]
+    return Scenes(
+        images=tensors[0].byte(),
+        instances=(tensors[1] > 0).byte(),
+        classes=tensors[1].byte(),
+        depth=tensors[2].float(),
+        normals=tensors[3].float(),
+        boxes=boxes,
+        labels=labels,
+        areas=none,
+        whole=none,
+        keypoints=tensors[4].float(),
+        names=SHAPES,
+    )
+
+
+TRAIN = make_scenes(40)
+TEST = make_scenes(12, seed=1)
+
+
+# -------- Segmentation ----------------------------------------------------------------------------
+
+
+def test_intersection_over_union_equals_scikit_learn():
+    from sklearn.metrics import jaccard_score
+
+    rng = np.random.default_rng(0)
+    truth = torch.from_numpy(rng.integers(0, 5, (3, 6, 7)))
+    other = torch.from_numpy(rng.integers(0, 5, (3, 6, 7)))
+    predicted = torch.where(noise(3, 6, 7) > 0, truth, other)
+    scores = segmentation_scores(predicted, truth.byte(), 5)
+    expected = jaccard_score(truth.flatten(), predicted.flatten(), average=None)
+    assert scores["iou"] == pytest.approx(100 * expected)
+    assert scores["miou"] == pytest.approx(100 * expected.mean())
+    assert segmentation_scores(truth, truth, 5)["miou"] == pytest.approx(100)
+
+
+def test_intersection_over_union_by_hand():
+    """Two pixels of class 1, one found, one false alarm: 1 / 3. Class 2 is only predicted: 0. Class
+    3 is nowhere: -1, and not in the mean."""
+    truth = torch.tensor([[[0, 1, 1, 0, 0]]])
+    predicted = torch.tensor([[[0, 1, 0, 1, 2]]])
+    scores = segmentation_scores(predicted, truth, 4)
+    assert scores["iou"] == pytest.approx([100 / 4, 100 / 3, 0, -1])
+    assert scores["miou"] == pytest.approx((100 / 4 + 100 / 3) / 3)
+
+
+# -------- Normals and depth -----------------------------------------------------------------------
+
+
+def turned(degrees):
+    """A unit vector that many degrees from the z axis."""
+    return torch.tensor([math.sin(math.radians(degrees)), 0, math.cos(math.radians(degrees))])
+
+
+def test_angles_by_hand():
+    degrees = [0, 5, 11.25, 22, 29, 60, 180]
+    truth = turned(0).expand(len(degrees), 3).T[None, :, None].clone()  # (1, 3, 1, 7)
+    predicted = torch.stack([3 * turned(d) for d in degrees], 1)[None, :, None]  # any length
+    scores = normal_scores(predicted, truth)
+    assert scores["mean_angle"] == pytest.approx(sum(degrees) / 7, abs=1e-3)
+    assert scores["median_angle"] == pytest.approx(22, abs=1e-3)
+    assert scores["within_22.5"] == pytest.approx(400 / 7)
+    assert scores["within_30"] == pytest.approx(500 / 7)
+
+
+def test_pixels_without_a_surface_count_in_neither_normals_nor_depth():
+    truth = turned(0)[None, :, None, None].repeat(1, 1, 1, 4)
+    truth[..., 2:] = 0
+    predicted = turned(90)[None, :, None, None].repeat(1, 1, 1, 4)
+    predicted[..., 0] = turned(0)[None, :, None]
+    assert normal_scores(predicted, truth)["mean_angle"] == pytest.approx(45)
+
+    truth = torch.tensor([[[2.0, 4.0, 0.0]]])
+    predicted = torch.tensor([[[3.0, 2.0, 99.0]]])
+    scores = depth_scores(predicted, truth)
+    assert scores["rmse"] == pytest.approx(math.sqrt((1 + 4) / 2))
+    assert scores["abs_rel"] == pytest.approx((1 / 2 + 2 / 4) / 2)
+
+
+def test_normals_at_their_limits():
+    truth = F.normalize(noise(2, 3, 5, 5), dim=1)
+    perfect = normal_scores(truth, truth)
+    assert perfect["mean_angle"] < 1e-5 and perfect["within_11.25"] == 100
+    assert normal_scores(-truth, truth)["mean_angle"] == pytest.approx(180, abs=1e-5)
+    assert normal_scores(0 * truth, truth)["mean_angle"] == pytest.approx(90)  # no direction
+
+
+# -------- Keypoints -------------------------------------------------------------------------------
+
+
+def test_pck_by_hand():
+    """Of four points one is exact, one at exactly 0.1, one at 0.15, one was not found."""
+    errors = torch.tensor([0.0, 0.1, 0.15, math.inf], dtype=torch.float64)
+    scores = pck_scores(errors)
+    assert scores["pck"] == [25.0] * 10 + [50.0] * 5 + [75.0] * 6
+    assert scores["pck_0.1"] == 50
+    steps = [25] * 9 + [37.5] + [50] * 4 + [62.5] + [75] * 5  # trapezoids between 21 fractions
+    assert scores["auc"] == pytest.approx(sum(steps) / 20)
+    assert len(FRACTIONS) == 21 and FRACTIONS[-1] == 0.2
+    assert pck_scores(torch.zeros(3))["auc"] == pytest.approx(100)
+    assert pck_scores(torch.full((3,), math.inf))["auc"] == 0
+
+
+def test_points_are_paired_one_to_one():
+    """The first prediction is near both true points; each still gets one. By the nearest alone both
+    would be right."""
+    truth = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
+    predicted = torch.tensor([[0.0, 1.0], [4.0, 3.0]])
+    assert point_errors(predicted, truth).tolist() == [1.0, 4.0]
+    assert point_errors(predicted[:1], truth).tolist() == [1.0, math.inf]
+    assert point_errors(predicted[:0], truth).tolist() == [math.inf, math.inf]
+
+
+def test_peaks_by_hand():
+    heat = torch.zeros(8, 8)
+    heat[2, 3] = 5.0
+    heat[2, 4] = 4.0  # beside a higher one: no peak
+    heat[6, 6] = 3.0
+    heat[0, 7] = 9.0  # outside the box
+    box = torch.tensor([1.0, 1.0, 8.0, 8.0])
+    assert peaks(heat, box, 2).tolist() == [[3.5, 2.5], [6.5, 6.5]]
+    assert peaks(heat, box, 1).tolist() == [[3.5, 2.5]]
+    assert len(peaks(heat, box, 7)) == 2
+    assert len(peaks(torch.ones(8, 8), box, 2)) == 0  # a flat map
+
+
+def test_true_heat_maps_score_100_and_flat_ones_0():
+    heat = targets("keypoints", TEST)
+    labels = torch.cat(TEST.labels)
+    assert heat.sum((2, 3)).allclose(F.one_hot(labels, 9).float(), atol=1e-5)
+    assert keypoint_scores(heat, TEST)["auc"] == pytest.approx(100)
+    assert keypoint_scores(0 * heat, TEST)["auc"] == 0
+
+
+def test_visible_points_leave_out_centres_and_hidden_ones():
+    found = list(visible_points(TEST))
+    assert [scene for scene, *_ in found] == list(range(12))
+    assert all(points.shape == (3, 2) for *_, points in found)
+
+
+# -------- Maps and the head -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["resnet14", "resnet18", "vit_micro", "vit_mini"])
+def test_maps_end_in_what_the_network_returns(arch):
+    """The last map, pooled as the network pools it, is its feature; another size works too."""
+    torch.manual_seed(0)
+    network = backbone(arch, 16, **({"pool": "mean"} if arch.startswith("vit") else {})).eval()
+    with torch.no_grad():
+        for size in (16, 24):
+            x = noise(2, 3, size, size, dtype=torch.float32)
+            found = maps(network, x)
+            torch.testing.assert_close(found[-1].mean((2, 3)), network(x))
+    assert len(found) == (4 if arch.startswith("vit") else 5)
+
+
+def test_raw_pixels_are_the_colours_around():
+    x = noise(1, 3, 9, 9)
+    (found,) = maps(pixels(9), x)
+    assert found.shape == (1, 147, 9, 9)
+    around = found[0, :, 4, 5].view(3, 7, 7)
+    assert torch.equal(around, x[0, :, 1:8, 2:9])
+    assert found[0, :, 0, 0].view(3, 7, 7)[:, :3].abs().max() == 0  # beyond the border
+
+
+def test_enlarging_is_bilinear():
+    for size, side in ((3, 8), (12, 12), (8, 4)):
+        x = noise(2, 3, size, size, dtype=torch.float32)
+        matrix = enlarging(size, side)
+        expected = F.interpolate(x, side, mode="bilinear")
+        torch.testing.assert_close(matrix @ x @ matrix.T, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_head_is_a_1x1_convolution_of_the_stacked_maps():
+    """As if the standardised maps had been enlarged first, stacked, and then read."""
+    torch.manual_seed(0)
+    found = [noise(4, c, s, s, dtype=torch.float32) * 3 + 1 for c, s in ((2, 8), (5, 3))]
+    head = MapHead([2, 5], 3, 8)
+    torch.nn.init.normal_(head.bias)
+    stacked = []
+    for x in found:
+        variance = x.var((0, 2, 3), False, keepdim=True)
+        x = (x - x.mean((0, 2, 3), keepdim=True)) / (variance + 1e-5).sqrt()
+        stacked.append(F.interpolate(x, 8, mode="bilinear"))
+    weight = torch.cat([conv.weight for conv in head.convs], 1)
+    expected = F.conv2d(torch.cat(stacked, 1), weight, head.bias)
+    torch.testing.assert_close(head(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prepared_images_are_those_of_the_evaluation():
+    """As in common.features: the whole image, resized by the antialiased bicubic filter."""
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x
+
+    split = common.Split(common.InMemory(TEST.images))
+    for size in (16, 24, 8):
+        common.features(Spy(), split, size, CPU)
+        assert torch.equal(seen[-1], prepare(TEST.images, size))
+
+
+# -------- What a head learns ----------------------------------------------------------------------
+
+
+class Fixed(torch.nn.Module):
+    """A network without weights, as raw pixels are: its map is what `look` makes of the images."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def forward(self, x):
+        return self.look(x)
+
+
+def candidate(network, size=16):
+    return Candidate("a", network, "solids", size, {})
+
+
+def output(task, network, mode="frozen", steps=60, lr=0.06, **changes):
+    settings = {"steps": steps, "lr": lr, "batch": 8, "head_seed": 0, **changes}
+    return train_and_test(candidate(network), task, mode, TRAIN, TEST, settings, CPU)
+
+
+def result(task, *args, **options):
+    return eval_dense.scores(task, output(task, *args, **options), TEST)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "normals", "depth"])
+def test_a_map_that_holds_the_answer_is_read_and_an_empty_one_gives_the_constant(task):
+    """The colours of these scenes tell shape, normal and depth. A map of zeros leaves the head at
+    its start, which is the best constant."""
+    best = {"segmentation": "miou", "normals": "mean_angle", "depth": "rmse"}[task]
+    nothing = result(task, None, "constant")
+    empty = result(task, Fixed(lambda x: 0 * x))
+    told = result(task, Fixed(lambda x: x))
+    assert empty[best] == pytest.approx(nothing[best], rel=0.02)
+    if task == "segmentation":
+        assert nothing["object_iou"] == 0 and told["object_iou"] > 95 and told["miou"] > 95
+    else:
+        assert told[best] < 0.3 * nothing[best]
+
+
+def test_constants_by_hand():
+    normals = torch.zeros(1, 3, 1, 4)
+    normals[0, :, 0, 0] = turned(0)
+    normals[0, :, 0, 1] = turned(90)
+    expected = (turned(0) + turned(90)) / 2
+    assert constant("normals", normals).tolist() == pytest.approx(expected.tolist())
+    assert constant("depth", torch.tensor([[[[2.0, 4.0, 0.0]]]])).tolist() == [3.0]
+    classes = torch.tensor([[[0, 0, 0, 2]]])
+    assert constant("segmentation", classes).exp().round().tolist() == [4, 1, 2, 1, 1, 1, 1, 1, 1]
+    assert constant("keypoints", targets("keypoints", TEST)).tolist() == [0] * 9
+
+
+def test_losses_are_least_at_the_truth():
+    """And do not look at pixels without a surface."""
+    for task in ("normals", "depth"):
+        target = targets(task, TEST)
+        valid = target.any(1, keepdim=True)
+        assert loss_of(task, target, target).item() == pytest.approx(0, abs=1e-6)
+        elsewhere = torch.where(valid, target, torch.full_like(target, 7.0))
+        assert loss_of(task, elsewhere, target).item() == pytest.approx(0, abs=1e-6)
+        assert loss_of(task, target + 1, target) > 0.01
+    target = targets("segmentation", TEST)
+    sure = 50 * F.one_hot(target, 9).permute(0, 3, 1, 2).float()
+    assert loss_of("segmentation", sure, target).item() == pytest.approx(0, abs=1e-6)
+
+    # Heat maps: the cross-entropy of one distribution is its entropy, maps without points count 0.
+    heat = targets("keypoints", TEST)
+    found = loss_of("keypoints", heat.clamp(min=1e-12).log(), heat)
+    entropy = -(heat * heat.clamp(min=1e-12).log()).sum((2, 3))
+    assert found.item() == pytest.approx(entropy.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["resnet14", "vit_micro"])
+def test_a_frozen_network_is_left_as_it_was_and_a_fine_tuned_one_is_a_copy(arch):
+    """To the last bit, with the running statistics of batch-norm."""
+    torch.manual_seed(0)
+    network = backbone(arch, 16).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    outputs = []
+    for mode in ("frozen", "fine-tuned"):
+        outputs.append(output("normals", network, mode, steps=6))
+        after = network.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items()), mode
+        assert not network.training
+        assert all(p.grad is None for p in network.parameters())
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+    assert torch.equal(output("normals", network, "frozen", steps=6), outputs[0])  # repeats
+
+
+@pytest.mark.thorough
+def test_fine_tuning_learns_more_than_a_frozen_untrained_network():
+    torch.manual_seed(0)
+    network = backbone("resnet14", 16).eval()
+    frozen = result("segmentation", network, "frozen", steps=60, lr=3e-3)
+    tuned = result("segmentation", network, "fine-tuned", steps=60, lr=3e-3)
+    assert tuned["miou"] > frozen["miou"] + 5
+
+
+def test_the_test_scenes_choose_nothing():
+    """Other test scenes change no prediction of the scenes that stay."""
+    network = backbone("resnet14", 16).eval()
+    settings = {"steps": 3, "lr": 0.01, "batch": 8, "head_seed": 0}
+    alone = TEST._replace(images=TEST.images[:3])
+    both = []
+    for test in (TEST, alone):
+        both.append(train_and_test(candidate(network), "depth", "frozen", TRAIN, test, settings, CPU))
+    torch.testing.assert_close(both[0][:3], both[1])
+
+
+def test_maps_or_losses_that_are_not_finite_end_in_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        output("depth", Fixed(lambda x: x / 0))
+    assert "not finite" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        output("depth", Fixed(lambda x: x), lr=1e30, steps=5)
+    error = capsys.readouterr().err
+    assert error.startswith("error: the loss of depth is") and "--lr" in error
+
+
+# -------- The script ------------------------------------------------------------------------------
+
+QUICK = ["--size", 16, "--steps", 2, "--finetune-steps", 1, "--batch", 4, "--workers", 0]
+
+
+def run_script(*flags, **patches):
+    """main() on the scenes of this file, and the lines of results.jsonl."""
+    patches["load_solids"] = lambda split: {"train": TRAIN, "test": TEST}[split]
+    patches.setdefault("draw_pck", lambda *_: None)
+    patches.setdefault("draw_scenes", lambda *_: None)
+    found = call_main_without_data(*flags, *QUICK, **patches)
+    found.rows = read_lines(flags[flags.index("--out") + 1] / "results.jsonl")
+    return found
+
+
+def call_main_without_data(*flags, **patches):
+    """call_main replaces load_data, which this script does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_dense, "load_data", None, raising=False)
+        return call_main("eval_dense", *flags, **patches)
+
+
+def test_a_line_per_network_task_and_mode(tmp_path):
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    drawn = {}
+    found = run_script(
+        tmp_path / "a",
+        "--out",
+        tmp_path / "out",
+        draw_pck=eval_dense.draw_pck,
+        draw_scenes=lambda path, tasks, outputs, scenes: drawn.update(outputs),
+    )
+    assert found.code == 0, found.err
+    tasks = ["segmentation", "normals", "depth", "keypoints"]
+    untrained = "untrained vit_micro, 16 px"
+    expected = [("best constant", "constant"), ("raw pixels, 16 px", "frozen")]
+    expected += [(name, mode) for mode in ("frozen", "fine-tuned") for name in (untrained, "a")]
+    lines = [(row["network"], *reversed(row["protocol"].split(", "))) for row in found.rows]
+    assert lines == [(*pair, task) for pair in expected for task in tasks]
+
+    row = found.rows[-1]
+    assert row["settings"] == {
+        "size": 16, "steps": 1, "lr": 1e-3, "batch": 4, "head_seed": 0, "scenes": [40, 12]
+    }
+    assert row["seed"] == 3 and row["data"] == "solids" and "commit" in row
+
+    # the table: one line per network and mode, the numbers of all tasks
+    names = {f"{name}, {mode}" for name, mode in expected}
+    table = [line for line in found.out.splitlines() if line.startswith(tuple(names))]
+    table = [line for line in table if line.split(":")[0] not in names and "  " in line]
+    assert len(table) == 6
+    last = table[-1].removeprefix("a, fine-tuned").split()
+    assert last[-1] == f"{found.rows[-1]['result']['auc']:.3g}" and len(last) == 12
+    assert table[0].split()[-2:] == ["0", "0"]  # a flat map has no peaks
+    assert set(drawn) == names and drawn["a, frozen"]["normals"].shape == (2, 3, 16, 16)
+    assert (tmp_path / "out" / "pck.png").stat().st_size > 5000
+
+
+def test_flags_choose_task_and_mode(tmp_path):
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    flags = [tmp_path / "a", "--out", tmp_path / "out", "--only", "depth"]
+    found = run_script(*flags, "--no-finetune", draw_scenes=eval_dense.draw_scenes)
+    assert [row["protocol"] for row in found.rows] == ["depth, constant"] + ["depth, frozen"] * 3
+    assert "rmse" in found.out and "miou" not in found.out
+    assert (tmp_path / "out" / "scenes.png").stat().st_size > 5000
+
+
+class Stop(Exception):
+    pass
+
+
+def test_continues_after_a_kill_and_measures_nothing_twice(tmp_path):
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    flags = [tmp_path / "a", "--out", tmp_path / "out", "--only", "normals"]
+    asked = []
+
+    def stopping(candidate, task, mode, *others):
+        if len(asked) == 3:
+            raise Stop
+        asked.append(candidate.name)
+        return train_and_test(candidate, task, mode, *others)
+
+    with pytest.raises(Stop):
+        run_script(*flags, train_and_test=stopping)
+    asked.clear()
+    drawn = {}
+
+    def draw(path, tasks, outputs, scenes):
+        drawn.update(outputs)
+
+    def counting(*args):
+        asked.append(args[0].name)
+        return train_and_test(*args)
+
+    found = run_script(*flags, train_and_test=counting, draw_scenes=draw)
+    assert asked == ["a", "untrained vit_micro, 16 px", "a"]
+    assert len(found.rows) == 6 and found.out.count("already measured") == 3
+    assert all(set(found) == {"normals"} for found in drawn.values()) and len(drawn) == 6
+
+    # what was not changed is not measured again
+    asked.clear()
+    again = run_script(*flags, train_and_test=counting)
+    assert asked == [] and again.rows == found.rows
+    run_script(*flags, "--seed", 1, train_and_test=counting)
+    assert len(asked) == 6  # another head; of the runs, too
+
+
+def test_refusals(tmp_path):
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+
+    def refusal(*flags, **patches):
+        found = call_main_without_data(tmp_path / "a", *flags, **patches)
+        assert found.code == 1 and found.err.startswith("error: ") and found.err.count("\n") == 1
+        return found.err
+
+    assert "--only" in refusal("--only", "colours")
+    assert "--data" in refusal("--data", "emoji")
+    assert "--size 30: choose a multiple of 4" in refusal("--size", 30)
+    assert "one process" in refusal(world=lambda: 2)
