@@ -313,7 +313,7 @@ def test_a_map_that_holds_the_answer_is_read_and_an_empty_one_gives_the_constant
     if task == "segmentation":
         assert nothing["object_iou"] == 0 and told["object_iou"] > 95 and told["miou"] > 95
     else:
-        assert told[best] < 0.3 * nothing[best]
+        assert told[best] < 0.5 * nothing[best]
 
 
 def test_constants_by_hand():

@@ -1,0 +1,310 @@
+"""Detection: find every object of a scene, say what it is, and draw a box around it.
+Measure: Lin et al., Microsoft COCO, ECCV 2014. https://arxiv.org/abs/1405.0312
+Official code of the measure: https://github.com/cocodataset/cocoapi
+Detector: Tian, Shen, Chen, He, FCOS, ICCV 2019. https://arxiv.org/abs/1904.01355
+
+Idea. A detector is a network that marks objects, built upon the maps of another network, its trunk
+(the features before they are pooled). Torchvision's FCOS asks of each place of a map: is this the
+middle of an object, of which shape, and how far are the four sides of its box? It is trained on the
+1,000 rendered scenes of the data set `solids` and tested on 250 with other textures. Frozen, the
+trunk is that of a run and does not change; fine-tuned, all weights are trained. The untrained trunk
+is treated in the same way: to fine-tune it is to train from scratch. Raw pixels are left out: a
+detector without a trunk to look through would be a network of its own, not a reading of pixels.
+
+Notation. The trunk's maps (of ALL stages of a ResNet, or of the patches of a ViT after four evenly
+spaced blocks) are standardised per channel, reduced to 64 channels by a 1x1 convolution, resized to
+one place per 4 x 4 pixels, and added. Two branches of two 3x3 convolutions read this map. The
+measure is COCO's. The overlap of two boxes is the area they share / the area they cover together
+(intersection over union). In each image, best score first, each box that was found takes the true
+box of its shape, not yet taken, with which it overlaps most; it is right if this overlap is at
+least a threshold t. Over all images, again best score first,
+
+    precision = right / found so far          recall = right / true boxes
+    AP(t)     = mean over 101 recalls r = 0, 0.01, ..., 1 of the highest precision at recall >= r
+
+    ap50, ap75  AP(0.5) and AP(0.75), averaged over the shapes, in percent
+    ap          the mean over t = 0.5, 0.55, ..., 0.95
+
+Run.
+    python methods/eval_detection.py runs/simclr-emoji-0
+    python methods/eval_detection.py runs/* --no-finetune
+    python methods/eval_detection.py runs/* --steps 2000
+It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
+results.jsonl is not measured again.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOSHead
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
+from common import Results, candidates, join_processes, parse, print0, replace_file
+from kernels.collectives import fail, world
+from kernels.maps import MapHead, maps
+from kernels.readers import load_solids
+from kernels.views import MEAN, STD
+
+KIND = "evaluation"  # the tests ask for what is due to each kind
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+MOST = 100  # boxes of one shape in one image that count
+
+# The measure.
+
+
+def overlaps(boxes, others):
+    """Intersection over union of boxes (n, 4) and others (m, 4), x0, y0, x1, y1 -> (n, m)."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    shared = (high - low).clip(0).prod(2)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    other_area = (others[:, 2:] - others[:, :2]).prod(1)
+    return shared / (area[:, None] + other_area - shared)
+
+
+def right_boxes(boxes, scores, truth):
+    """Which of the boxes found in one image, of one shape, are right. boxes (n, 4), scores (n,),
+    truth (m, 4). Returns the scores, best first, and bool (n, 10), by threshold; n at most MOST."""
+    order = np.argsort(-scores, kind="stable")[:MOST]
+    overlap = overlaps(boxes[order], truth)
+    right = np.zeros((len(order), len(THRESHOLDS)), bool)
+    for t, threshold in enumerate(THRESHOLDS):
+        free = np.ones(len(truth), bool)
+        for i, row in enumerate(overlap):
+            reached = np.flatnonzero(free & (row >= threshold))
+            if len(reached):
+                best = reached[row[reached] == row[reached].max()][-1]  # of equal ones the last
+                free[best] = False
+                right[i, t] = True
+    return scores[order], right
+
+
+def average_precision(scores, right, count):
+    """AP of one shape at one threshold. scores, right: (n,), of all images; count: true boxes."""
+    order = np.argsort(-scores, kind="stable")
+    hits = right[order].cumsum()
+    precision = hits / np.arange(1, len(hits) + 1)
+    highest = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or a higher one
+    place = np.searchsorted(hits / count, RECALLS)  # the first with this recall
+    return np.append(highest, 0)[place].mean()  # 0 for a recall that is never reached
+
+
+def coco_scores(found, truth, shapes):
+    """found: per image a dict of arrays: boxes (n, 4), scores (n,), labels (n,); truth: the same
+    without scores. labels: 1 to shapes. Returns ap, ap50, ap75 in percent, and the ap of each
+    shape, -1 and not in the means if the truth has none of it."""
+    table = np.full((shapes, len(THRESHOLDS)), np.nan)
+    for label in range(1, shapes + 1):
+        scores = []
+        right = []
+        count = 0
+        for image, true in zip(found, truth):
+            mine = image["labels"] == label
+            boxes = true["boxes"][true["labels"] == label].astype(float)
+            parts = right_boxes(image["boxes"][mine].astype(float), image["scores"][mine], boxes)
+            scores.append(parts[0])
+            right.append(parts[1])
+            count += len(boxes)
+        if count:
+            scores = np.concatenate(scores)
+            for t, of_threshold in enumerate(np.concatenate(right).T):
+                table[label - 1, t] = average_precision(scores, of_threshold, count)
+    if np.isnan(table).all():
+        fail("no image has a true box: there is nothing to find")
+    table *= 100
+    return {
+        "ap": np.nanmean(table),
+        "ap50": np.nanmean(table[:, 0]),
+        "ap75": np.nanmean(table[:, 5]),
+        "ap_of_shapes": np.nan_to_num(table.mean(1), nan=-1).tolist(),
+    }
+
+
+# The evaluation.
+
+SETTINGS = {
+    "recipe": ("default", "which column gives the defaults"),
+    "data": ("solids", "the scenes", ("solids",)),
+    "size": (48, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
+    "finetune": (True, "also train all weights"),
+    "batch": (16, "scenes per step"),
+    "steps": (500, "steps, with a frozen trunk and without", "[1, inf)"),
+    "lr": (2e-3, "learning rate with a frozen trunk"),
+    "finetune_lr": (1e-3, "learning rate when all weights are trained"),
+}
+SHOWN = 6  # test scenes in the picture
+CONFIDENT = 0.3  # score of a box that is drawn
+
+
+class Trunk(nn.Module):
+    """Normalised images -> one map (n, 64, size / 4, size / 4) for the detector. A frozen network
+    stays in evaluation mode and gets no gradient."""
+
+    out_channels = 64
+
+    def __init__(self, network, size, frozen):
+        super().__init__()
+        self.network = network
+        self.frozen = frozen
+        with torch.no_grad():
+            widths = [x.shape[1] for x in maps(network, torch.zeros(1, 3, size, size))]
+        self.reduce = MapHead(widths, self.out_channels, size // 4)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.network.train(mode and not self.frozen)
+        return self
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            found = maps(self.network, x)
+        return self.reduce(found)
+
+
+def detector(network, size, frozen, shapes):
+    """Torchvision's FCOS with one map, smaller than its own: images [(3, H, W) in [0, 1], ...]."""
+    trunk = Trunk(network, size, frozen)
+    return FCOS(
+        trunk,
+        num_classes=1 + shapes,  # 0 is not used
+        min_size=size,
+        max_size=size,
+        image_mean=MEAN,
+        image_std=STD,
+        size_divisible=1,
+        anchor_generator=AnchorGenerator(((4,),), ((1.0,),)),
+        head=FCOSHead(trunk.out_channels, 1, 1 + shapes, num_convs=2),
+        score_thresh=0.01,
+        detections_per_img=MOST,
+    )
+
+
+def train_and_test(candidate, frozen, train, test, settings, device):
+    """Trains a detector on the training scenes. Returns what it finds in each test scene, a dict of
+    arrays: boxes (n, 4) in pixels of the scene, scores (n,), labels (n,)."""
+    torch.manual_seed(settings["head_seed"])
+    network = candidate.network
+    if not frozen:
+        network = copy.deepcopy(network).requires_grad_(True)
+    model = detector(network, candidate.size, frozen, len(train.names) - 1)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    weights = [*model.backbone.reduce.parameters(), *model.head.parameters()]
+    if not frozen:
+        weights += network.parameters()
+    steps, lr = settings["steps"], settings["lr"]
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    generator = np.random.default_rng(settings["head_seed"])
+    images = train.images.to(device).float() / 255
+    truth = []
+    for boxes, labels in zip(train.boxes, train.labels):
+        truth.append({"boxes": boxes.to(device), "labels": labels.to(device)})
+
+    for _ in tqdm(range(steps), leave=False, disable=not sys.stderr.isatty()):
+        index = generator.choice(len(images), settings["batch"], replace=False)
+        losses = model([images[i] for i in index], [truth[i] for i in index])
+        loss = sum(losses.values())
+        if not loss.isfinite():
+            fail(f"the detector's loss is {loss.item()}: lower --lr or --finetune-lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    model.eval()
+    found = []
+    with torch.no_grad():
+        for part in test.images.to(device).split(50):
+            found += model(list(part.float() / 255))
+    return [{name: x.cpu().numpy() for name, x in each.items()} for each in found]
+
+
+def as_rows(found):
+    """The boxes drawn of an image: [(x0, y0, x1, y1, label, score), ...], for the picture."""
+    columns = [found["boxes"], found["labels"][:, None], found["scores"][:, None]]
+    rows = np.concatenate(columns, 1)[found["scores"] > CONFIDENT]
+    return rows.round(3).tolist()
+
+
+def table(results):
+    """{network and mode: scores} as text, one line each."""
+    width = max(map(len, results)) + 2
+    names = ("ap", "ap50", "ap75")
+    lines = [" " * width + "".join(f"{name:>9}" for name in names)]
+    for heading, found in results.items():
+        lines.append(f"{heading:{width}}" + "".join(f"{found[name]:9.1f}" for name in names))
+    return "\n".join(lines)
+
+
+def draw_boxes(path, shown, scenes):
+    """The first scenes with their true boxes, and below those that were found with a score above
+    CONFIDENT. shown: {heading: per scene [(x0, y0, x1, y1, label, score), ...]}."""
+    from matplotlib.figure import Figure  # here, so --help need not wait for it
+    from matplotlib.patches import Rectangle
+
+    truth = []
+    for boxes, labels in zip(scenes.boxes[:SHOWN], scenes.labels):
+        ones = torch.ones(len(labels), 1)
+        truth.append(torch.cat([boxes, labels[:, None], ones], 1).tolist())
+    rows = {"truth": truth, **shown}
+    figure = Figure((1.9 * SHOWN + 2, 1.9 * len(rows) + 0.5), dpi=90, layout="constrained")
+    figure.suptitle(f"Test scenes, and the boxes with a score above {CONFIDENT}")
+    grid = figure.subplots(len(rows), SHOWN, squeeze=False)
+    for line, (heading, found) in zip(grid, rows.items()):
+        line[0].set_ylabel(heading, rotation=0, ha="right")
+        for axes, image, boxes in zip(line, scenes.images, found):
+            side = image.shape[1]
+            axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, side, side, 0))
+            axes.set(xticks=[], yticks=[])
+            for x0, y0, x1, y1, label, _ in boxes:
+                colour = f"C{int(label)}"
+                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour))
+                axes.text(x0, y0, scenes.names[int(label)], color=colour, fontsize=7)
+    replace_file(path, lambda file: figure.savefig(file, format="png"))
+
+
+def main(argv=None):
+    args = parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
+    device = join_processes(args.seed)
+    if world() > 1:
+        fail("this script runs in one process: start it with python, not with torchrun")
+    train = load_solids("train")
+    test = load_solids("test")
+    trunks = [each for each in candidates(args) if list(each.network.parameters())]
+    results = Results("eval_detection", args, device)
+    jobs = [(trunk, "frozen", args.lr) for trunk in trunks]
+    if args.finetune:
+        jobs += [(trunk, "fine-tuned", args.finetune_lr) for trunk in trunks]
+
+    truth = []
+    for boxes, labels in zip(test.boxes, test.labels):
+        truth.append({"boxes": boxes.numpy(), "labels": labels.numpy()})
+    measured = {}
+    for trunk, mode, lr in jobs:
+        settings = {"steps": args.steps, "lr": lr, "batch": args.batch, "head_seed": args.seed}
+        settings["scenes"] = [len(train.images), len(test.images)]
+
+        def measure():
+            found = train_and_test(trunk, mode == "frozen", train, test, settings, device)
+            scores = coco_scores(found, truth, len(test.names) - 1)
+            return scores | {"shown": [as_rows(image) for image in found[:SHOWN]]}
+
+        heading = f"{trunk.name}, {mode}"
+        measured[heading] = results.measure(f"detection, {mode}", trunk, measure, **settings)
+
+    folder = results.folder
+    shown = {heading: found["shown"] for heading, found in measured.items()}
+    draw_boxes(folder / "boxes.png", shown, test)
+    print0(f"\n{table(measured)}\n\n{folder}: boxes.png, results.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""methods/eval_detection.py: its AP is COCO's, box by box and against pycocotools; the detector
+learns; a frozen trunk is left as it was; the script continues after a kill."""
+
+import contextlib
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, call_main
+from test_eval_dense import TEST, TRAIN
+from test_eval_features import write_run
+
+from common import Candidate, backbone, read_lines
+from methods import eval_detection
+from methods.eval_detection import (
+    average_precision,
+    coco_scores,
+    overlaps,
+    right_boxes,
+    train_and_test,
+)
+
+# -------- The measure by hand ---------------------------------------------------------------------
+
+
+def array(*rows):
+    return np.array(rows, float).reshape(-1, 4)
+
+
+def test_overlaps_by_hand():
+    """Two squares of 4 x 4 that share 2 x 4; one inside the other; apart; touching."""
+    boxes = array((0, 0, 4, 4))
+    others = array((2, 0, 6, 4), (1, 1, 3, 3), (9, 9, 10, 10), (4, 0, 8, 4), (0, 0, 4, 4))
+    assert overlaps(boxes, others).tolist() == [[8 / 24, 4 / 16, 0, 0, 1]]
+    assert overlaps(boxes[:0], others).shape == (0, 5) and overlaps(others, boxes[:0]).shape == (5, 0)
+
+
+def test_each_true_box_is_taken_once_by_the_best_score():
+    """The second box overlaps more than the first, but comes later. The third finds nothing."""
+    truth = array((0, 0, 10, 10))
+    boxes = array((0, 0, 10, 10), (0, 0, 10, 8), (20, 20, 30, 30))
+    scores, right = right_boxes(boxes, np.array([0.5, 0.9, 0.8]), truth)
+    assert scores.tolist() == [0.9, 0.8, 0.5]
+    assert right[:, 0].tolist() == [True, False, False]  # 0.5: the overlap of the first is 0.8
+    assert right[:, 7].tolist() == [False, False, True]  # 0.85: now the exact one is right
+    assert right[:, 6].tolist() == [True, False, False]  # 0.8: exactly the threshold counts
+
+
+def test_average_precision_by_hand():
+    """Right, wrong, right of 4 true boxes: recall 1/4 with precision 1, 2/4 with precision 2/3. So
+    the recalls 0 to 0.25 (26 of 101) have 1, those to 0.50 (25) have 2/3, the others 0."""
+    scores = np.array([0.9, 0.7, 0.8])
+    right = np.array([True, True, False])
+    expected = (26 + 25 * 2 / 3) / 101
+    assert average_precision(scores, right, 4) == pytest.approx(expected)
+    assert average_precision(scores[:0], right[:0], 4) == 0
+    assert average_precision(scores, np.ones(3, bool), 3) == pytest.approx(1)
+
+
+def boxes_of(*rows):
+    """Rows (label, score, x0, y0, x1, y1) -> a dict of arrays."""
+    rows = np.array(rows, float).reshape(-1, 6)
+    return {"labels": rows[:, 0].astype(int), "scores": rows[:, 1], "boxes": rows[:, 2:]}
+
+
+def test_perfect_and_empty_predictions():
+    truth = [boxes_of((1, 0, 0, 0, 5, 5), (2, 0, 3, 3, 9, 9)), boxes_of()]
+    found = [boxes_of((1, 0.9, 0, 0, 5, 5), (2, 0.8, 3, 3, 9, 9)), boxes_of()]
+    scores = coco_scores(found, truth, 3)
+    assert [scores[name] for name in ("ap", "ap50", "ap75")] == pytest.approx([100] * 3)
+    assert scores["ap_of_shapes"] == pytest.approx([100, 100, -1])
+    assert coco_scores([boxes_of(), boxes_of()], truth, 3)["ap"] == 0
+    # a false alarm in an image without objects, above all others: precision is 1/2 at every recall
+    alarm = [found[0], boxes_of((1, 0.99, 0, 0, 5, 5))]
+    assert coco_scores(alarm, truth, 3)["ap_of_shapes"] == pytest.approx([50, 100, -1])
+
+
+def test_nothing_to_find_ends_in_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        coco_scores([boxes_of((1, 0.9, 0, 0, 5, 5))], [boxes_of()], 3)
+    assert "no image has a true box" in capsys.readouterr().err
+
+
+# -------- The measure against pycocotools ---------------------------------------------------------
+
+
+def of_pycocotools(found, truth, shapes):
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+
+    def listed(images):
+        rows = []
+        for i, image in enumerate(images):
+            for box, label, score in zip(image["boxes"], image["labels"], image["scores"]):
+                x0, y0, x1, y1 = box.tolist()
+                size = x1 - x0, y1 - y0
+                row = {"image_id": i, "category_id": int(label), "bbox": [x0, y0, *size]}
+                row |= {"score": float(score), "area": math.prod(size), "iscrowd": 0}
+                rows.append(row | {"id": len(rows) + 1})
+        return rows
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        true = coco.COCO()
+        true.dataset = {
+            "images": [{"id": i} for i in range(len(truth))],
+            "categories": [{"id": label} for label in range(1, shapes + 1)],
+            "annotations": listed(truth),
+        }
+        true.createIndex()
+        guess = coco.COCO()
+        guess.dataset = true.dataset | {"annotations": listed(found)}
+        guess.createIndex()
+        run = cocoeval.COCOeval(true, guess, "bbox")
+        run.evaluate()
+        run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, 2]  # thresholds, recalls, shapes
+    precision[precision == -1] = np.nan
+    return 100 * precision.mean(1).T  # (shapes, thresholds)
+
+
+def crowd(seed, images=12, most=6, shapes=3, copies=4, steps=8, side=24):
+    """Random true boxes on a coarse grid, so that overlaps tie, and boxes near them with scores of
+    a few values, so that scores tie, too. Some images have no object, some no box found, and the
+    last shape is nowhere."""
+    rng = np.random.default_rng(seed)
+    found = []
+    truth = []
+    for i in range(images):
+        true_rows = []
+        found_rows = []
+        for _ in range(0 if i % 5 == 0 else int(rng.integers(0, most + 1))):
+            low = rng.integers(0, side - 8, 2)
+            size = rng.integers(3, 9, 2)
+            label = int(rng.integers(1, shapes))
+            true_rows.append((label, 0, *low, *(low + size)))
+            for _ in range(int(rng.integers(0, copies + 1))):
+                moved = low + rng.integers(-1, 2, 2)
+                end = moved + np.maximum(1, size + rng.integers(-1, 2, 2))
+                other = label if rng.random() < 0.8 else int(rng.integers(1, shapes + 1))
+                found_rows.append((other, rng.integers(1, steps) / steps, *moved, *end))
+        for _ in range(int(rng.integers(0, 3))):
+            low = rng.integers(0, side - 8, 2)
+            label = int(rng.integers(1, shapes + 1))
+            found_rows.append((label, rng.integers(1, steps) / steps, *low, *(low + 5)))
+        truth.append(boxes_of(*true_rows))
+        found.append(boxes_of(*(found_rows if i % 7 else [])))
+    return found, truth
+
+
+def assert_equal_to_pycocotools(found, truth, shapes):
+    expected = of_pycocotools(found, truth, shapes)
+    scores = coco_scores(found, truth, shapes)
+    assert scores["ap"] == pytest.approx(np.nanmean(expected), abs=1e-9)
+    assert scores["ap50"] == pytest.approx(np.nanmean(expected[:, 0]), abs=1e-9)
+    assert scores["ap75"] == pytest.approx(np.nanmean(expected[:, 5]), abs=1e-9)
+    of_shapes = np.nan_to_num(expected.mean(1), nan=-1)
+    assert scores["ap_of_shapes"] == pytest.approx(of_shapes, abs=1e-9)
+    return scores
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ap_equals_pycocotools_with_ties(seed):
+    scores = assert_equal_to_pycocotools(*crowd(seed), 3)
+    assert 1 < scores["ap"] < 99 and scores["ap_of_shapes"][2] == -1
+
+
+def test_ap_equals_pycocotools_in_crowded_scenes():
+    """Up to 60 true boxes that overlap, and more boxes found of one shape than COCO counts."""
+    found, truth = crowd(7, images=4, most=60, shapes=2, copies=9, steps=1000)
+    assert max(len(image["scores"]) for image in found) > 150
+    assert_equal_to_pycocotools(found, truth, 2)
+
+
+def test_ap_equals_pycocotools_on_random_floats():
+    """Boxes as a detector gives them, in float32, with scores that differ."""
+    found, truth = crowd(8, images=20, steps=10**6)
+    rng = np.random.default_rng(0)
+    for image in found:
+        moved = image["boxes"] + rng.normal(0, 0.3, image["boxes"].shape)
+        image["boxes"] = moved.astype(np.float32)
+        image["scores"] = image["scores"].astype(np.float32)
+    assert_equal_to_pycocotools(found, truth, 3)
+
+
+def test_ap_does_not_depend_on_the_order_of_boxes_or_on_the_scale_of_scores():
+    found, truth = crowd(9, steps=10**6)
+    scores = coco_scores(found, truth, 3)
+    turned = [{name: part[::-1] for name, part in image.items()} for image in found]
+    assert coco_scores(turned, truth, 3) == scores
+    scaled = [image | {"scores": image["scores"] ** 3 / 7} for image in found]
+    assert coco_scores(scaled, truth, 3) == scores
