@@ -5,10 +5,12 @@
                                                         operations of kernels/views.py
   3 networks    backbone(arch, size), load_backbone  -> ResNet or ViT without its classifier
   4 evaluation  evaluate(network, data, size, ...)   -> kNN, linear probe, retrieval, collapse panel
-  5 processes   join_processes, print0, barrier      (gather, distribute: kernels/collectives.py)
-  6 runs        parse: flags from a table of settings;
+  5 runs        parse: flags from a table of settings;
                 Run: resume, metrics, checkpoints, pictures, the table at the end
-  7 scripts     candidates, Results: what the scripts that evaluate runs have in common
+  6 scripts     candidates, Results: what the scripts that evaluate runs have in common
+
+How images are read is in kernels/readers.py, what several processes say to each other in
+kernels/collectives.py.
 
 Randomness. Every random number of a run comes from numpy's SeedSequence([seed, epoch, step, view,
 stream]). It is drawn for the whole GLOBAL batch, and each process keeps the rows of its own images.
@@ -22,9 +24,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  before anything that an older Pyt
     sys.exit(f"error: this project needs Python 3.11 or newer, not {sys.version.split()[0]}")
 
 import argparse
-import atexit
 import copy
-import datetime
 import difflib
 import hashlib
 import importlib
@@ -54,12 +54,24 @@ from tqdm import tqdm
 
 try:
     import fcntl  # locks of files
+    import resource  # memory of a process
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))  # after all others: kernels and methods are found beside this file
-from kernels.collectives import all_reduce_sum, fail, gather, rank, warn, world
+from kernels.collectives import (
+    all_reduce_sum,
+    barrier,
+    fail,
+    gather,
+    join_processes,  # noqa: F401  for the scripts
+    leave_processes,
+    print0,
+    rank,
+    warn,
+    world,
+)
 from kernels.mae_mask import gather_tokens
 from kernels.readers import BrokenFiles, Files, InMemory
 from kernels.views import (
@@ -821,8 +833,10 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
         x.sub_(mean).div_(std)
 
     # Decorrelate. A rotation changes no solution, but the way to it is shorter.
-    # In float64: with fewer images than features, float32 may find no eigenvalues.
-    variance, rotation = torch.linalg.eigh((bank.T @ bank / len(bank)).double())
+    covariance = bank.T @ bank / len(bank)
+    if len(bank) <= len(covariance):  # float32 may find no eigenvalues of a singular matrix
+        covariance = covariance.double()
+    variance, rotation = torch.linalg.eigh(covariance)
     variance = variance.clamp(min=0).float()
     for part in (*bank.split(8192), *test.split(8192)):
         part.copy_(part @ rotation.float())
@@ -937,72 +951,7 @@ def collapse_panel(x, x1, x2):
     }
 
 
-# -------- 5. Processes ----------------------------------------------------------------------------
-
-
-def barrier():
-    if world() > 1:
-        dist.barrier()
-
-
-def print0(*words):
-    """Prints in process 0 only. A full disk behind the output does not end a run."""
-    if rank() == 0:
-        try:
-            print(*words, flush=True)
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            print(f"warning: cannot print: {error.strerror}", file=sys.stderr)
-
-
-def join_processes(seed):
-    """Joins torchrun's group of processes, if there is one (nccl on GPUs, gloo on CPUs), seeds the
-    initial weights, and returns the device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        place = int(os.environ.get("LOCAL_RANK", 0))
-        if place >= torch.cuda.device_count():
-            fail(f"LOCAL_RANK is {place}: start one process per GPU", only_first=False)
-        device = torch.device("cuda", place)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in needed if name in os.environ]
-    if "RANK" in given or "WORLD_SIZE" in given:
-        if len(given) < 4:
-            fail(
-                f"of torchrun's variables only {', '.join(given)} are set: start the program with "
-                "torchrun, or unset them",
-                only_first=False,
-            )
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        fail("srun has started several tasks that do not know of each other: let each run torchrun")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        join_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(seed)  # the same weights in every process
-    return device
-
-
-def join_group(backend):
-    """Waits for the other processes, which torchrun's variables describe."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        warn("waiting for the other processes: are all started, with the same MASTER_ADDR?")
-    try:
-        store, place, count = next(dist.rendezvous("env://"))
-        # torchrun reuses the store after a restart; a new prefix hides stale addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        patience = datetime.timedelta(hours=2)
-        dist.init_process_group(backend, None, patience, count, place, store)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"the processes cannot join by torchrun's variables ({reason})", only_first=False)
-    # torch 2.11 may hang at exit if DistributedDataParallel holds the last reference
-    atexit.register([dist.group.WORLD].clear)
-
-
-# -------- 6. Runs ---------------------------------------------------------------------------------
+# -------- 5. Runs ---------------------------------------------------------------------------------
 
 EVERY_SCRIPT = {  # flag: (default, help)
     "seed": (0, "seed for the initial weights, the image order and the augmentation"),
@@ -1397,6 +1346,7 @@ class Run:
                 "evaluation": self.evaluate(self.model.backbone),
                 **self.baselines,
                 "train_seconds": round(self.seconds, 1),
+                "peak_memory_gb": peak_memory(self.device),
                 "unreadable_files": len(self.loader.reader.broken.met),
             }
             lines.append(last)
@@ -1412,8 +1362,7 @@ class Run:
         files = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         print0(table(lines[-1], self.name))
         print0(f"{self.folder}: {', '.join(files)}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
 
 def lock(folder):
     """Exits with a one-line message if another process writes into a run folder. The lock is gone
@@ -1509,6 +1458,16 @@ def replace_file(path, write):
             reason = "no space left on the disk"
         part.unlink(missing_ok=True)  # makes space
         fail(f"{path} cannot be written ({reason}); what was saved before is kept")
+
+
+def peak_memory(device):
+    """The most memory that this process has had so far, in GB: on a GPU of its own, on a CPU all;
+    None where the system does not tell."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    if resource:
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # kB on Linux
+    return None
 
 
 def versions():
@@ -1633,7 +1592,7 @@ def draw_curve(path, run):
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
-# -------- 7. Evaluation scripts -------------------------------------------------------------------
+# -------- 6. Evaluation scripts -------------------------------------------------------------------
 
 
 class Candidate(NamedTuple):

@@ -1,5 +1,5 @@
-"""One training on several processes: sums and gathers with exact gradients, and batch-norm over
-all images.
+"""One training on several processes: how they join and speak, sums and gathers with exact
+gradients, and batch-norm over all images.
 
 Each process holds n rows of the global batch of N = n world. A loss that is a mean over N must have
 the same value and gradient on any number of processes. torch.distributed's all_reduce and
@@ -13,6 +13,8 @@ that every process computes in full, or as a mean over its own rows, has the gra
 process with the whole batch has (tests/test_distributed.py).
 """
 
+import atexit
+import datetime
 import os
 import sys
 import warnings
@@ -41,6 +43,74 @@ def fail(message, only_first=True):
 
 def warn(text):
     print(text, file=sys.stderr, flush=True)
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def print0(*words):
+    """Prints in process 0 only. A full disk behind the output does not end a run."""
+    if rank() == 0:
+        try:
+            print(*words, flush=True)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            warn(f"warning: cannot print: {error.strerror}")
+
+
+def join_processes(seed):
+    """Joins torchrun's group of processes, if there is one (nccl on GPUs, gloo on CPUs), seeds the
+    initial weights, and returns the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        place = int(os.environ.get("LOCAL_RANK", 0))
+        if place >= torch.cuda.device_count():
+            fail(f"LOCAL_RANK is {place}: start one process per GPU", only_first=False)
+        device = torch.device("cuda", place)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in needed if name in os.environ]
+    if "RANK" in given or "WORLD_SIZE" in given:
+        if len(given) < 4:
+            fail(
+                f"of torchrun's variables only {', '.join(given)} are set: start the program with "
+                "torchrun, or unset them",
+                only_first=False,
+            )
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        fail("srun has started several tasks that do not know of each other: let each run torchrun")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        join_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)  # the same weights in every process
+    return device
+
+
+def join_group(backend):
+    """Waits for the other processes, which torchrun's variables describe."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        warn("waiting for the other processes: are all started, with the same MASTER_ADDR?")
+    try:
+        store, place, count = next(dist.rendezvous("env://"))
+        # torchrun reuses the store after a restart; a new prefix hides stale addresses
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        patience = datetime.timedelta(hours=2)
+        dist.init_process_group(backend, None, patience, count, place, store)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        fail(f"the processes cannot join by torchrun's variables ({reason})", only_first=False)
+    # torch 2.11 may hang at exit if DistributedDataParallel holds the last reference
+    atexit.register([dist.group.WORLD].clear)
+
+
+def leave_processes():
+    """The end of a program: nothing more is said to other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class AllReduceSum(torch.autograd.Function):

@@ -57,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Candidate, Results, Split, candidates, embed, evaluate, features,
                     join_processes, load_data, only, parse, pixels, print0, replace_file)
-from kernels.collectives import fail, rank, world
+from kernels.collectives import fail, leave_processes, rank, world
 from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -412,8 +412,7 @@ def main(argv=None):
         texts = [table(rows, columns) for columns in TABLES]
         print0("\n".join([f"\n{name}", *filter(None, texts)]))
     print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

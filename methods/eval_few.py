@@ -43,7 +43,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Candidate, Results, Split, candidates, features, fit_logistic,
                     join_processes, load_data, only, parse, pixels, print0, replace_file)
-from kernels.collectives import fail, rank, world
+from kernels.collectives import fail, leave_processes, rank, world
 from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -258,8 +258,7 @@ def main(argv=None):
     for name, measured in tables.items():
         print0(f"\n{name}\n{table(measured)}")
     print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

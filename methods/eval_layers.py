@@ -44,7 +44,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (ResNet, Results, ViT, candidates, features, join_processes, linear_probe,
                     load_data, only, parse, print0, replace_file)
-from kernels.collectives import fail, rank, world
+from kernels.collectives import fail, leave_processes, rank, world
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
 
@@ -259,8 +259,7 @@ def main(argv=None):
     for name, measured in tables.items():
         print0(f"\n{name}\n{table(measured)}")
     print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import functional as TF
@@ -55,7 +54,7 @@ from torchvision.transforms import functional as TF
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Results, candidates, features, fit_logistic, join_processes, load_data, parse,
                     print0, replace_file)
-from kernels.collectives import fail, rank
+from kernels.collectives import fail, leave_processes, rank
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
 ARTISTS = ("twemoji", "noto", "fluent-3d", "fluent-flat")  # of emoji, by Split.drawing
@@ -418,8 +417,7 @@ def main(argv=None):
             draw_corruptions(folder / f"corruptions{ending}", sets[name], args.seed)
             print0(f"\n{name}\n{table(measured)}")
     print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """methods/eval_dense.py: its scores against scikit-learn and by hand; a head learns what the maps
 hold and nothing else; a frozen network is left as it was; it continues after a kill."""
 
-import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

@@ -47,8 +47,8 @@ SOME_THOROUGH = [  # one of each kind in the ordinary suite
 ]
 EVERY_SCRIPT = pytest.mark.parametrize("name", SCRIPTS)
 METHOD_TOKENS = 3400  # the most that a file may hold
-COMMON_TOKENS = 17_500
-LINE_TOKENS = 32
+COMMON_TOKENS = 13_000
+LINE_TOKENS = 28
 
 
 class Due(NamedTuple):
@@ -191,8 +191,8 @@ def test_sections_are_in_order(name):
 
 @EVERY_SCRIPT
 def test_imports(name):
-    """The standard library, numpy, torch, torchvision and PIL, common and kernels; never another
-    method; all at the top, except matplotlib's, which takes long."""
+    """The standard library, numpy, PIL, torch, torchvision, common and kernels; never another method;
+    all at the top, except those that take long: a user who asks for --help need not wait."""
     tree = ast.parse(source(name))
     allowed = {*sys.stdlib_module_names, "numpy", "torch", "torchvision", "einops"}
     allowed |= {"PIL", "common", "kernels"}
@@ -200,7 +200,7 @@ def test_imports(name):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
             modules = [node.module] if isinstance(node, ast.ImportFrom) else names
-            wanted = allowed if node in tree.body else {"matplotlib"}
+            wanted = allowed if node in tree.body else {"matplotlib", "scipy", "sklearn"}
             assert {module.split(".")[0] for module in modules} <= wanted, ast.unparse(node)
 
 
@@ -537,7 +537,6 @@ def test_the_stand_in_notices(trouble, tmp_path):
 
 def test_the_stand_in_notices_a_network_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(method("simclr").SimCLR, "to", lambda self, device: self)
-    monkeypatch.setattr(common, "distribute", lambda model, *_: model)
     with pytest.raises(RuntimeError):
         on_meta("simclr", *short("simclr"), "--out", tmp_path, distribute=lambda model, *_: model)
 
@@ -690,7 +689,7 @@ def check_metrics(name, flags, text):
     assert "knn20" not in rows[3]  # after the last epoch comes the whole evaluation
 
     results = ("evaluation", "random_init", "pixels")
-    assert set(last) == {*results, "train_seconds", "unreadable_files"}
+    assert set(last) == {*results, "train_seconds", "peak_memory_gb", "unreadable_files"}
     accuracies = {"knn20", "knn200", "linear", "retrieval1", "retrieval5"}
     panel = {"feature_std", "feature_std_isotropic", "rankme", "alignment", "uniformity"}
     for result in (last[part] for part in results):
@@ -703,7 +702,7 @@ def check_metrics(name, flags, text):
 def check_checkpoint(run, folder):
     """last.pt holds all state; backbone.pt gives the trained network back."""
     saved = torch.load(folder / "last.pt", weights_only=True)
-    assert set(saved) == {"state", "settings", "baselines", "untrained", "step", "seconds"}
+    assert set(saved) == {"state", "settings", "baselines", "step", "seconds"}
     assert saved["step"] == 4
     assert set(saved["state"]) == {"model", *run.state} and "optimizer" in saved["state"]
     assert list(saved["state"]["model"]) == list(run.model.state_dict())
