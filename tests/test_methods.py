@@ -191,11 +191,11 @@ def test_sections_are_in_order(name):
 
 @EVERY_SCRIPT
 def test_imports(name):
-    """The standard library, numpy, PIL, torch, torchvision, common and kernels; never another method;
+    """The standard library and what requirements.txt has, common and kernels; never another method;
     all at the top, except those that take long: a user who asks for --help need not wait."""
     tree = ast.parse(source(name))
     allowed = {*sys.stdlib_module_names, "numpy", "torch", "torchvision", "einops"}
-    allowed |= {"PIL", "common", "kernels"}
+    allowed |= {"PIL", "tqdm", "common", "kernels"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
