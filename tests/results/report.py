@@ -1,12 +1,14 @@
 """Keeps the recorded results and writes what is shown of them, so that no number is typed by hand.
 
     python tests/results/report.py add runs/simclr-emoji-0 ...    records finished runs
+    python tests/results/report.py add runs/eval_features ...     and what evaluations found
     python tests/results/report.py                                writes what is shown of the rows
     python tests/results/report.py --check                        fails if it differs from the rows
 
 rows.jsonl has one row per run, as metrics.jsonl of its folder has it: command, commit, versions,
 device, settings, training seconds, the evaluation beside its two baselines, and kNN accuracy over
-time. Rows with the same settings, whatever the seed, form one entry. From the rows are made: the
+time. Rows with the same settings, whatever the seed, form one entry. evaluations.jsonl holds what
+the eval_*.py scripts measured of runs (see evaluations.py). From the rows are made: the
 tables of README.md and of tests/results/README.md, the line "Reached." in the docstring of each
 method, and knn.png. A recorded run also leaves a picture of what its network is shown,
 views/NAME.png; SimCLR's default run the picture at the top of README.md, neighbours.png.
@@ -27,12 +29,15 @@ from PIL import Image, ImageOps
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
 import common
+import evaluations
 from kernels import bench
 
 ROWS = HERE / "rows.jsonl"
-PAGES = {"README.md": ROOT, "tests/results/README.md": ROOT}  # pages with blocks, and their root
+PAGES = dict.fromkeys(  # pages with blocks, and the root of their paths
+    ("README.md", "tests/results/README.md", "tests/results/EVALUATIONS.md"), ROOT
+)
 FREE = {"data", "arch", "batch", "epochs", "seed", "eval_every"}  # have columns, or change nothing
 FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own number)}
     "Pretext tasks": {
@@ -100,10 +105,13 @@ def read_rows():
 
 
 def add(folders):
-    """Appends the finished runs in these folders. A run that was recorded before with the same
-    settings, on the same device, is replaced."""
+    """Appends the finished runs in these folders, and the results of eval_*.py scripts. A run that
+    was recorded before with the same settings, on the same device, is replaced."""
     rows = read_rows()
     for folder in folders:
+        if (folder / "results.jsonl").exists():
+            evaluations.add(folder / "results.jsonl")
+            continue
         lines = common.read_lines(folder / "metrics.jsonl")
         if not lines or "evaluation" not in lines[-1]:
             common.fail(f"{folder} holds no finished run: run its command again to complete it")
@@ -477,6 +485,7 @@ def pages(rows):
         "fashion": full_table(rows, "fashion"),
         "papers": papers_table(),
         "kernels": kernel_table(),
+        **evaluations.blocks(markdown),
     }
     texts = {}
     used = []
