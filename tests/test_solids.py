@@ -34,6 +34,11 @@ def photos():
 
 
 @pytest.fixture(scope="module")
+def pictures():
+    return {split: load_photos(split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
 def solids():
     return {split: load_solids(split) for split in SPLITS}
 
@@ -50,10 +55,10 @@ def rendered(photos):
 # -------- Photographs -----------------------------------------------------------------------------
 
 
-def test_photographs(photos):
+def test_photographs(pictures):
     counts = []
     for split, count in (("train", 156), ("test", 50)):
-        found = load_photos(split)
+        found = pictures[split]
         assert len(found.images) == len(found.names) == len(found.labels) == count
         assert found.labels.dtype == torch.int64
         for image in found.images:
@@ -82,12 +87,12 @@ def test_photographs_are_free_and_on_one_side_only(photos):
         assert side[name] == side[other]
 
 
-def test_no_photograph_looks_like_one_of_the_other_side():
+def test_no_photograph_looks_like_one_of_the_other_side(pictures):
     """Correlation of thumbnails, 12 x 12. Of copies it is above 0.99, of two different photographs
     of windmills, which look most alike, 0.9."""
     thumbnails = []
     for split in SPLITS:
-        images = [x[None].float() for x in load_photos(split).images]
+        images = [x[None].float() for x in pictures[split].images]
         small = [torch.nn.functional.adaptive_avg_pool2d(x, 12).flatten() for x in images]
         small = torch.stack(small)
         small = small - small.mean(1, keepdim=True)
@@ -163,7 +168,7 @@ def test_fields_of_the_scenes(solids, split):
 def test_boxes_labels_and_areas_are_those_of_the_masks(solids, split):
     found = solids[split]
     assert torch.equal(found.classes == 0, found.instances == 0)
-    for i, boxes in enumerate(found.boxes):
+    for i, boxes in enumerate(found.boxes[:250]):
         assert found.instances[i].max() == len(boxes)
         for j, box in enumerate(boxes.tolist()):
             mask = found.instances[i] == j + 1
@@ -198,15 +203,16 @@ def points_of(depth):
     return torch.stack([x * depth, y * depth, depth], 1)
 
 
-DENSE = ("instances", "depth", "normals")
+DENSE = ("instances", "classes", "depth", "normals")
 
 
 @EACH_SPLIT
 def test_stored_normals_are_units_that_face_the_camera_as_the_depth_says(solids, split):
     """The cross product of the surface's differences over two pixels; only where the nine pixels
-    around belong to one object (or the floor) and have nearly one normal."""
+    around belong to one object (or the floor) and have nearly one normal. Without crosses, whose
+    parallel faces may lie side by side."""
     found = solids[split]
-    found = found._replace(**{name: getattr(found, name)[:250] for name in DENSE})
+    found = found._replace(**{name: getattr(found, name)[:100] for name in DENSE})
     valid = found.depth > 0
     normals = found.normals
     assert (normals.norm(dim=1) - valid.float()).abs().max() < 1e-5  # 0 in the sky
@@ -219,7 +225,8 @@ def test_stored_normals_are_units_that_face_the_camera_as_the_depth_says(solids,
     down = points[..., 2:, 1:-1] - points[..., :-2, 1:-1]
     measured = torch.nn.functional.normalize(torch.linalg.cross(down, across, dim=1), dim=1)
     inner = normals[..., 1:-1, 1:-1]
-    smooth = valid[:, 1:-1, 1:-1]
+    crosses = found.classes == found.names.index("cross")
+    smooth = (valid & ~crosses)[:, 1:-1, 1:-1]
     for i in range(3):
         for j in range(3):
             part = slice(i, i + 46), slice(j, j + 46)
@@ -238,7 +245,7 @@ def test_stored_normals_are_units_that_face_the_camera_as_the_depth_says(solids,
 def test_stored_keypoints_agree_with_masks_and_states(solids, split):
     found = solids[split]
     counts = torch.tensor([len(shape.points) for shape in scenes.SHAPES.values()])
-    for i, labels in enumerate(found.labels):
+    for i, labels in enumerate(found.labels[:250]):
         x, y, state = found.keypoints[i].unbind(-1)  # (4, 9)
         number = torch.zeros(4, dtype=torch.long)
         number[: len(labels)] = 1 + counts[labels - 1]
@@ -297,8 +304,8 @@ def test_shapes(name):
 
     solid = scenes.Solid(scenes.NAMES.index(name), 1.0, np.eye(3), np.zeros(3), 0, None, None)
     surface = []
-    for origin in 3 * directions(40):
-        towards = rng.uniform(-0.9, 0.9, (200, 3)) - origin
+    for origin in 3 * directions(12):
+        towards = rng.uniform(-0.9, 0.9, (600, 3)) - origin
         rays = towards / scenes.norm(towards)[:, None]
         length = scenes.trace_solid(solid, origin, rays)
         hit = length < np.inf

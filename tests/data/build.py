@@ -1,7 +1,7 @@
 """Rebuilds the embedded data sets from package indexes: every byte of them can be traced.
 
     apt-get install npm libcairo2 dpkg apt && pip install numpy pillow cairosvg==2.9.0
-    python tests/data/build.py         # five minutes, 230 MB of downloads, writes beside this file
+    python tests/data/build.py         # six minutes, 230 MB of downloads, writes beside this file
     python tests/data/build.py solids  # only this file
 
 emoji.npz: every base emoji (no skin-tone variants) that all four drawings below have, 32x32 RGB,
