@@ -9,12 +9,12 @@ trained network and in the same network before training. The weights do not chan
 
 Notation. A layer answers with a map of C channels at H x W places. Early maps are large and have
 few channels, late ones are small and have many. For a fair comparison all get about the same number
-of features, F (--features): the map is averaged to s x s places, s^2 C features, with
+of features, F (--features): the map is averaged to h x w places, h w C features, with
 
-    s = sqrt(F / C), rounded, at least 1 and at most H
+    h = sqrt(F / C) and w = F / (C h), rounded, at least 1 and at most H and W
 
-F is 800, about the width of the last layer at 32 pixels (768 in resnet14). At 224 pixels 9000 gives
-the sizes of Goyal et al.: 9216, 9216, 8192, 9216 and 8192 in resnet50.
+F is 800, about the width of the last layer at 32 pixels: resnet14 gets 800, 864, 768, 768 and 768.
+At 224 pixels F = 9000 gives resnet50 the sizes of Goyal et al., 9216, 9216, 8192, 9216 and 8192.
 
     ResNet   stem (after its ReLU, before max-pooling), layer1 ... layer4
     ViT      block1 ... blockN: the patch tokens are the map, and the class token is put beside it
@@ -53,15 +53,16 @@ KIND = "evaluation"  # the tests ask for what is due to each kind
 
 def average(x, target):
     """A map (n, C, H, W), or tokens (n, 1 + H H, C) with the class token first, averaged to about
-    `target` features per image: (n, C s^2), and C more of the class token."""
+    `target` features per image: (n, h w C), and C more of the class token."""
     rest = []
     if x.ndim == 3:
         rest = [x[:, 0]]
         side = math.isqrt(x.shape[1] - 1)
         x = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-    s = round(math.sqrt(target / x.shape[1]))
-    s = min(x.shape[2], max(1, s))
-    x = F.adaptive_avg_pool2d(x, s).flatten(1)
+    places = target / x.shape[1]
+    h = min(x.shape[2], max(1, round(math.sqrt(places))))
+    w = min(x.shape[3], max(1, round(places / h)))
+    x = F.adaptive_avg_pool2d(x, (h, w)).flatten(1)
     return torch.cat([x, *rest], 1)
 
 

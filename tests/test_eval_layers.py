@@ -27,7 +27,11 @@ def test_sizes_of_the_literature():
     # resnet14 at 32 pixels
     maps = [(32, 16), (96, 8), (192, 4), (384, 2), (768, 2)]
     found = [average(torch.zeros(1, c, side, side), 800).shape[1] for c, side in maps]
-    assert found == [800, 864, 768, 384, 768]
+    assert found == [800, 864, 768, 768, 768]
+    # resnet18 at 32 pixels: places that are not square
+    maps = [(64, 32), (128, 16), (256, 8), (512, 4)]
+    found = [average(torch.zeros(1, c, side, side), 800).shape[1] for c, side in maps]
+    assert found == [768, 768, 1024, 1024]
     assert average(torch.zeros(1, 8, 2, 2), 800).shape[1] == 32  # all there is
     assert average(torch.zeros(1, 900, 2, 2), 800).shape[1] == 900  # at least one place
 
@@ -100,7 +104,7 @@ def test_run(tmp_path):
     assert list(rows["a"]) == ["stem", "layer1", "layer2", "layer3", "layer4"]
     assert [part["features"] for part in rows["a"].values()] == [32, 96, 192, 384, 768]
     assert [part["features"] for part in rows["vit"].values()] == [192] * 4
-    assert rows["raw pixels, 8 px"]["pixels"]["features"] == 27
+    assert rows["raw pixels, 8 px"]["pixels"]["features"] == 18  # 3 x 2 places
 
     net.eval().to(memory_format=torch.channels_last)
     x = [features(net, split, 8, CPU)[0] for split in (DATA.bank, DATA.test)]
