@@ -247,7 +247,7 @@ SETTINGS = {
 }
 
 
-def get_args(argv=None):
+def get_args(argv=None):  # copy of: methods/eval_features.py::get_args
     return parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
 
 
