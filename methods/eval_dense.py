@@ -19,7 +19,7 @@ for normals and depth without those that show no surface (the sky):
 
     segmentation  the shape at a pixel, one of 8, or the background. miou: intersection / union of
                   each of these 9 classes, in percent, averaged over the classes; object_iou:
-                  the same of the pixels whose probability of the background is below 1/2
+                  that of all objects, whatever their shapes
     normals       the direction of the surface, a unit vector n, by angle = arccos(n . n_true):
                   mean, median, and the percentage within 11.25, 22.5 and 30 degrees;
                   object_angle: the mean over the pixels of objects, without the floor
@@ -152,9 +152,9 @@ def keypoint_scores(heat, scenes):
 def scores(task, output, scenes):
     """What a head's output (N, channels, H, W) for some scenes is worth: a dict."""
     if task == "segmentation":
-        found = segmentation_scores(output.argmax(1), scenes.classes, output.shape[1])
-        objects = output.softmax(1)[:, 0] < 0.5  # of any shape
-        of_two = segmentation_scores(objects, scenes.classes > 0, 2)
+        shapes = output.argmax(1)
+        found = segmentation_scores(shapes, scenes.classes, output.shape[1])
+        of_two = segmentation_scores(shapes > 0, scenes.classes > 0, 2)
         return found | {"object_iou": of_two["iou"][1]}
     if task == "normals":
         found = normal_scores(output, scenes.normals)
@@ -206,20 +206,21 @@ def targets(task, scenes):
 
 
 def constant(task, target):
-    """The output (channels,) for all pixels that is the best for these targets; of heat maps 0."""
-    channels = TASKS[task]
+    """The output (channels,) for all pixels that has the least loss; of heat maps 0."""
     if task == "keypoints":
-        return torch.zeros(channels)
+        return torch.zeros(TASKS[task])
     if task == "segmentation":
-        counts = target.flatten().bincount(minlength=channels)
-        return (counts + 1).log()  # + 1: a shape may be missing
+        counts = target.flatten().bincount(minlength=TASKS[task])
+        return (counts + 1).log() / 2  # + 1: a shape may be missing
     valid = target.any(1)
     return target.sum((0, 2, 3)) / valid.sum()
 
 
-def loss_of(task, output, target):
+def loss_of(task, output, target, start):
+    """start: the best constant output. A shape with a share f of the pixels has weight 1/sqrt(f):
+    without it, nearly all pixels would be called background, which most of them are."""
     if task == "segmentation":
-        return F.cross_entropy(output, target)
+        return F.cross_entropy(output, target, (-start).exp())
     if task == "keypoints":  # a softmax over the pixels of each map
         return F.cross_entropy(output.flatten(2).mT, target.flatten(2).mT)
     valid = target.any(1)
@@ -238,7 +239,7 @@ def frozen_maps(network, images, size):
     return found
 
 
-def fit(see, head, weights, task, target, settings):
+def fit(see, head, weights, task, target, start, settings):
     """Trains weights by AdamW; the rate rises for a tenth of the steps, then falls to 0.
     see(index): the maps of the scenes with these numbers."""
     steps, lr = settings["steps"], settings["lr"]
@@ -248,7 +249,7 @@ def fit(see, head, weights, task, target, settings):
     for _ in tqdm(range(steps), task, leave=False, disable=None):
         index = generator.choice(len(target), settings["batch"], replace=False)
         index = torch.from_numpy(index).to(target.device)
-        loss = loss_of(task, head(see(index)), target[index])
+        loss = loss_of(task, head(see(index)), target[index], start)
         if not loss.isfinite():
             fail(f"the loss of {task} is {loss.item()}: lower --lr or --finetune-lr")
         optimizer.zero_grad()
@@ -283,7 +284,7 @@ def train_and_test(candidate, task, mode, train, test, settings, device):
             return [x[index] for x in known]
         return maps(network, prepare(images[index], candidate.size))
 
-    fit(see, head, weights, task, target, settings)
+    fit(see, head, weights, task, target, start, settings)
     network.eval()
     head.eval()
     with torch.no_grad():

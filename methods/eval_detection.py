@@ -133,20 +133,21 @@ def coco_scores(found, truth, shapes):
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
     "data": ("solids", "the scenes", ("solids",)),
-    "size": (48, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
+    "size": (48, "side to which the scenes are resized for the network, pixels", "[12, inf)"),
     "finetune": (True, "also train all weights"),
     "batch": (16, "scenes per step"),
     "steps": (500, "steps, with a frozen trunk and without", "[1, inf)"),
     "lr": (2e-3, "learning rate with a frozen trunk"),
     "finetune_lr": (1e-3, "learning rate when all weights are trained"),
 }
+GRID = 12  # places of the detector's map along a side
 SHOWN = 6  # test scenes in the picture
 CONFIDENT = 0.3  # score of a box that is drawn
 
 
 class Trunk(nn.Module):
-    """Normalised images -> one map (n, 64, size / 4, size / 4) for the detector. A frozen network
-    stays in evaluation mode and gets no gradient."""
+    """Normalised images -> one map (n, 64, GRID, GRID) for the detector. A frozen network stays in
+    evaluation mode and gets no gradient."""
 
     out_channels = 64
 
@@ -156,7 +157,7 @@ class Trunk(nn.Module):
         self.frozen = frozen
         with torch.no_grad():
             widths = [x.shape[1] for x in maps(network, torch.zeros(1, 3, size, size))]
-        self.reduce = MapHead(widths, self.out_channels, size // 4)
+        self.reduce = MapHead(widths, self.out_channels, GRID)
 
     def train(self, mode=True):
         super().train(mode)
@@ -180,7 +181,7 @@ def detector(network, size, frozen, shapes):
         image_mean=MEAN,
         image_std=STD,
         size_divisible=1,
-        anchor_generator=AnchorGenerator(((4,),), ((1.0,),)),
+        anchor_generator=AnchorGenerator(((size // GRID,),), ((1.0,),)),
         head=FCOSHead(trunk.out_channels, 1, 1 + shapes, num_convs=2),
         score_thresh=0.01,
         detections_per_img=MOST,

@@ -184,3 +184,138 @@ def test_ap_does_not_depend_on_the_order_of_boxes_or_on_the_scale_of_scores():
     assert coco_scores(turned, truth, 3) == scores
     scaled = [image | {"scores": image["scores"] ** 3 / 7} for image in found]
     assert coco_scores(scaled, truth, 3) == scores
+
+
+# -------- The detector ----------------------------------------------------------------------------
+
+
+def candidate(network, size=16):
+    return Candidate("a", network, "solids", size, {})
+
+
+def find(network, frozen, steps=2, lr=0.003, test=TEST):
+    settings = {"steps": steps, "lr": lr, "batch": 4, "head_seed": 0}
+    return train_and_test(candidate(network), frozen, TRAIN, test, settings, CPU)
+
+
+@pytest.mark.parametrize("arch", ["resnet14", "vit_micro"])
+def test_a_frozen_trunk_is_left_as_it_was_and_a_fine_tuned_one_is_a_copy(arch):
+    """To the last bit, with the running statistics of batch-norm."""
+    torch.manual_seed(0)
+    network = backbone(arch, 16).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for frozen in (True, False):
+        found = find(network, frozen)
+        after = network.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items()), frozen
+        assert not network.training
+        assert all(p.grad is None for p in network.parameters())
+    assert len(found) == len(TEST.images)
+    for image in found:
+        assert image["boxes"].shape == (len(image["scores"]), 4) and len(image["labels"]) <= 100
+        assert (image["boxes"] >= 0).all() and (image["boxes"] <= 16).all()
+        assert ((image["labels"] >= 0) & (image["labels"] <= 8)).all()
+
+
+def test_a_fine_tuned_trunk_moves_and_a_frozen_one_gets_no_gradient(monkeypatch):
+    """All weights of the trunk but those after its last map; the trunk is in training mode."""
+    kept = []
+    make = eval_detection.detector
+    monkeypatch.setattr(
+        eval_detection, "detector", lambda *args: kept.append(make(*args)) or kept[-1]
+    )
+    torch.manual_seed(0)
+    network = backbone("resnet14", 16).eval()
+    for frozen in (True, False):
+        find(network, frozen, steps=1)
+        trunk = kept[-1].backbone.train()
+        assert trunk.network.training != frozen and trunk.reduce.training
+        for name, weight in trunk.network.named_parameters():
+            if frozen:
+                assert weight.grad is None
+            else:
+                assert weight.grad is not None and weight.grad.isfinite().all(), name
+
+
+def test_boxes_are_in_pixels_of_the_scene_at_any_size():
+    """Images are resized for the network, and the boxes back."""
+    network = backbone("resnet14", 16).eval()
+    settings = {"steps": 1, "lr": 0.0, "batch": 4, "head_seed": 0}
+    for size in (16, 32):
+        found = train_and_test(candidate(network, size), True, TRAIN, TEST, settings, CPU)
+        assert max(image["boxes"].max(initial=0) for image in found) <= 16
+
+
+@pytest.mark.thorough
+def test_the_detector_learns_scenes_whose_colours_tell_the_shape():
+    torch.manual_seed(0)
+    network = backbone("resnet14", 16).eval()
+    truth = [
+        {"boxes": boxes.numpy(), "labels": labels.numpy()}
+        for boxes, labels in zip(TEST.boxes, TEST.labels)
+    ]
+    before = coco_scores(find(network, False, steps=1), truth, 8)
+    after = coco_scores(find(network, False, steps=200), truth, 8)
+    assert before["ap50"] < 5 and after["ap50"] > 50
+
+
+# -------- The script ------------------------------------------------------------------------------
+
+QUICK = ["--size", 16, "--steps", 1, "--batch", 4, "--workers", 0]
+
+
+def run_script(*flags, **patches):
+    """main() on the scenes of test_eval_dense.py, and the lines of results.jsonl."""
+    patches["load_solids"] = lambda split: {"train": TRAIN, "test": TEST}[split]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_detection, "load_data", None, raising=False)
+        found = call_main("eval_detection", *flags, *QUICK, **patches)
+    if "--out" in flags:
+        found.rows = read_lines(flags[flags.index("--out") + 1] / "results.jsonl")
+    return found
+
+
+def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    found = run_script(*flags)
+    assert found.code == 0, found.err
+    untrained = "untrained vit_micro, 16 px"
+    expected = [(name, mode) for mode in ("frozen", "fine-tuned") for name in (untrained, "a")]
+    assert [(row["network"], row["protocol"].split(", ")[1]) for row in found.rows] == expected
+    row = found.rows[-1]
+    settings = {"steps": 1, "lr": 1e-3, "batch": 4, "head_seed": 0, "scenes": [40, 12]}
+    assert row["settings"] == {"size": 16, **settings} and row["seed"] == 3
+    assert set(row["result"]) == {"ap", "ap50", "ap75", "ap_of_shapes", "shown"}
+    assert len(row["result"]["shown"]) == 6
+    lines = found.out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split() == ["ap", "ap50", "ap75"])
+    assert lines[head + 4].startswith("a, fine-tuned ") and "raw pixels" not in found.out
+    assert (tmp_path / "out" / "boxes.png").stat().st_size > 5000
+
+    def never(*args):
+        raise AssertionError("measured again")
+
+    again = run_script(*flags, train_and_test=never)
+    assert again.rows == found.rows and again.out.count("already measured") == 4
+    more = run_script(*flags, "--no-finetune", train_and_test=never)
+    assert more.out.count("already measured") == 2
+
+
+def test_refusals(tmp_path):
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    for flags, words in (
+        (["--data", "emoji"], "--data"),
+        (["--size", 30], "--size 30: choose a multiple of 4"),
+        (["--steps", 0], "--steps 0: choose at least 1"),
+    ):
+        found = call_main_raw(tmp_path / "a", *flags)
+        assert found.code == 1 and found.err.count("\n") == 1 and words in found.err
+    found = call_main_raw(tmp_path / "a", world=lambda: 2)
+    assert found.code == 1 and "one process" in found.err
+
+
+def call_main_raw(*flags, **patches):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_detection, "load_data", None, raising=False)
+        return call_main("eval_detection", *flags, **patches)
