@@ -177,10 +177,8 @@ SETTINGS = {
     "only": ("all", "which task", ("all", *TASKS)),
     "finetune": (True, "also train all weights, anew for each task"),
     "batch": (16, "scenes per step"),
-    "steps": (300, "steps with frozen maps", "[1, inf)"),
-    "lr": (1e-3, "learning rate of the head with frozen maps"),
-    "finetune_steps": (400, "steps in which all weights are trained", "[1, inf)"),
-    "finetune_lr": (1e-3, "learning rate when all weights are trained"),
+    "steps": (300, "training steps for each task", "[1, inf)"),
+    "lr": (1e-3, "learning rate of AdamW at its highest"),
 }
 SHOWN = 2  # test scenes in the pictures
 
@@ -251,7 +249,7 @@ def fit(see, head, weights, task, target, start, settings):
         index = torch.from_numpy(index).to(target.device)
         loss = loss_of(task, head(see(index)), target[index], start)
         if not loss.isfinite():
-            fail(f"the loss of {task} is {loss.item()}: lower --lr or --finetune-lr")
+            fail(f"the loss of {task} is {loss.item()}: choose a lower --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -307,22 +305,23 @@ def table(results):
 def paint(axes, task, output, scenes, i):
     """Draws what an output (channels, H, W), or the truth in the form of targets(), says of a
     scene."""
-    valid = scenes.depth[i] > 0
+    picture = scenes.images[i].permute(1, 2, 0) // 2 + 127  # pale, under the keypoints
+    limits = {}
     if task == "segmentation":
-        shapes = output.argmax(0) if output.ndim == 3 else output
-        axes.imshow(shapes, cmap="tab10", vmin=0, vmax=9)
+        picture = output.argmax(0) if output.ndim == 3 else output
+        limits = {"cmap": "tab10", "vmin": 0, "vmax": 9}
     elif task == "normals":
         turn = torch.tensor([1, -1, -1])[:, None, None]  # a surface that faces us is blue
-        colours = (1 + F.normalize(output, dim=0) * turn) / 2
-        axes.imshow(colours.where(valid, 1).permute(1, 2, 0))
+        picture = (1 + F.normalize(output, dim=0) * turn).permute(1, 2, 0) / 2
     elif task == "depth":
-        axes.imshow(output[0].where(valid, torch.nan), vmin=2, vmax=10)
+        picture = output[0].where(scenes.depth[i] > 0, torch.nan)
+        limits = {"vmin": 2, "vmax": 10}
     else:
-        axes.imshow(scenes.images[i].permute(1, 2, 0) // 2 + 127)
         for scene, label, box, points in visible_points(scenes):
             if scene == i:
                 points = peaks(output[label], box, len(points))
                 axes.plot(*(points.T - 0.5), "o", markersize=3)
+    axes.imshow(picture.numpy(), **limits)
 
 
 def draw_scenes(path, tasks, outputs, scenes):
@@ -340,7 +339,7 @@ def draw_scenes(path, tasks, outputs, scenes):
         for axes, (task, i) in zip(line, columns):
             axes.set(xticks=[], yticks=[])
             if heading == "scene":
-                axes.imshow(scenes.images[i].permute(1, 2, 0))
+                axes.imshow(scenes.images[i].permute(1, 2, 0).numpy())
                 axes.set_title(task)
             elif task in found:
                 paint(axes, task, found[task][i], scenes, i)
@@ -360,7 +359,7 @@ def draw_pck(path, results):
         if "pck" in found:
             style = "--" if heading.endswith("frozen") else "-"
             axes.plot(FRACTIONS, found["pck"], style, label=heading)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+    figure.legend(loc="outside right center", fontsize=7)
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -376,23 +375,20 @@ def main(argv=None):
     folder = results.folder
     (folder / "outputs").mkdir(exist_ok=True)
 
-    # Who is measured, how, and with how many steps at which rate.
-    nobody = Candidate("best constant", None, args.data, args.size, {})
-    jobs = [(nobody, "constant", 0, 0.0)]
-    jobs += [(each, "frozen", args.steps, args.lr) for each in found]
-    for each in found:
-        if args.finetune and list(each.network.parameters()):  # raw pixels have no weights
-            jobs.append((each, "fine-tuned", args.finetune_steps, args.finetune_lr))
+    jobs = [(Candidate("best constant", None, args.data, args.size, {}), "constant")]
+    jobs += [(candidate, "frozen") for candidate in found]
+    if args.finetune:  # all but raw pixels, which have no weights
+        jobs += [(each, "fine-tuned") for each in found if list(each.network.parameters())]
+    settings = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "head_seed": args.seed}
+    settings["scenes"] = [len(train.images), len(test.images)]
 
     tasks = TASKS if args.only == "all" else [args.only]
     measured = {}  # {network and mode: scores}
     outputs = {}  # {network and mode: {task: outputs for the first scenes}}
-    for candidate, mode, steps, lr in jobs:
+    for candidate, mode in jobs:
         heading = f"{candidate.name}, {mode}"
         measured[heading] = {}
         outputs[heading] = {}
-        settings = {"steps": steps, "lr": lr, "batch": args.batch, "head_seed": args.seed}
-        settings["scenes"] = [len(train.images), len(test.images)]
         for task in tasks:
             file = folder / "outputs" / f"{task}, {heading.replace('/', '-')}.npy"
 

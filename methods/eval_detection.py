@@ -136,9 +136,8 @@ SETTINGS = {
     "size": (48, "side to which the scenes are resized for the network, pixels", "[12, inf)"),
     "finetune": (True, "also train all weights"),
     "batch": (16, "scenes per step"),
-    "steps": (500, "steps, with a frozen trunk and without", "[1, inf)"),
-    "lr": (2e-3, "learning rate with a frozen trunk"),
-    "finetune_lr": (1e-3, "learning rate when all weights are trained"),
+    "steps": (500, "training steps of the detector", "[1, inf)"),
+    "lr": (2e-3, "learning rate of AdamW at its highest"),
 }
 GRID = 12  # places of the detector's map along a side
 SHOWN = 6  # test scenes in the picture
@@ -156,7 +155,8 @@ class Trunk(nn.Module):
         self.network = network
         self.frozen = frozen
         with torch.no_grad():
-            widths = [x.shape[1] for x in maps(network, torch.zeros(1, 3, size, size))]
+            found = maps(network, torch.zeros(1, 3, size, size))
+        widths = [x.shape[1] for x in found]
         self.reduce = MapHead(widths, self.out_channels, GRID)
 
     def train(self, mode=True):
@@ -214,7 +214,7 @@ def train_and_test(candidate, frozen, train, test, settings, device):
         losses = model([images[i] for i in index], [truth[i] for i in index])
         loss = sum(losses.values())
         if not loss.isfinite():
-            fail(f"the detector's loss is {loss.item()}: lower --lr or --finetune-lr")
+            fail(f"the detector's loss is {loss.item()}: choose a lower --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -225,7 +225,10 @@ def train_and_test(candidate, frozen, train, test, settings, device):
     with torch.no_grad():
         for part in test.images.to(device).split(50):
             found += model(list(part.float() / 255))
-    return [{name: x.cpu().numpy() for name, x in each.items()} for each in found]
+    arrays = []
+    for image in found:
+        arrays.append({name: part.cpu().numpy() for name, part in image.items()})
+    return arrays
 
 
 def as_rows(found):
@@ -253,22 +256,27 @@ def draw_boxes(path, shown, scenes):
 
     truth = []
     for boxes, labels in zip(scenes.boxes[:SHOWN], scenes.labels):
-        ones = torch.ones(len(labels), 1)
-        truth.append(torch.cat([boxes, labels[:, None], ones], 1).tolist())
+        surely = torch.ones(len(labels), 1)
+        truth.append(torch.cat([boxes, labels[:, None], surely], 1).tolist())
     rows = {"truth": truth, **shown}
-    figure = Figure((1.9 * SHOWN + 2, 1.9 * len(rows) + 0.5), dpi=90, layout="constrained")
-    figure.suptitle(f"Test scenes, and the boxes with a score above {CONFIDENT}")
-    grid = figure.subplots(len(rows), SHOWN, squeeze=False)
+    columns = len(truth)
+    size = (1.9 * columns + 2, 1.9 * len(rows) + 0.5)
+    figure = Figure(size, dpi=90, layout="constrained")
+    figure.suptitle(f"Test scenes, and the boxes that were found with a score above {CONFIDENT}")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (heading, found) in zip(grid, rows.items()):
         line[0].set_ylabel(heading, rotation=0, ha="right")
         for axes, image, boxes in zip(line, scenes.images, found):
             side = image.shape[1]
-            axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, side, side, 0))
+            picture = image.permute(1, 2, 0).numpy()
+            axes.imshow(picture, extent=(0, side, side, 0))
             axes.set(xticks=[], yticks=[])
             for x0, y0, x1, y1, label, _ in boxes:
+                name = scenes.names[int(label)]
                 colour = f"C{int(label)}"
-                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour))
-                axes.text(x0, y0, scenes.names[int(label)], color=colour, fontsize=7)
+                box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour)
+                axes.add_patch(box)
+                axes.text(x0, y0, name, color=colour, fontsize=7)
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -281,17 +289,17 @@ def main(argv=None):
     test = load_solids("test")
     trunks = [each for each in candidates(args) if list(each.network.parameters())]
     results = Results("eval_detection", args, device)
-    jobs = [(trunk, "frozen", args.lr) for trunk in trunks]
+    jobs = [(trunk, "frozen") for trunk in trunks]
     if args.finetune:
-        jobs += [(trunk, "fine-tuned", args.finetune_lr) for trunk in trunks]
+        jobs += [(trunk, "fine-tuned") for trunk in trunks]
+    settings = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "head_seed": args.seed}
+    settings["scenes"] = [len(train.images), len(test.images)]
 
     truth = []
     for boxes, labels in zip(test.boxes, test.labels):
         truth.append({"boxes": boxes.numpy(), "labels": labels.numpy()})
     measured = {}
-    for trunk, mode, lr in jobs:
-        settings = {"steps": args.steps, "lr": lr, "batch": args.batch, "head_seed": args.seed}
-        settings["scenes"] = [len(train.images), len(test.images)]
+    for trunk, mode in jobs:
 
         def measure():
             found = train_and_test(trunk, mode == "frozen", train, test, settings, device)
