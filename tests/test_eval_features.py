@@ -427,6 +427,7 @@ def svm_of_two_processes(folder, out):
     assert found.code == 0, found.err
 
 
+@pytest.mark.thorough
 def test_svm_of_two_processes(processes, tmp_path):
     write_run(tmp_path / "a")
     alone = run_script(tmp_path / "a", "--out", tmp_path / "one", "--only", "svm", kmeans=True)
