@@ -24,8 +24,8 @@ for normals and depth without those that show no surface (the sky):
                   mean, median, and the percentage within 11.25, 22.5 and 30 degrees;
                   object_angle: the mean over the pixels of objects, without the floor
     depth         rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true
-    keypoints     corners and tips, as the peaks of one heat map per shape. Given the box and the
-                  shape of an object, as many peaks are taken as it has visible points. pck: the
+    keypoints     corners and tips of solids, as the peaks of a heat map. The box of an object is
+                  given, and as many peaks are taken from it as it has visible points. pck: the
                   percentage of points whose peak is no further than a fraction of the longer side
                   of the box; auc: its mean over the fractions from 0 to 0.2
 
@@ -129,21 +129,20 @@ def peaks(heat, box, count):
 
 
 def visible_points(scenes):
-    """Yields for each object that has some: scene, shape, box (4,), visible points (n, 2). The
-    centre, an object's first keypoint, is left out: the box gives it away."""
-    for scene, labels in enumerate(scenes.labels):
-        for number, label in enumerate(labels.tolist()):
-            points = scenes.keypoints[scene, number, 1:]  # (8, 3): x, y, state
+    """Yields for each object that has some: scene, box (4,), visible points (n, 2). The centre, an
+    object's first keypoint, is left out: the box gives it away."""
+    for scene, boxes in enumerate(scenes.boxes):
+        for box, points in zip(boxes, scenes.keypoints[scene, :, 1:]):  # (8, 3): x, y, state
             points = points[points[:, 2] == 1, :2]
             if len(points):
-                yield scene, label, scenes.boxes[scene][number], points
+                yield scene, box, points
 
 
 def keypoint_scores(heat, scenes):
-    """pck_scores of the peaks of heat maps (N, 9, H, W), one per shape; the first is not used."""
+    """pck_scores of the peaks of heat maps (N, H, W) in the boxes of all objects."""
     errors = []
-    for scene, label, box, points in visible_points(scenes):
-        found = peaks(heat[scene, label], box, len(points))
+    for scene, box, points in visible_points(scenes):
+        found = peaks(heat[scene], box, len(points))
         side = (box[2:] - box[:2]).max().double()
         errors.append(point_errors(found, points) / side)
     return pck_scores(torch.cat(errors))
@@ -162,12 +161,12 @@ def scores(task, output, scenes):
         return found | {"object_angle": normal_scores(output, on_objects)["mean_angle"]}
     if task == "depth":
         return depth_scores(output[:, 0], scenes.depth)
-    return keypoint_scores(output, scenes)
+    return keypoint_scores(output[:, 0], scenes)
 
 
 # The evaluation.
 
-TASKS = {"segmentation": 9, "normals": 3, "depth": 1, "keypoints": 9}  # channels of the output
+TASKS = {"segmentation": 9, "normals": 3, "depth": 1, "keypoints": 1}  # channels of the output
 COLUMNS = ("miou", "object_iou", "mean_angle", "median_angle", "object_angle", "within_11.25",
            "within_22.5", "within_30", "rmse", "abs_rel", "pck_0.1", "auc")
 SETTINGS = {
@@ -192,14 +191,14 @@ def targets(task, scenes):
     if task == "depth":
         return scenes.depth[:, None]  # (N, 1, H, W)
 
-    # For each shape a distribution over the pixels: Gaussians (sigma 1) at its visible points.
+    # A distribution over the pixels of a scene: Gaussians (sigma 1) at the visible points.
     count, _, height, width = scenes.images.shape
-    heat = torch.zeros(count, TASKS[task], height, width)
-    for scene, label, _, points in visible_points(scenes):
+    heat = torch.zeros(count, 1, height, width)
+    for scene, _, points in visible_points(scenes):
         x = torch.arange(width) + 0.5 - points[:, :1]  # (n, W)
         y = torch.arange(height) + 0.5 - points[:, 1:]  # (n, H)
         down = torch.exp(-y.square() / 2)
-        heat[scene, label] += down.T @ torch.exp(-x.square() / 2)
+        heat[scene, 0] += down.T @ torch.exp(-x.square() / 2)
     return heat / heat.sum((2, 3), keepdim=True).clamp(min=1e-6)
 
 
@@ -220,7 +219,7 @@ def loss_of(task, output, target, start):
     if task == "segmentation":
         return F.cross_entropy(output, target, (-start).exp())
     if task == "keypoints":  # a softmax over the pixels of each map
-        return F.cross_entropy(output.flatten(2).mT, target.flatten(2).mT)
+        return F.cross_entropy(output.flatten(1), target.flatten(1))
     valid = target.any(1)
     if task == "normals":
         return 1 - F.cosine_similarity(output, target, dim=1)[valid].mean()
@@ -317,9 +316,9 @@ def paint(axes, task, output, scenes, i):
         picture = output[0].where(scenes.depth[i] > 0, torch.nan)
         limits = {"vmin": 2, "vmax": 10}
     else:
-        for scene, label, box, points in visible_points(scenes):
+        for scene, box, points in visible_points(scenes):
             if scene == i:
-                points = peaks(output[label], box, len(points))
+                points = peaks(output[0], box, len(points))
                 axes.plot(*(points.T - 0.5), "o", markersize=3)
     axes.imshow(picture.numpy(), **limits)
 

@@ -7,12 +7,19 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from conftest import CPU, call_main
+from test_eval_dense import TEST, TRAIN
+from test_eval_features import write_run
 
+from common import Candidate, backbone, read_lines
+from methods import eval_detection
 from methods.eval_detection import (
     average_precision,
     coco_scores,
     overlaps,
     right_boxes,
+    train_and_test,
 )
 
 # -------- The measure by hand ---------------------------------------------------------------------

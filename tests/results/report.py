@@ -30,8 +30,9 @@ from PIL import Image, ImageOps
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
-import common
 import evaluations
+
+import common
 from kernels import bench
 
 ROWS = HERE / "rows.jsonl"
