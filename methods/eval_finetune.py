@@ -28,7 +28,9 @@ Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 --steps 800 --lr-trunk 0.002
 It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
 runs/eval_finetune; the runs stay as they are. What is in results.jsonl is not measured again, so a
-command that was stopped continues.
+command that was stopped continues. On emoji a run with the default ResNet takes about 4 minutes on
+two CPU cores, and the network from scratch, once for all runs, as long. MAE's vision transformer
+takes six times as long: --draws 1 or fewer --steps make it quicker.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with
@@ -107,6 +109,11 @@ SETTINGS = {
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "steps": (300, "steps of every fine-tuning", "[1, inf)"),
     "batch": (128, "images per step; all labelled ones if there are fewer"),
+    # Accuracy on a fifth of the bank's emoji after 150 steps with 10 % of the labels of the others,
+    # by the rate of the trunk; the head's is 0.01:
+    #                   1e-4   3e-4   1e-3   3e-3
+    #     SimCLR's      46.3   47.2   49.2   49.2   (frozen: 47.2; SGD of 0.02, head 0.2: 44.9)
+    #     from scratch         44.8   45.7   45.1   (frozen: 46.3)
     "lr_trunk": (1e-3, "learning rate of the network at the first step"),
     "lr_scratch": (1e-3, "the same for a network that was not trained before"),
     "lr_head": (1e-2, "learning rate of the head at the first step"),

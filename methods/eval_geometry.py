@@ -12,27 +12,29 @@ lie together although no label was shown? How many directions do the features us
 repeat each other? Do the features change smoothly when an image is turned, moved or darkened?
 Labels are used only to judge the clusters and to colour the maps.
 
-Notation. x (N, D) features of the test images; l_1 >= l_2 >= ... the eigenvalues of their
-covariance: the variances along their principal directions. What --only chooses from:
+Notation. x (N, D) features of N test images; l_1 >= l_2 >= ... the eigenvalues of their covariance,
+which are the variances along their principal directions. --only chooses what is measured:
 
-    clusters    k-means on features of length 1, with K = number of classes and (_3k) 3 K clusters.
-                In percent: mutual information with the labels, normalised (nmi) and adjusted, so
-                that random clusters have 0 (ami); adjusted Rand index (ari), the same for pairs of
-                images; accuracy if each class takes the cluster that suits it best, no cluster
-                twice (accuracy). Mean and standard deviation of five seeds
+    clusters    k-means on features of length 1, with K = number of classes and (_3k) 3 K clusters;
+                mean and standard deviation of five seeds, in percent:
+                nmi, ami    how much the cluster of an image tells about its label (mutual
+                            information), normalised; adjusted, so that random clusters have 0
+                ari         on how many pairs of images both agree, adjusted (Rand index)
+                accuracy    share of images in the cluster of their class, if each class has one
+                            cluster, the best choice; of 3 K clusters, 2 K stay without a class
     spectrum    exponent        a of l_i ~ i^-a, fitted to i = 11 to 100
                 participation   (sum l)^2 / sum l^2: how many directions hold most variance
                 twonn           dimension d of the curved surface on which the features lie: the
-                                distances r1 < r2 to the two nearest images follow
+                                distances r1 < r2 of an image to the two nearest others follow
                                 P(r2 / r1 > m) = m^-d
                 lidar           exp(entropy of the eigenvalues of W^-1 B): how many directions tell
                                 images apart in spite of random views. W: covariance of the views of
-                                one image, B: covariance of the images' mean features
+                                an image; B: covariance of the images' mean features
                 correlation     mean |correlation| of two columns, less that of shuffled columns
                 rankme, alignment, uniformity: as in the results of every run
-    smoothness  lipschitz       ||J(x)|| mean ||x - x'|| / mean ||f(x) - f(x')||: how much the most
-                                sensitive direction of a pixel change moves the features, compared
-                                with another image; J: Jacobian of the network f. 1 for raw pixels
+    smoothness  lipschitz       ||J(x)|| mean ||x - x'|| / mean ||f(x) - f(x')||: how much the pixel
+                                change to which the network f is most sensitive moves the features,
+                                compared with a change to another image; J: Jacobian. Pixels: 1
                 rotation, shift, brightness   sum ||f(x_k+1) - f(x_k)|| / ||f(x_end) - f(x_0)||
                                 while an image is turned, moved or darkened: 1 is a straight line
     tsne        maps in which near neighbours stay near; distances between groups mean nothing
@@ -41,9 +43,10 @@ Run.
     python methods/eval_geometry.py runs/simclr-emoji-0 runs/rotnet-emoji-0
     python methods/eval_geometry.py runs/* --only smoothness
     python methods/eval_geometry.py runs/* --data fashion --out runs/geometry-fashion
-It writes results.jsonl, spectrum-DATA.png and tsne-DATA-label.png into --out, by default
-runs/eval_geometry. A "-" is a number that is not defined, such as the exponent of equal features.
-What is in results.jsonl is not measured again, so a command that was stopped continues.
+It writes results.jsonl, spectrum-DATA.png and tsne-DATA-category.png into --out, by default
+runs/eval_geometry. A "-" in a table stands for a number that is not defined, as the exponent is not
+if all features are equal. What is in results.jsonl is not measured again, so a command that was
+stopped continues.
 """
 
 import math
@@ -91,19 +94,17 @@ def eigenvalues(x):
     return deviations.square() / (len(x) - 1)
 
 
-def twonn(x, groups):
+def twonn(x):
     """Intrinsic dimension of features (N, D), from a line through 0 fitted to -log P(r2 / r1 > m)
-    against log m, without the tenth of the largest ratios, as in the paper. Neighbours are of
-    another group, groups (N,): images of one object are no sample of how densely the surface is
-    covered. Equal features count once; nan if fewer than ten are left, or if all ratios are 1."""
-    _, first = np.unique(x.numpy(), axis=0, return_index=True)
-    if len(first) < 10:
+    against log m, without the tenth of the largest ratios, as in the paper. Equal features count
+    once; nan if fewer than ten are left, or if all ratios are 1."""
+    x = torch.unique(x, dim=0)
+    if len(x) < 10:
         return math.nan
-    x, groups = x[first], groups[first]
 
     # The faster way by products of matrices is wrong for near neighbours: it gives distances of 0.
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    distances[groups[:, None] == groups] = torch.inf
+    distances.fill_diagonal_(torch.inf)
     r1, r2 = distances.topk(2, largest=False).values.double().T
     kept = len(x) * 9 // 10
     log_m = (r2 / r1).log().sort().values[:kept]
@@ -200,28 +201,34 @@ def paths(images):
 
 def smoothness(network, images):
     """Of a network in eval mode at images (n, 3, S, S) in [0, 1]: the mean of the largest singular
-    value of its Jacobian, relative to the distances of images and of their features; medians of
-    the ratios of paths."""
+    value of its Jacobian, as it is and relative to the distances of images and of their features;
+    medians of the ratios of paths."""
     x = normalize(images)
     largest = largest_singular_value(lambda x: network(x).flatten(1), x)
     between_images = F.pdist(x.flatten(1)).mean()
     between_features = F.pdist(embed(network, x)).mean()
-    result = {"lipschitz": largest.mean() * between_images / between_features}
+    result = {
+        "singular_value": largest.mean(),
+        "lipschitz": largest.mean() * between_images / between_features,
+    }
     for name, steps in paths(images).items():
         points = torch.stack([embed(network, normalize(step)) for step in steps])
         result[name] = path_ratio(points).nanmedian()
     return result
 
 
-def spectrum(x, groups, network, views):
-    """Of features (N, D) with groups (N,), and of random views of images: a list of batches."""
+def spectrum(x, drawing, network, views):
+    """Of features (N, D), and of random views of images: a list of batches. drawing: (N,) or None.
+    The dimension is the mean over artists: the drawings of one emoji lie together and would make
+    it too small."""
     values = eigenvalues(x)
     shares = values / values.sum().clamp(min=1e-30)  # of the variance; 0 if all is equal
+    artists = [x] if drawing is None else [x[drawing == i] for i in drawing.unique()]
     views = torch.stack([embed(network, view).cpu() for view in views])
     return {
         "exponent": exponent(values),
         "participation": participation(values),
-        "twonn": twonn(x, groups),
+        "twonn": np.mean([twonn(part) for part in artists]),
         "lidar": lidar(views),
         "correlation": correlation(x),
         **collapse_panel(x, *views[:2]),
@@ -343,10 +350,9 @@ def measure(candidate, split, measured, results):
     crop = Crop(size, scale=(0.2, 1.0)), flip_and_normalize  # as in the results of every run
     crops = [crop] * args.views
     whole = whole_image(size, lambda images, rand: images)
-    groups = torch.arange(len(x)) if split.emoji is None else split.emoji.cpu()
     jobs = {
         "clusters": lambda: clusters(x, split.labels),
-        "spectrum": lambda: spectrum(x, groups, network, shown(crops, 1024)),
+        "spectrum": lambda: spectrum(x, split.drawing, network, shown(crops, 1024)),
         "smoothness": lambda: smoothness(network, *shown([whole], args.probes)),
         "tsne": lambda: tsne(x),
     }
@@ -438,7 +444,7 @@ def colourings(data, split):
             names = range(int(numbers.max()) + 1)
             if data in EMBEDDED:
                 names = np.load(HERE / "tests" / "data" / f"{data}.npz")[part]
-            yield word, numbers.cpu(), names
+            yield word, numbers.cpu().numpy(), names
 
 
 def main(argv=None):
