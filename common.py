@@ -820,17 +820,22 @@ def knn(bank, bank_labels, test, test_labels, k, temperature=0.07):
 
 
 def linear_probe(bank, bank_labels, test, test_labels, groups=None):
-    """Linear-probe accuracy in percent: multinomial logistic regression on frozen standardised
-    features, solved to convergence. Its weight decay, of 10, 3, 1, ... 1e-4, is the one with the
-    least loss on a fifth of the BANK (whole groups if given, so that near copies stay together);
-    then all of the bank is fitted with it. The test images choose nothing. bank and test (N, D) are
-    overwritten: a copy of the features may not fit."""
+    """Accuracy in percent of linear_classifier. bank and test (N, D) are overwritten."""
+    classify = linear_classifier(bank, bank_labels, groups)
+    right = classify(test) == test_labels
+    return 100 * right.double().mean().item()
+
+
+def linear_classifier(bank, labels, groups=None):
+    """Multinomial logistic regression on frozen standardised features, solved to convergence, as a
+    function: features (n, D) -> labels (n,). Its weight decay, of 10, 3, 1, ... 1e-4, is the one
+    with the least loss on a fifth of the BANK (whole groups if given, so that near copies stay
+    together); then all of the bank is fitted with it. Test images choose nothing. bank (N, D) and
+    what is classified are overwritten: a copy of the features may not fit."""
     bank = bank.float()
-    test = test.float()
     mean = bank.mean(0)
     std = bank.std(0) + 1e-6
-    for x in (bank, test):
-        x.sub_(mean).div_(std)
+    bank.sub_(mean).div_(std)
 
     # Decorrelate. A rotation changes no solution, but the way to it is shorter.
     covariance = bank.T @ bank / len(bank)
@@ -838,8 +843,8 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
         covariance = covariance.double()
     variance, rotation = torch.linalg.eigh(covariance)
     variance = variance.clamp(min=0).float()
-    for part in (*bank.split(8192), *test.split(8192)):
-        part.copy_(part @ rotation.float())
+    rotation = rotation.float()
+    rotate(bank, rotation)
 
     # A fifth of the groups is held out.
     groups = torch.arange(len(bank)) if groups is None else groups.cpu()
@@ -851,20 +856,30 @@ def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     held = held.nonzero()[:, 0]
 
     # From strong to weak decay, each from the last solution.
-    zeros = bank.new_zeros(int(bank_labels.max()) + 1, bank.shape[1])  # one row per class
+    zeros = bank.new_zeros(int(labels.max()) + 1, bank.shape[1])  # one row per class
     solution = zeros, zeros[:, 0]
     least, decay = math.inf, 10
     for candidate in (10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4):
-        solution = fit_logistic(bank, bank_labels, variance, candidate, *solution, rows=kept)
+        solution = fit_logistic(bank, labels, variance, candidate, *solution, rows=kept)
         logits = F.linear(bank[held], *solution).double()
-        loss = F.cross_entropy(logits, bank_labels[held]).item()  # steadier than accuracy
+        loss = F.cross_entropy(logits, labels[held]).item()  # steadier than accuracy
         if not loss < least:  # it falls, then rises: from here on the probe overfits the bank
             break
         least, decay = loss, candidate
+    weight, bias = fit_logistic(bank, labels, variance, decay, zeros, zeros[:, 0])
 
-    weight, bias = fit_logistic(bank, bank_labels, variance, decay, zeros, zeros[:, 0])
-    right = F.linear(test, weight, bias).argmax(1) == test_labels
-    return 100 * right.double().mean().item()
+    def classify(x):
+        x = x.float().sub_(mean).div_(std)
+        return F.linear(rotate(x, rotation), weight, bias).argmax(1)
+
+    return classify
+
+
+def rotate(x, rotation):
+    """x @ rotation in the memory of x, a piece at a time."""
+    for part in x.split(8192):
+        part.copy_(part @ rotation)
+    return x
 
 
 def fit_logistic(x, y, variance, decay, weight, bias, rows=None):

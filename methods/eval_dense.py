@@ -25,7 +25,7 @@ for normals and depth without those that show no surface (the sky):
                   object_angle: the mean over the pixels of objects, without the floor
     depth         rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true
     keypoints     corners and tips of solids, as the peaks of a heat map. The box of an object is
-                  given, and as many peaks are taken from it as it has visible points. pck: the
+                  given, and as many peaks are taken in it as it has visible points. pck: the
                   percentage of points whose peak is no further than a fraction of the longer side
                   of the box; auc: its mean over the fractions from 0 to 0.2
 
@@ -95,15 +95,12 @@ def depth_scores(predicted, truth):
 
 
 def point_errors(predicted, truth):
-    """How far true points (n, 2) are from predicted ones (m, 2), in pairs of one each, those of
-    least total distance. Returns (n,) distances, inf for a point that is left without a partner."""
+    """The distances (n,) of true points (n, 2) from predicted ones (n, 2), in pairs of one each,
+    those of least total distance."""
     from scipy.optimize import linear_sum_assignment  # here, so --help need not wait for it
 
-    apart = (truth[:, None].double() - predicted.double()).norm(dim=2)  # (n, m)
-    rows, columns = linear_sum_assignment(apart.numpy())
-    errors = torch.full((len(truth),), torch.inf, dtype=torch.float64)
-    errors[rows] = apart[rows, columns]
-    return errors
+    apart = (truth[:, None].double() - predicted.double()).norm(dim=2)  # (n, n)
+    return apart[linear_sum_assignment(apart.numpy())]
 
 
 def pck_scores(errors):
@@ -116,32 +113,35 @@ def pck_scores(errors):
 
 
 def peaks(heat, box, count):
-    """The highest local maxima (of 3 x 3 pixels) of a map (H, W) within a box x0, y0, x1, y1.
-    Returns (m, 2) float, x and y of the centres of these pixels, m at most count; a map without
-    heights and depths has no peaks."""
-    highest = F.max_pool2d(heat[None], 3, stride=1, padding=1)[0]
-    is_peak = (heat == highest) & (heat > heat.min())
+    """The highest pixel of a map (H, W) in a box x0, y0, x1, y1, then the highest that is more than
+    2 pixels from it, and so on. Returns their centres, x and y, (count, 2)."""
     x0, y0, x1, y1 = box.int().tolist()
-    rows, columns = is_peak[y0:y1, x0:x1].nonzero().unbind(1)
-    heights = heat[y0:y1, x0:x1][rows, columns]
-    order = heights.argsort(descending=True, stable=True)[:count]
-    return torch.stack([columns + x0, rows + y0], 1)[order] + 0.5
+    rest = heat[y0:y1, x0:x1].clone()
+    found = []
+    for _ in range(count):
+        row, column = divmod(rest.argmax().item(), x1 - x0)
+        found.append((x0 + column + 0.5, y0 + row + 0.5))
+        top = max(0, row - 2)
+        left = max(0, column - 2)
+        rest[top : row + 3, left : column + 3] = -torch.inf
+    return torch.tensor(found)
 
 
 def visible_points(scenes):
-    """Yields for each object that has some: scene, box (4,), visible points (n, 2). The centre, an
-    object's first keypoint, is left out: the box gives it away."""
+    """Yields for each object that has some: scene, its number in it, box (4,), visible points
+    (n, 2). The centre, an object's first keypoint, is left out: the box gives it away."""
     for scene, boxes in enumerate(scenes.boxes):
-        for box, points in zip(boxes, scenes.keypoints[scene, :, 1:]):  # (8, 3): x, y, state
+        for number, box in enumerate(boxes):
+            points = scenes.keypoints[scene, number, 1:]  # (8, 3): x, y, state
             points = points[points[:, 2] == 1, :2]
             if len(points):
-                yield scene, box, points
+                yield scene, number, box, points
 
 
 def keypoint_scores(heat, scenes):
     """pck_scores of the peaks of heat maps (N, H, W) in the boxes of all objects."""
     errors = []
-    for scene, box, points in visible_points(scenes):
+    for scene, _, box, points in visible_points(scenes):
         found = peaks(heat[scene], box, len(points))
         side = (box[2:] - box[:2]).max().double()
         errors.append(point_errors(found, points) / side)
@@ -172,12 +172,12 @@ COLUMNS = ("miou", "object_iou", "mean_angle", "median_angle", "object_angle", "
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
     "data": ("solids", "the scenes", ("solids",)),
-    "size": (48, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
+    "size": (96, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
     "only": ("all", "which task", ("all", *TASKS)),
     "finetune": (True, "also train all weights, anew for each task"),
     "batch": (16, "scenes per step"),
     "steps": (300, "training steps for each task", "[1, inf)"),
-    "lr": (1e-3, "learning rate of AdamW at its highest"),
+    "lr": (3e-3, "learning rate of AdamW at its highest"),
 }
 SHOWN = 2  # test scenes in the pictures
 
@@ -191,15 +191,18 @@ def targets(task, scenes):
     if task == "depth":
         return scenes.depth[:, None]  # (N, 1, H, W)
 
-    # A distribution over the pixels of a scene: Gaussians (sigma 1) at the visible points.
-    count, _, height, width = scenes.images.shape
-    heat = torch.zeros(count, 1, height, width)
-    for scene, _, points in visible_points(scenes):
-        x = torch.arange(width) + 0.5 - points[:, :1]  # (n, W)
-        y = torch.arange(height) + 0.5 - points[:, 1:]  # (n, H)
-        down = torch.exp(-y.square() / 2)
-        heat[scene, 0] += down.T @ torch.exp(-x.square() / 2)
-    return heat / heat.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    # For each object a distribution over its box, Gaussians (sigma 1) at its visible points; -1
+    # outside the box, and everywhere if the object has no points.
+    count, objects = scenes.keypoints.shape[:2]
+    heat = torch.full((count, objects, *scenes.images.shape[2:]), -1.0)
+    for scene, number, box, points in visible_points(scenes):
+        x0, y0, x1, y1 = box.int().tolist()
+        x = torch.arange(x0, x1) + 0.5 - points[:, :1]  # (n, width of the box)
+        y = torch.arange(y0, y1) + 0.5 - points[:, 1:]
+        near = torch.exp(-y.square() / 2)
+        near = near.T @ torch.exp(-x.square() / 2)
+        heat[scene, number, y0:y1, x0:x1] = near / near.sum()
+    return heat
 
 
 def constant(task, target):
@@ -218,8 +221,13 @@ def loss_of(task, output, target, start):
     without it, nearly all pixels would be called background, which most of them are."""
     if task == "segmentation":
         return F.cross_entropy(output, target, (-start).exp())
-    if task == "keypoints":  # a softmax over the pixels of each map
-        return F.cross_entropy(output.flatten(1), target.flatten(1))
+    if task == "keypoints":  # a softmax over the pixels of each box
+        inside = target >= 0  # (n, objects, H, W)
+        given = inside.any(3).any(2)
+        heat = output.where(inside, -1e4)[given].flatten(1)
+        truth = target[given].clamp(min=0).flatten(1)
+        total = F.cross_entropy(heat, truth, reduction="sum")
+        return total / given.sum().clamp(min=1)
     valid = target.any(1)
     if task == "normals":
         return 1 - F.cosine_similarity(output, target, dim=1)[valid].mean()
@@ -311,14 +319,15 @@ def paint(axes, task, output, scenes, i):
         limits = {"cmap": "tab10", "vmin": 0, "vmax": 9}
     elif task == "normals":
         turn = torch.tensor([1, -1, -1])[:, None, None]  # a surface that faces us is blue
-        picture = (1 + F.normalize(output, dim=0) * turn).permute(1, 2, 0) / 2
+        normals = F.normalize(output, dim=0) * turn
+        picture = (1 + normals).permute(1, 2, 0) / 2
     elif task == "depth":
         picture = output[0].where(scenes.depth[i] > 0, torch.nan)
         limits = {"vmin": 2, "vmax": 10}
     else:
-        for scene, box, points in visible_points(scenes):
+        for scene, _, box, points in visible_points(scenes):
             if scene == i:
-                points = peaks(output[0], box, len(points))
+                points = peaks(output.amax(0), box, len(points))
                 axes.plot(*(points.T - 0.5), "o", markersize=3)
     axes.imshow(picture.numpy(), **limits)
 

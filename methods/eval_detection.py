@@ -133,7 +133,7 @@ def coco_scores(found, truth, shapes):
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
     "data": ("solids", "the scenes", ("solids",)),
-    "size": (48, "side to which the scenes are resized for the network, pixels", "[12, inf)"),
+    "size": (96, "side to which the scenes are resized for the network, pixels", "[12, inf)"),
     "finetune": (True, "also train all weights"),
     "batch": (16, "scenes per step"),
     "steps": (500, "training steps of the detector", "[1, inf)"),

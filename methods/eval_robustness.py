@@ -52,8 +52,8 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (Results, candidates, features, fit_logistic, join_processes, load_data, parse,
-                    print0, replace_file)
+from common import (Results, candidates, features, join_processes, linear_classifier, load_data,
+                    parse, print0, replace_file)
 from kernels.collectives import fail, leave_processes, rank
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -192,48 +192,6 @@ class Corrupted:
             yield corrupt(images, these, *self.how), broken
 
 
-def linear_classifier(bank, labels, groups=None):
-    """The classifier of common.linear_probe, which says more of each step, as a function: features
-    (n, D) -> labels (n,). So one training serves many test sets. bank (N, D), labels (N,), groups
-    (N,) or None: as those of linear_probe, but bank is not overwritten."""
-    bank = bank.float()
-    mean = bank.mean(0)
-    std = bank.std(0) + 1e-6
-    x = (bank - mean) / std
-    variance, rotation = torch.linalg.eigh((x.T @ x / len(x)).double())
-    variance = variance.clamp(min=0).float()
-    rotation = rotation.float()
-    x = x @ rotation
-
-    # A fifth of the groups is held out.
-    groups = torch.arange(len(x)) if groups is None else groups.cpu()
-    names = groups.unique()
-    order = np.random.default_rng(0).permutation(len(names))
-    names = names[order[: len(names) // 5]]
-    held = torch.isin(groups, names).to(x.device)
-    kept = (~held).nonzero()[:, 0]
-
-    # The weight decay with the least loss on them, from strong to weak.
-    zeros = x.new_zeros(int(labels.max()) + 1, x.shape[1])  # one row per class
-    solution = zeros, zeros[:, 0]
-    least, best = math.inf, 10
-    for decay in (10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4):
-        solution = fit_logistic(x, labels, variance, decay, *solution, rows=kept)
-        logits = F.linear(x[held], *solution).double()
-        loss = F.cross_entropy(logits, labels[held]).item()
-        if not loss < least:
-            break
-        least, best = loss, decay
-
-    weight, bias = fit_logistic(x, labels, variance, best, zeros, zeros[:, 0])
-
-    def classify(test):
-        test = (test.float() - mean) / std
-        return F.linear(test @ rotation, weight, bias).argmax(1)
-
-    return classify
-
-
 def percent(right):
     return 100 * right.double().mean().item()
 
@@ -265,7 +223,7 @@ def robustness(candidate, data, device, args):
         if not (bank.isfinite().all() and test.isfinite().all()):
             fail(f"{candidate.name}: some of its features are infinite or not a number")
         bank_labels = data.bank.labels.to(device)[bank_readable]
-        classify = linear_classifier(bank, bank_labels, data.bank.emoji)
+        classify = linear_classifier(bank.clone(), bank_labels, data.bank.emoji)
         right = classify(test[readable]) == labels
         result["clean"] = percent(right)
         result["corrupted"] = {}

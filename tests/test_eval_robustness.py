@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, call_main, noise, tiny_data
+from conftest import CPU, ROOT, call_main, tiny_data
 from PIL import Image
 from test_eval_features import write_run
 
-from common import backbone, candidates, evaluate, features, linear_probe, load_data, read_lines
+from common import backbone, candidates, evaluate, load_data, read_lines
 from methods import eval_robustness
 from methods.eval_robustness import (
     ARTISTS,
@@ -20,7 +20,6 @@ from methods.eval_robustness import (
     Corrupted,
     corrupt,
     leave_one_out,
-    linear_classifier,
     mean_relative_loss,
     robustness,
 )
@@ -205,65 +204,6 @@ def test_batches_of_the_reader_keep_their_indices():
     batches = [batch for batch, _ in reader.whole(torch.arange(300), 4)]
     assert [len(batch) for batch in batches] == [256, 44]
     assert torch.equal(batches[1], corrupt(images[:44], range(256, 300), "noise", 0.2, 0))
-
-
-# -------- The classifier --------------------------------------------------------------------------
-
-
-def blobs(count, seed, dim=6, classes=3):
-    labels = torch.arange(count) % classes
-    return 0.8 * noise(count, dim, seed=seed).float() + labels[:, None], labels
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_classifier_is_that_of_the_linear_probe(grouped):
-    bank, labels = blobs(90, 1)
-    test, test_labels = blobs(200, 2)
-    groups = torch.arange(90) // 3 if grouped else None
-    kept = bank.clone()
-    predicted = linear_classifier(bank, labels, groups)(test)
-    assert torch.equal(bank, kept)
-    accuracy = 100 * (predicted == test_labels).double().mean().item()
-    assert accuracy == linear_probe(bank.clone(), labels, test.clone(), test_labels, groups)
-    assert 50 < accuracy < 100
-
-
-@pytest.mark.parametrize("case", ["constant", "one class", "four images", "float16"])
-def test_classifier_of_degenerate_features(case):
-    """As the linear probe: the most frequent label, the only label, a fit without a validation."""
-    bank, labels = blobs(30, 1)
-    test, test_labels = blobs(50, 2)
-    if case == "constant":
-        bank, test = torch.ones_like(bank), torch.ones_like(test)
-        labels = (torch.arange(30) % 5 == 0).long()  # 24 of 30 are 0
-    elif case == "one class":
-        labels, test_labels = labels * 0, test_labels * 0
-    elif case == "four images":
-        bank, labels = bank[:4], labels[:4]
-    else:
-        bank, test = bank.half(), test.half()
-    predicted = linear_classifier(bank, labels)(test)
-    accuracy = 100 * (predicted == test_labels).double().mean().item()
-    assert accuracy == linear_probe(bank.clone(), labels, test.clone(), test_labels)
-    if case == "constant":
-        assert (predicted == 0).all()
-    if case == "one class":
-        assert accuracy == 100
-
-
-def test_classifier_of_fewer_images_than_features():
-    """Many features of an untrained network are 0 for all images. Of this covariance LAPACK finds
-    no eigenvalues in float32."""
-    torch.manual_seed(3)
-    net = backbone("resnet14", 16).to(memory_format=torch.channels_last)
-    bank, _ = features(net, DATA.bank, 16, CPU)
-    test, _ = features(net, DATA.test, 16, CPU)
-    kept = DATA.bank.drawing != 0
-    bank, labels, groups = bank[kept], DATA.bank.labels[kept], DATA.bank.emoji[kept]
-    predicted = linear_classifier(bank, labels, groups)(test)
-    accuracy = 100 * (predicted == DATA.test.labels).double().mean().item()
-    assert accuracy == linear_probe(bank, labels, test, DATA.test.labels, groups)
-    assert accuracy > 30
 
 
 # -------- An artist left out ----------------------------------------------------------------------

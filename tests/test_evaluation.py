@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, noise
+from conftest import CPU, noise, tiny_data
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
@@ -23,6 +23,7 @@ from common import (
     features,
     fit_logistic,
     knn,
+    linear_classifier,
     linear_probe,
     load_data,
     pixels,
@@ -403,3 +404,48 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(processes):
         for found, _ in results:
             assert all(found[name] == expected[name] for name in ACCURACIES)
             assert found == pytest.approx(expected, rel=1e-4)
+
+
+# -------- The classifier of the linear probe ------------------------------------------------------
+
+
+def blobs(count, seed, dim=6, classes=3):
+    labels = torch.arange(count) % classes
+    return 0.8 * noise(count, dim, seed=seed).float() + labels[:, None], labels
+
+
+@pytest.mark.parametrize("case", ["constant", "one class", "four images", "float16"])
+def test_classifier_of_degenerate_features(case):
+    """The most frequent label, the only label, a fit without images to choose the decay, halves."""
+    bank, labels = blobs(30, 1)
+    test, truth = blobs(50, 2)
+    if case == "constant":
+        bank, test = torch.ones_like(bank), torch.ones_like(test)
+        labels = (torch.arange(30) % 5 == 0).long()  # 24 of 30 are 0
+        truth = torch.zeros_like(truth)
+    elif case == "one class":
+        labels, truth = labels * 0, truth * 0
+    elif case == "four images":
+        bank, labels = bank[:4], labels[:4]
+    else:
+        bank, test = bank.half(), test.half()
+    found = linear_classifier(bank, labels)(test)
+    right = (found == truth).double().mean().item()
+    if case in ("constant", "one class"):
+        assert right == 1
+    elif case == "float16":
+        assert 0.4 < right < 1
+    assert set(found.tolist()) <= set(labels.tolist())
+
+
+def test_classifier_of_fewer_images_than_features():
+    """Many features of an untrained network are 0 for all images. Of this covariance LAPACK finds
+    no eigenvalues in float32."""
+    data = tiny_data(40, 16)
+    torch.manual_seed(3)
+    net = backbone("resnet14", 16).to(memory_format=torch.channels_last)
+    bank, _ = features(net, data.bank, 16, CPU)
+    test, _ = features(net, data.test, 16, CPU)
+    kept = data.bank.drawing != 0
+    bank, labels, groups = bank[kept], data.bank.labels[kept], data.bank.emoji[kept]
+    assert linear_probe(bank, labels, test, data.test.labels, groups) > 30
