@@ -290,16 +290,19 @@ def name_lines(axes, lines, right):
     horizontal axis. lines: {name: matplotlib's line}."""
     ends = [line.get_xydata()[-1] for line in lines.values()]
     low, high = axes.get_ylim()
-    heights = spread([height for _, height in ends], (high - low) / 20)  # about that of a word
+    gap = (high - low) / max(20, len(lines))  # a twentieth is about the height of a word
+    heights = spread([height for _, height in ends], gap)
+    above = max(0, max(heights) - high)  # the whole list moves down by what would leave the axes
     for (name, line), end, height in zip(lines.items(), ends, heights):
+        color = line.get_color()
         axes.annotate(
             f" {name}  {end[1]:.1f}",
             end,
-            (right, height),
-            color=line.get_color(),
+            (right, height - above),
+            color=color,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "relpos": (0, 0.5)},
         )
 
 

@@ -137,24 +137,29 @@ def name_lines(axes, lines, right):  # copy of: methods/eval_features.py::name_l
     horizontal axis. lines: {name: matplotlib's line}."""
     ends = [line.get_xydata()[-1] for line in lines.values()]
     low, high = axes.get_ylim()
-    heights = spread([height for _, height in ends], (high - low) / 20)  # about that of a word
+    gap = (high - low) / max(20, len(lines))  # a twentieth is about the height of a word
+    heights = spread([height for _, height in ends], gap)
+    above = max(0, max(heights) - high)  # the whole list moves down by what would leave the axes
     for (name, line), end, height in zip(lines.items(), ends, heights):
+        color = line.get_color()
         axes.annotate(
             f" {name}  {end[1]:.1f}",
             end,
-            (right, height),
-            color=line.get_color(),
+            (right, height - above),
+            color=color,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "relpos": (0, 0.5)},
         )
 
 
 def draw_few(path, few):
     """Accuracy against labels. few: {data set: {network: what few_labels returned}}."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure((8, 4.5 * len(few)), dpi=110, layout="constrained")
+    height = max(4.5, 0.25 * max(map(len, few.values())))  # of a panel: the names need room
+    figure = Figure((8, height * len(few)), dpi=110, layout="constrained")
     panels = figure.subplots(len(few), squeeze=False)[:, 0]
     for axes, (data, results) in zip(panels, few.items()):
         axes.set(
@@ -164,6 +169,7 @@ def draw_few(path, few):
             title=f"{Path(data).name}, few labels: mean and deviation of five draws",
         )
         axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         axes.spines[["top", "right"]].set_visible(False)
         lines = {}
         for name, found in results.items():

@@ -142,22 +142,26 @@ def name_lines(axes, lines, right):  # copy of: methods/eval_features.py::name_l
     horizontal axis. lines: {name: matplotlib's line}."""
     ends = [line.get_xydata()[-1] for line in lines.values()]
     low, high = axes.get_ylim()
-    heights = spread([height for _, height in ends], (high - low) / 20)  # about that of a word
+    gap = (high - low) / max(20, len(lines))  # a twentieth is about the height of a word
+    heights = spread([height for _, height in ends], gap)
+    above = max(0, max(heights) - high)  # the whole list moves down by what would leave the axes
     for (name, line), end, height in zip(lines.items(), ends, heights):
+        color = line.get_color()
         axes.annotate(
             f" {name}  {end[1]:.1f}",
             end,
-            (right, height),
-            color=line.get_color(),
+            (right, height - above),
+            color=color,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "relpos": (0, 0.5)},
         )
 
 
 def draw_layers(path, tables):
     """Accuracy against depth: one panel per data set and kind of network; raw pixels are a dotted
     line, untrained networks are dashed. tables: {data set: {network: {layer: accuracy}}}."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # here, so --help need not wait for it
 
     panels = {}
@@ -165,10 +169,12 @@ def draw_layers(path, tables):
         for name, found in results.items():
             panels.setdefault((data, tuple(found)), {})[name] = list(found.values())
     raw = {data: panels.pop((data, ("pixels",)), {}) for data in tables}
-    figure = Figure((8, 4 * len(panels)), dpi=110, layout="constrained")
+    height = max(4, 0.25 * max(map(len, panels.values())))  # of a panel: the names need room
+    figure = Figure((8, height * len(panels)), dpi=110, layout="constrained")
     subplots = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axes, ((data, names), results) in zip(subplots, panels.items()):
         lines = {}
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for name, (accuracy,) in raw[data].items():
             ends = (0, len(names) - 1)
             (lines[name],) = axes.plot(ends, (accuracy, accuracy), color="gray", linestyle=":")
