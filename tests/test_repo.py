@@ -298,7 +298,7 @@ def test_requirements_list_what_is_imported():
         if name.endswith(".py") and name != "tests/data/build.py":  # says itself what it needs
             for module in imported(text):
                 used.setdefault(packages.get(module, module), name)
-    own = {"common", "methods", "kernels", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    own = {"common", "methods", "kernels", *(p.stem for p in (ROOT / "tests").rglob("*.py"))}
     # scipy comes with scikit-learn; kernels/bench.py compares with packages if they are installed
     own |= {"scipy", "lightly", "open_clip", "memeff", "inf_cl", "cut_cross_entropy"}
     own |= {"liger_kernel", "pytorch_metric_learning", "timm"}
