@@ -223,7 +223,9 @@ def spectrum(x, drawing, network, views):
     it too small."""
     values = eigenvalues(x)
     shares = values / values.sum().clamp(min=1e-30)  # of the variance; 0 if all is equal
-    artists = [x] if drawing is None else [x[drawing == i] for i in drawing.unique()]
+    artists = [x]
+    if drawing is not None:
+        artists = [x[(drawing == i).cpu()] for i in drawing.unique()]
     views = torch.stack([embed(network, view).cpu() for view in views])
     return {
         "exponent": exponent(values),
@@ -432,7 +434,7 @@ def draw_maps(path, results, numbers, names, word):
     for i, name in enumerate(names):
         panels[0].scatter([], [], color=palette(i), label=name)
     if len(names) <= 20:
-        figure.legend(loc="outside right center", fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 

@@ -304,9 +304,12 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     def never(*args):
         raise AssertionError("measured again")
 
-    again = run_script(*flags, train_and_test=never)
+    drawn = {}
+    patches = {"train_and_test": never, "draw_boxes": lambda path, shown, _: drawn.update(shown)}
+    again = run_script(*flags, **patches)
     assert again.rows == found.rows and again.out.count("already measured") == 4
-    more = run_script(*flags, "--no-finetune", train_and_test=never)
+    assert drawn["a, fine-tuned"] == row["result"]["shown"] and len(drawn) == 4
+    more = run_script(*flags, "--no-finetune", **patches)
     assert more.out.count("already measured") == 2
 
 
