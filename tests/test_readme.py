@@ -124,6 +124,41 @@ def test_sentences_about_the_results(report):
             assert row["evaluation"][key] > row["random_init"][key], row["command"]
 
 
+def test_sentences_about_the_evaluations(report):
+    """The numbers of the section Evaluate are those of evaluations.jsonl."""
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Evaluate") : text.index("## Read a file")]
+    evaluations = report.evaluations
+    networks = evaluations.collect(evaluations.read_rows())
+    untrained, raw = "untrained resnet14, 32 px", "raw pixels, 32 px"
+    quoted = {
+        ("robustness", "artist_new.mean"): ("**moco**", "**simclr**", untrained, raw),
+        ("robustness", "relative_loss"): ("**simclr**", "**colorization**", untrained, raw),
+        ("few", "1 %.mean"): (untrained, "**simclr**", "**swav**", "**jigsaw**"),
+        ("features", "linear"): ("k-means, 32 px",),
+    }
+    for layer in ("layer1", "layer4"):
+        names = ("**jigsaw**", "**rotnet**", "**colorization**", "**simclr**", "**swav**")
+        quoted[f"linear probe of {layer}", "linear"] = names
+    for (protocol, path), names in quoted.items():
+        for name in names:
+            (number,) = evaluations.numbers(networks[name][protocol], path)
+            assert f"{number:.1f}" in section, (name, protocol)
+
+    linear = {}
+    for name, protocols in networks.items():
+        (linear[name],) = evaluations.numbers(protocols["features"], "linear")
+    trained = {name: x for name, x in linear.items() if name.startswith("**")}
+    assert linear["k-means, 32 px"] > max(trained.values())
+    for name, protocols in networks.items():
+        stages = [f"linear probe of {layer}" for layer in evaluations.LAYERS]
+        if stages[0] in protocols:
+            found = [protocols[stage][0]["linear"] for stage in stages]
+            assert max(found) in found[1:3], name
+    clear = [line[0] for line in evaluations.predictors(networks) if line[2][0] == line[2][9]]
+    assert clear == ["mean relative loss"]
+
+
 def test_the_command_of_every_row_gives_the_settings_of_the_row(report):
     """It runs today, and does what was recorded."""
     for row in report.read_rows():
