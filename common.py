@@ -981,6 +981,7 @@ EVERY_TRAINING = {
     "compile": (False, "torch.compile the network"),
 }
 RANGES = {"size": "[1, inf)", "batch": "[2, inf)", "epochs": "[1, inf)", "seed": "[0, 1e18]"}
+BASELINES = {"raw pixels": "pixels", "random init": "random_init"}  # in words: in results
 NO_SETTINGS = ("recipe", "out", "root", "workers", "compile", "argv")  # change no result
 
 
@@ -1419,8 +1420,7 @@ def one_line(kind, error, traceback):
 
 def table(results, name=None):
     """Results of evaluate() as text: raw pixels, random init and, if named, the method."""
-    rows = {"raw pixels": "pixels", "random init": "random_init"}
-    rows |= {name: "evaluation"} if name else {}
+    rows = BASELINES | ({name: "evaluation"} if name else {})
     columns = ("knn20", "knn200", "linear", "retrieval1", "retrieval5", "rankme")
     heads = [head for head in columns if head in results["pixels"]]
     lines = [" " * 14 + "".join(f"{head:>11}" for head in heads)]
@@ -1599,8 +1599,10 @@ def draw_curve(path, run):
         points = [(row["epoch"] + 1, row["knn20"]) for row in rows if "knn20" in row]
         if "evaluation" in lines[-1]:
             points.append((run.args.epochs, lines[-1]["evaluation"]["knn20"]))
-        for (name, found), style in zip(run.baselines.items(), ("--", ":")):
-            axes.axhline(found["knn20"], color="gray", linestyle=style, label=name)
+        for (name, key), style in zip(BASELINES.items(), ("--", ":")):
+            if key in run.baselines:  # of many images they come after the training
+                height = run.baselines[key]["knn20"]
+                axes.axhline(height, color="gray", linestyle=style, label=name)
         axes.plot(*zip(*points), marker="o", label=run.name)
         axes.set(xlabel="epoch", ylabel="%", title="kNN accuracy (k = 20)")
         axes.legend()
