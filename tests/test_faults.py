@@ -534,9 +534,10 @@ def test_small_shared_memory_of_a_container(tmp_path, mounting):
 
 @pytest.mark.thorough
 def test_a_disk_that_is_full_in_the_middle(tmp_path, mounting):
-    """10 MB hold the first checkpoint, not the second beside it. What is there can be loaded."""
+    """16 MB hold the untrained weights and the first checkpoint, not the second beside it. What is
+    there can be loaded."""
     (tmp_path / "disk").mkdir()
-    script = f'mount -t tmpfs -o size=10m none {tmp_path}/disk; "$@"; code=$?; '
+    script = f'mount -t tmpfs -o size=16m none {tmp_path}/disk; "$@"; code=$?; '
     script += f"cd {tmp_path}/disk/run; cp last.pt {tmp_path}/kept.pt; ls; exit $code"
     flags = ["--data", write(tmp_path / "data", "a.png", "b.png", "c.png", "d.png"), *QUICK]
     command = [*mounting, script, "sh", sys.executable, ROOT / "methods" / "simclr.py", *flags]
