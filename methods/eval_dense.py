@@ -12,10 +12,10 @@ the maps themselves must hold the answer. Fine-tuned, all weights are trained to
 head. The untrained network is treated in the same way; to fine-tune it is to train from scratch.
 
 Notation. The maps are those of ALL stages of a ResNet (its first layer, then layer1 to layer4), or
-the patches of a ViT after four evenly spaced blocks; of raw pixels, the colours of the 7 x 7 pixels
-around each place. The head standardises each map per channel (batch-norm without scale and offset)
-and adds what it reads off each, enlarged to the 48 x 48 pixels of a scene. Over all test pixels,
-for normals and depth without those that show no surface (the sky):
+the patches of a ViT after four evenly spaced blocks; of raw pixels, averaged to 32 x 32, the
+colours of the 7 x 7 around each. The head standardises each map per channel (batch-norm without
+scale and offset) and adds what it reads off each, enlarged to the 48 x 48 pixels of a scene. Over
+all test pixels, for normals and depth without those that show no surface (the sky):
 
     segmentation  the shape at a pixel, one of 8, or the background. miou: intersection / union of
                   each of these 9 classes, in percent, averaged over the classes; object_iou:
@@ -37,7 +37,8 @@ Run.
     python methods/eval_dense.py runs/* --only normals
 It writes results.jsonl, scenes.png and pck.png into --out, by default runs/eval_dense, and the
 folder outputs, the latest answers, from which scenes.png is drawn. What is in results.jsonl is not
-measured again.
+measured again. For a ViT choose --size 48: with 96 pixels it has four times as many patches, and
+training all of its weights takes six times as long.
 """
 
 import copy

@@ -13,11 +13,12 @@ detector without a trunk to look through would be a network of its own, not a re
 
 Notation. The trunk's maps (of ALL stages of a ResNet, or of the patches of a ViT after four evenly
 spaced blocks) are standardised per channel, reduced to 64 channels by a 1x1 convolution, resized to
-one place per 4 x 4 pixels, and added. Two branches of two 3x3 convolutions read this map. The
-measure is COCO's. The overlap of two boxes is the area they share / the area they cover together
-(intersection over union). In each image, best score first, each box that was found takes the true
-box of its shape, not yet taken, with which it overlaps most; it is right if this overlap is at
-least a threshold t. Over all images, again best score first,
+12 x 12 places, and added. Two branches of two 3x3 convolutions read this map.
+
+The measure is COCO's. The overlap of two boxes is the area they share / the area they cover
+together (intersection over union). In each image, best score first, each box that was found takes
+the true box of its shape, not yet taken, with which it overlaps most; it is right if this overlap
+is at least a threshold t. Over all images, again best score first,
 
     precision = right / found so far          recall = right / true boxes
     AP(t)     = mean over 101 recalls r = 0, 0.01, ..., 1 of the highest precision at recall >= r
@@ -30,7 +31,8 @@ Run.
     python methods/eval_detection.py runs/* --no-finetune
     python methods/eval_detection.py runs/* --steps 2000
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
-results.jsonl is not measured again.
+results.jsonl is not measured again. For a ViT choose --size 48: with 96 pixels it has four times as
+many patches, and training all of its weights takes six times as long.
 """
 
 import copy
@@ -285,6 +287,8 @@ def main(argv=None):
     device = join_processes(args.seed)
     if world() > 1:
         fail("this script runs in one process: start it with python, not with torchrun")
+    if args.size % GRID:
+        fail(f"--size {args.size}: choose a multiple of {GRID}, the places of the detector's map")
     train = load_solids("train")
     test = load_solids("test")
     trunks = [each for each in candidates(args) if list(each.network.parameters())]

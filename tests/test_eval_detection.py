@@ -197,7 +197,7 @@ def test_ap_does_not_depend_on_the_order_of_boxes_or_on_the_scale_of_scores():
 # -------- The detector ----------------------------------------------------------------------------
 
 
-def candidate(network, size=16):
+def candidate(network, size=24):
     return Candidate("a", network, "solids", size, {})
 
 
@@ -210,7 +210,7 @@ def find(network, frozen, steps=2, lr=0.003, test=TEST):
 def test_a_frozen_trunk_is_left_as_it_was_and_a_fine_tuned_one_is_a_copy(arch):
     """To the last bit, with the running statistics of batch-norm."""
     torch.manual_seed(0)
-    network = backbone(arch, 16).eval()
+    network = backbone(arch, 24).eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     for frozen in (True, False):
         found = find(network, frozen)
@@ -249,7 +249,7 @@ def test_boxes_are_in_pixels_of_the_scene_at_any_size():
     """Images are resized for the network, and the boxes back."""
     network = backbone("resnet14", 16).eval()
     settings = {"steps": 1, "lr": 0.0, "batch": 4, "head_seed": 0}
-    for size in (16, 32):
+    for size in (24, 48):
         found = train_and_test(candidate(network, size), True, TRAIN, TEST, settings, CPU)
         assert max(image["boxes"].max(initial=0) for image in found) <= 16
 
@@ -269,7 +269,7 @@ def test_the_detector_learns_scenes_whose_colours_tell_the_shape():
 
 # -------- The script ------------------------------------------------------------------------------
 
-QUICK = ["--size", 16, "--steps", 1, "--batch", 4, "--workers", 0]
+QUICK = ["--size", 24, "--steps", 1, "--batch", 4, "--workers", 0]
 
 
 def run_script(*flags, **patches):
@@ -284,16 +284,16 @@ def run_script(*flags, **patches):
 
 
 def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
-    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    write_run(tmp_path / "a", arch="vit_micro", size=24)
     flags = [tmp_path / "a", "--out", tmp_path / "out"]
     found = run_script(*flags)
     assert found.code == 0, found.err
-    untrained = "untrained vit_micro, 16 px"
+    untrained = "untrained vit_micro, 24 px"
     expected = [(name, mode) for mode in ("frozen", "fine-tuned") for name in (untrained, "a")]
     assert [(row["network"], row["protocol"].split(", ")[1]) for row in found.rows] == expected
     row = found.rows[-1]
     settings = {"steps": 1, "lr": 2e-3, "batch": 4, "head_seed": 0, "scenes": [40, 12]}
-    assert row["settings"] == {"size": 16, **settings} and row["seed"] == 3
+    assert row["settings"] == {"size": 24, **settings} and row["seed"] == 3
     assert set(row["result"]) == {"ap", "ap50", "ap75", "ap_of_shapes", "shown"}
     assert len(row["result"]["shown"]) == 6
     lines = found.out.splitlines()
@@ -314,10 +314,10 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
 
 
 def test_refusals(tmp_path):
-    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    write_run(tmp_path / "a", arch="vit_micro", size=24)
     for flags, words in (
         (["--data", "emoji"], "--data"),
-        (["--size", 30], "--size 30: choose a multiple of 4"),
+        (["--size", 30], "--size 30: choose a multiple of 12"),
         (["--steps", 0], "--steps 0: choose at least 1"),
     ):
         found = call_main_raw(tmp_path / "a", *flags)
