@@ -100,4 +100,9 @@ def test_fewer_patches_than_centroids():
     # one position: it lies in the first quarter, the others are empty
     assert found.shape == (5, 20) and found.isfinite().all()
     assert (found[:, 5:] == 0).all() and (found[:, :5].amax(1) > 0).all()
-    torch.testing.assert_close(torch.cat([network(x[:3]), network(x[3:])]), found)
+    # Each patch is a centroid: of the square of their distance, 0, only rounding is left, a few eps
+    # of the squares that cancel, and its root is far larger.
+    squares = 2 * network.centroids.square().sum(1).max().item()
+    limit = (4 * torch.finfo(torch.float32).eps * squares) ** 0.5
+    found = torch.cat([network(x[:3]), network(x[3:])]) - found
+    assert found.abs().max() < limit < 0.05
