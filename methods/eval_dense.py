@@ -342,6 +342,10 @@ def draw_scenes(path, tasks, outputs, scenes):
     truth = {task: targets(task, scenes) for task in tasks}
     rows = {"scene": {}, "truth": truth, **outputs}
     figure = Figure((1.3 * len(columns) + 3, 1.3 * len(rows) + 0.5), layout="constrained")
+    figure.suptitle(
+        "Test scenes, the true answers, and what a head on the maps of each network answers.\n"
+        "One colour per shape. Normals: blue faces the camera, green is up. Depth: yellow is far."
+    )
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (heading, found) in zip(grid, rows.items()):
         line[0].set_ylabel(heading, rotation=0, ha="right")
@@ -384,7 +388,7 @@ def main(argv=None):
     folder = results.folder
     (folder / "outputs").mkdir(exist_ok=True)
 
-    jobs = [(Candidate("best constant", None, args.data, args.size, {}), "constant")]
+    jobs = [(Candidate("no network", None, args.data, args.size, {}), "constant")]
     jobs += [(candidate, "frozen") for candidate in found]
     if args.finetune:  # all but raw pixels, which have no weights
         jobs += [(each, "fine-tuned") for each in found if list(each.network.parameters())]

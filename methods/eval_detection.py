@@ -143,7 +143,6 @@ SETTINGS = {
 }
 GRID = 12  # places of the detector's map along a side
 SHOWN = 6  # test scenes in the picture
-CONFIDENT = 0.3  # score of a box that is drawn
 
 
 class Trunk(nn.Module):
@@ -233,11 +232,12 @@ def train_and_test(candidate, frozen, train, test, settings, device):
     return arrays
 
 
-def as_rows(found):
-    """The boxes drawn of an image: [(x0, y0, x1, y1, label, score), ...], for the picture."""
-    columns = [found["boxes"], found["labels"][:, None], found["scores"][:, None]]
-    rows = np.concatenate(columns, 1)[found["scores"] > CONFIDENT]
-    return rows.round(3).tolist()
+def best_boxes(found, truth):
+    """For the picture: of the boxes found in an image as many as it has objects, those of the best
+    scores, [(x0, y0, x1, y1, label), ...]."""
+    order = np.argsort(-found["scores"], kind="stable")[: len(truth["labels"])]
+    rows = np.concatenate([found["boxes"], found["labels"][:, None]], 1)
+    return rows[order].round(2).tolist()
 
 
 def table(results):
@@ -251,20 +251,22 @@ def table(results):
 
 
 def draw_boxes(path, shown, scenes):
-    """The first scenes with their true boxes, and below those that were found with a score above
-    CONFIDENT. shown: {heading: per scene [(x0, y0, x1, y1, label, score), ...]}."""
+    """The first scenes with their true boxes, and below the best that were found. shown: {heading:
+    per scene [(x0, y0, x1, y1, label), ...]}."""
     from matplotlib.figure import Figure  # here, so --help need not wait for it
     from matplotlib.patches import Rectangle
 
     truth = []
     for boxes, labels in zip(scenes.boxes[:SHOWN], scenes.labels):
-        surely = torch.ones(len(labels), 1)
-        truth.append(torch.cat([boxes, labels[:, None], surely], 1).tolist())
+        truth.append(torch.cat([boxes, labels[:, None]], 1).tolist())
     rows = {"truth": truth, **shown}
     columns = len(truth)
     size = (1.9 * columns + 2, 1.9 * len(rows) + 0.5)
     figure = Figure(size, dpi=90, layout="constrained")
-    figure.suptitle(f"Test scenes, and the boxes that were found with a score above {CONFIDENT}")
+    figure.suptitle(
+        "Test scenes with their true boxes, and of the boxes that were found\n"
+        "as many as there are objects, those with the best scores"
+    )
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (heading, found) in zip(grid, rows.items()):
         line[0].set_ylabel(heading, rotation=0, ha="right")
@@ -273,7 +275,7 @@ def draw_boxes(path, shown, scenes):
             picture = image.permute(1, 2, 0).numpy()
             axes.imshow(picture, extent=(0, side, side, 0))
             axes.set(xticks=[], yticks=[])
-            for x0, y0, x1, y1, label, _ in boxes:
+            for x0, y0, x1, y1, label in boxes:
                 name = scenes.names[int(label)]
                 colour = f"C{int(label)}"
                 box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour)
@@ -308,7 +310,7 @@ def main(argv=None):
         def measure():
             found = train_and_test(trunk, mode == "frozen", train, test, settings, device)
             scores = coco_scores(found, truth, len(test.names) - 1)
-            return scores | {"shown": [as_rows(image) for image in found[:SHOWN]]}
+            return scores | {"shown": list(map(best_boxes, found[:SHOWN], truth))}
 
         heading = f"{trunk.name}, {mode}"
         measured[heading] = results.measure(f"detection, {mode}", trunk, measure, **settings)

@@ -467,7 +467,7 @@ def test_a_line_per_network_task_and_mode(tmp_path):
     assert found.code == 0, found.err
     tasks = ["segmentation", "normals", "depth", "keypoints"]
     untrained = "untrained vit_micro, 16 px"
-    expected = [("best constant", "constant"), ("raw pixels, 16 px", "frozen")]
+    expected = [("no network", "constant"), ("raw pixels, 16 px", "frozen")]
     expected += [(name, mode) for mode in ("frozen", "fine-tuned") for name in (untrained, "a")]
     lines = [(row["network"], *reversed(row["protocol"].split(", "))) for row in found.rows]
     assert lines == [(*pair, task) for pair in expected for task in tasks]

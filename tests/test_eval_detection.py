@@ -16,6 +16,7 @@ from common import Candidate, backbone, read_lines
 from methods import eval_detection
 from methods.eval_detection import (
     average_precision,
+    best_boxes,
     coco_scores,
     overlaps,
     right_boxes,
@@ -267,6 +268,13 @@ def test_the_detector_learns_scenes_whose_colours_tell_the_shape():
     assert before["ap50"] < 5 and after["ap50"] > 50
 
 
+def test_best_boxes_are_as_many_as_objects():
+    found = boxes_of((1, 0.2, 0, 0, 1, 1), (2, 0.9, 2, 2, 3, 3), (3, 0.5, 4, 4, 5.126, 5))
+    truth = boxes_of((1, 0, 0, 0, 1, 1), (1, 0, 0, 0, 2, 2))
+    assert best_boxes(found, truth) == [[2, 2, 3, 3, 2], [4, 4, 5.13, 5, 3]]
+    assert best_boxes(boxes_of(), truth) == [] == best_boxes(found, boxes_of())
+
+
 # -------- The script ------------------------------------------------------------------------------
 
 QUICK = ["--size", 24, "--steps", 1, "--batch", 4, "--workers", 0]
@@ -295,7 +303,7 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     settings = {"steps": 1, "lr": 2e-3, "batch": 4, "head_seed": 0, "scenes": [40, 12]}
     assert row["settings"] == {"size": 24, **settings} and row["seed"] == 3
     assert set(row["result"]) == {"ap", "ap50", "ap75", "ap_of_shapes", "shown"}
-    assert len(row["result"]["shown"]) == 6
+    assert [len(boxes) for boxes in row["result"]["shown"]] == [1] * 6  # one object per scene
     lines = found.out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split() == ["ap", "ap50", "ap75"])
     assert lines[head + 4].startswith("a, fine-tuned ") and "raw pixels" not in found.out
