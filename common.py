@@ -723,11 +723,15 @@ def evaluate(network, data, size, device, workers=0, only_knn=False):
             if not only_knn:
                 result["linear"] = linear_probe(*sets, data.bank.emoji)
 
+    return share(lambda: result)
+
+
+def share(function, *args):
+    """What function(*args) returns in process 0, for all processes."""
+    everyone = [function(*args) if rank() == 0 else None]
     if world() > 1:
-        everyone = [result]
         dist.broadcast_object_list(everyone)
-        result = everyone[0]
-    return result
+    return everyone[0]
 
 
 def flip_and_normalize(x, rand):
@@ -838,12 +842,7 @@ def linear_classifier(bank, labels, groups=None):
     bank.sub_(mean).div_(std)
 
     # Decorrelate. A rotation changes no solution, but the way to it is shorter.
-    covariance = bank.T @ bank / len(bank)
-    if len(bank) <= len(covariance):  # float32 may find no eigenvalues of a singular matrix
-        covariance = covariance.double()
-    variance, rotation = torch.linalg.eigh(covariance)
-    variance = variance.clamp(min=0).float()
-    rotation = rotation.float()
+    variance, rotation = principal_directions(bank)
     rotate(bank, rotation)
 
     # A fifth of the groups is held out.
@@ -873,6 +872,16 @@ def linear_classifier(bank, labels, groups=None):
         return F.linear(rotate(x, rotation), weight, bias).argmax(1)
 
     return classify
+
+
+def principal_directions(x):
+    """Of features (N, D) around 0: the variance (D,) along each direction, and the rotation (D, D)
+    with the directions as columns."""
+    covariance = x.T @ x / len(x)
+    if len(x) <= len(covariance):  # float32 may find no eigenvalues of a singular matrix
+        covariance = covariance.double()
+    variance, rotation = torch.linalg.eigh(covariance)
+    return variance.clamp(min=0).float(), rotation.float()
 
 
 def rotate(x, rotation):
@@ -1667,6 +1676,8 @@ def finished_runs(args):
 def read_run(file, args):
     """The network in a backbone.pt, with what the metrics.jsonl beside it says of its training."""
     network = load_backbone(file)
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        fail(f"{file}: a weight is NaN or infinite; train the network anew")
     lines = read_lines(file.with_name("metrics.jsonl"))
     settings = lines[0]["settings"] if lines else {}
     size = getattr(args, "size", 0) or network.size
@@ -1700,6 +1711,23 @@ def baselines(run, seed):
         Candidate(f"raw pixels, {run.size} px", pixels(run.size), run.data, run.size, {}),
         Candidate(f"{name}, {run.size} px", network, run.data, run.size, about),
     ]
+
+
+def labelled_features(network, data, size, device, workers):
+    """Features of the bank, labels, features of the test images, labels, and groups of the bank or
+    None; without images that cannot be read. Every process must call it; process 0 gets them."""
+    bank, readable = features(network, data.bank, size, device, workers)
+    test, test_readable = features(network, data.test, size, device, workers)
+    if rank() > 0:
+        return [None] * 5
+    groups = data.bank.emoji
+    return (
+        only(bank, readable),
+        data.bank.labels.to(device)[readable],
+        only(test, test_readable),
+        data.test.labels.to(device)[test_readable],
+        None if groups is None else groups.to(device)[readable],
+    )
 
 
 class Results:

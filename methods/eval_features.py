@@ -49,15 +49,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Candidate, Results, Split, candidates, embed, evaluate, features,
-                    join_processes, load_data, only, parse, pixels, print0, replace_file)
-from kernels.collectives import fail, leave_processes, rank, world
+                    join_processes, labelled_features, load_data, parse, pixels,
+                    principal_directions, print0, replace_file, share)
+from kernels.collectives import fail, leave_processes, rank
 from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -137,8 +137,7 @@ def svm(bank, labels, test, test_labels, groups):
     # Length 1, a 1 for the bias, and decorrelated: a rotation changes no solution.
     bank = unit_with_bias(bank)
     test = unit_with_bias(test)
-    variance, rotation = torch.linalg.eigh(bank.T @ bank / len(bank))
-    variance = variance.clamp(min=0)
+    variance, rotation = principal_directions(bank)
     bank = bank @ rotation
     test = test @ rotation
     classes = torch.arange(labels.max() + 1, device=labels.device)
@@ -325,14 +324,6 @@ def draw_curves(path, runs):
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
-def share(function, *args):
-    """What function(*args) returns in process 0, for all processes."""
-    everyone = [function(*args) if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(everyone)
-    return everyone[0]
-
-
 def with_kmeans(found, sets, args, device):
     """The candidates, and first the k-means features of their data sets and sizes, which are fitted
     to 1,000 images of the bank without labels."""
@@ -351,38 +342,12 @@ def with_kmeans(found, sets, args, device):
     return [*baselines, *found]
 
 
-def labelled(network, data, size, device, workers):
-    """Features of the bank, labels, features of the test images, labels, and groups of the bank or
-    None; without images that cannot be read. Every process must call it; process 0 gets them."""
-    bank, readable = features(network, data.bank, size, device, workers)
-    test, test_readable = features(network, data.test, size, device, workers)
-    if rank() > 0:
-        return [None] * 5
-    groups = data.bank.emoji
-    return (
-        only(bank, readable),
-        data.bank.labels.to(device)[readable],
-        only(test, test_readable),
-        data.test.labels.to(device)[test_readable],
-        None if groups is None else groups.to(device)[readable],
-    )
-
-
-def refuse_broken(found):
-    """Exits with a one-line message, before anything is measured, if a network is broken."""
-    for candidate in found:
-        values = candidate.network.state_dict().values()
-        if not all(value.isfinite().all() for value in values):
-            fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
-
-
 def main(argv=None):
     args = get_args(argv)
     device = join_processes(args.seed)
     found = candidates(args)
     names = dict.fromkeys(candidate.data for candidate in found)
     sets = {name: load_data(name, args.root, device) for name in names}
-    refuse_broken(found)
     for name, data in sets.items():
         if not data.test and args.only == "svm":
             fail(f"--only svm: {name} has no labels; choose another --data or --only")
@@ -397,7 +362,7 @@ def main(argv=None):
         place = network, data, candidate.size, device, args.workers
         functions = {
             "features": lambda: evaluate(*place),
-            "svm": lambda: share(svm, *labelled(*place)),
+            "svm": lambda: share(svm, *labelled_features(*place)),
             "cost": lambda: measure_cost(network, candidate.size),
         }
         images = [len(split.images) for split in (data.bank, data.test) if split]

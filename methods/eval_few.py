@@ -37,13 +37,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (Candidate, Results, Split, candidates, features, fit_logistic,
-                    join_processes, load_data, only, parse, pixels, print0, replace_file)
-from kernels.collectives import fail, leave_processes, rank, world
+from common import (Candidate, Results, Split, candidates, features, fit_logistic, join_processes,
+                    labelled_features, load_data, parse, pixels, print0, replace_file, share)
+from kernels.collectives import fail, leave_processes, rank
 from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -182,14 +181,6 @@ def draw_few(path, few):
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
-def share(function, *args):  # copy of: methods/eval_features.py::share
-    """What function(*args) returns in process 0, for all processes."""
-    everyone = [function(*args) if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(everyone)
-    return everyone[0]
-
-
 def with_kmeans(found, sets, args, device):  # copy of: methods/eval_features.py::with_kmeans
     """The candidates, and first the k-means features of their data sets and sizes, which are fitted
     to 1,000 images of the bank without labels."""
@@ -208,38 +199,12 @@ def with_kmeans(found, sets, args, device):  # copy of: methods/eval_features.py
     return [*baselines, *found]
 
 
-def labelled(network, data, size, device, workers):  # copy of: methods/eval_features.py::labelled
-    """Features of the bank, labels, features of the test images, labels, and groups of the bank or
-    None; without images that cannot be read. Every process must call it; process 0 gets them."""
-    bank, readable = features(network, data.bank, size, device, workers)
-    test, test_readable = features(network, data.test, size, device, workers)
-    if rank() > 0:
-        return [None] * 5
-    groups = data.bank.emoji
-    return (
-        only(bank, readable),
-        data.bank.labels.to(device)[readable],
-        only(test, test_readable),
-        data.test.labels.to(device)[test_readable],
-        None if groups is None else groups.to(device)[readable],
-    )
-
-
-def refuse_broken(found):  # copy of: methods/eval_features.py::refuse_broken
-    """Exits with a one-line message, before anything is measured, if a network is broken."""
-    for candidate in found:
-        values = candidate.network.state_dict().values()
-        if not all(value.isfinite().all() for value in values):
-            fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
-
-
 def main(argv=None):
     args = parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
     device = join_processes(args.seed)
     found = candidates(args)
     names = dict.fromkeys(candidate.data for candidate in found)
     sets = {name: load_data(name, args.root, device) for name in names}
-    refuse_broken(found)
     for name, data in sets.items():
         if not data.test:
             fail(f"{name} has no labels: choose another --data, or methods/eval_features.py")
@@ -251,7 +216,7 @@ def main(argv=None):
         network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
 
         def measure():
-            known = labelled(network, data, candidate.size, device, args.workers)
+            known = labelled_features(network, data, candidate.size, device, args.workers)
             return share(few_labels, *known[:4])
 
         images = [len(data.bank.images), len(data.test.images)]

@@ -37,14 +37,13 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ResNet, Results, ViT, candidates, features, join_processes, linear_probe,
-                    load_data, only, parse, print0, replace_file)
-from kernels.collectives import fail, leave_processes, rank, world
+from common import (ResNet, Results, ViT, candidates, join_processes, labelled_features,
+                    linear_probe, load_data, parse, print0, replace_file, share)
+from kernels.collectives import fail, leave_processes, rank
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
 
@@ -193,46 +192,12 @@ def draw_layers(path, tables):
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
-def share(function, *args):  # copy of: methods/eval_features.py::share
-    """What function(*args) returns in process 0, for all processes."""
-    everyone = [function(*args) if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(everyone)
-    return everyone[0]
-
-
-def labelled(network, data, size, device, workers):  # copy of: methods/eval_features.py::labelled
-    """Features of the bank, labels, features of the test images, labels, and groups of the bank or
-    None; without images that cannot be read. Every process must call it; process 0 gets them."""
-    bank, readable = features(network, data.bank, size, device, workers)
-    test, test_readable = features(network, data.test, size, device, workers)
-    if rank() > 0:
-        return [None] * 5
-    groups = data.bank.emoji
-    return (
-        only(bank, readable),
-        data.bank.labels.to(device)[readable],
-        only(test, test_readable),
-        data.test.labels.to(device)[test_readable],
-        None if groups is None else groups.to(device)[readable],
-    )
-
-
-def refuse_broken(found):  # copy of: methods/eval_features.py::refuse_broken
-    """Exits with a one-line message, before anything is measured, if a network is broken."""
-    for candidate in found:
-        values = candidate.network.state_dict().values()
-        if not all(value.isfinite().all() for value in values):
-            fail(f"{candidate.name}: a weight is NaN or infinite; train it anew")
-
-
 def main(argv=None):
     args = parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
     device = join_processes(args.seed)
     found = candidates(args)
     names = dict.fromkeys(candidate.data for candidate in found)
     sets = {name: load_data(name, args.root, device) for name in names}
-    refuse_broken(found)
     for name, data in sets.items():
         if not data.test:
             fail(f"{name} has no labels: choose another --data, or methods/eval_features.py")
@@ -250,7 +215,7 @@ def main(argv=None):
             measured = results.measure(
                 f"linear probe of {layer}",
                 candidate,
-                lambda: share(probe, *labelled(view, *place)),
+                lambda: share(probe, *labelled_features(view, *place)),
                 images=images,
                 features=args.features,
             )

@@ -454,7 +454,7 @@ def test_without_labels_or_with_broken_weights(tmp_path):
     saved = torch.load(tmp_path / "a" / "backbone.pt")
     saved["weights"]["norm.bias"][3] = math.nan
     torch.save(saved, tmp_path / "a" / "backbone.pt")
-    assert "a: a weight is NaN or infinite" in refusal(*flags)
+    assert "a/backbone.pt: a weight is NaN or infinite" in refusal(*flags)
     assert net.norm.bias.isfinite().all()
 
 

@@ -10,8 +10,8 @@ from conftest import CPU, call_main, noise, tiny_data
 from sklearn.linear_model import LogisticRegression
 from test_eval_features import write_run
 
-from common import pixels, read_lines
-from methods.eval_few import BUDGETS, draw_labels, few_labels, labelled
+from common import labelled_features, pixels, read_lines
+from methods.eval_few import BUDGETS, draw_labels, few_labels
 
 DATA = tiny_data(40, 16)
 
@@ -94,9 +94,9 @@ def test_run(tmp_path):
     names = ["k-means, 8 px", "raw pixels, 8 px", "untrained vit_micro, 8 px", "a"]
     assert [row["network"] for row in found.rows] == names
     assert {row["protocol"] for row in found.rows} == {"few"}
-    known = labelled(pixels(8), DATA, 8, CPU, 0)
+    known = labelled_features(pixels(8), DATA, 8, CPU, 0)
     assert found.rows[1]["result"] == json.loads(json.dumps(few_labels(*known[:4])))
-    known = labelled(net, DATA, 8, CPU, 0)
+    known = labelled_features(net, DATA, 8, CPU, 0)
     assert found.rows[3]["result"]["1"]["accuracies"] == few_labels(*known[:4])["1"]["accuracies"]
 
     lines = found.out.splitlines()
@@ -138,4 +138,4 @@ def test_refusals(tmp_path):
     saved["weights"]["norm.bias"][3] = math.inf
     torch.save(saved, tmp_path / "a" / "backbone.pt")
     found = run_script(tmp_path / "a", "--out", tmp_path / "out")
-    assert found.code == 1 and "a: a weight is NaN or infinite" in found.err
+    assert found.code == 1 and "a/backbone.pt: a weight is NaN or infinite" in found.err

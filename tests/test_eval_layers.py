@@ -116,7 +116,7 @@ def test_run(tmp_path):
     numbers = [f"{part['linear']:.1f}" for part in rows["a"].values()]
     assert lines[head + 4].split() == ["a", *numbers]
     assert (out / "layers.png").stat().st_size > 5000
-    again = run_script(*flags, labelled=None)
+    again = run_script(*flags, labelled_features=None)
     assert again.rows == found.rows and again.out.splitlines()[-7:] == lines[-7:]
 
 
