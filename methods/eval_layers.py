@@ -100,7 +100,8 @@ def layers(network):
 
 
 def probe(bank, labels, test, test_labels, groups):
-    """{"linear": accuracy of a linear probe in percent, "features": D}. See labelled."""
+    """{"linear": accuracy of a linear probe in percent, "features": D}. See labelled_features in
+    common.py."""
     count = bank.shape[1]
     return {"linear": linear_probe(bank, labels, test, test_labels, groups), "features": count}
 
