@@ -14,6 +14,7 @@ They are products of small matrices or work on whole tensors, without a loop ove
 a decision on the CPU that a GPU would have to wait for.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -133,10 +134,16 @@ def resize_matrix(start, length, size_in, size_out):
     length = length[:, None, None].float()
     step = length / size_out
 
-    # The distance of every pixel from the centre of every output pixel, in steps.
-    pixel = torch.arange(size_in, device=start.device) + 0.5 - start  # (n, 1, size_in), in the box
+    # The pixels around the centre of each output pixel that can have a weight, the same number for
+    # all: the filter reaches two steps to each side, and shrinking widens it.
     centre = (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step  # (n, size_out, 1)
-    t = (pixel - centre).div_(step.clamp(min=1)).abs_()  # shrinking widens the filter
+    reach = 2 * max(1, size_in / size_out)
+    near = torch.arange(2 * math.ceil(reach) + 1, device=start.device) - math.ceil(reach)
+    index = (start + centre).floor() + near  # (n, size_out, near)
+
+    # Their distance from it, in steps.
+    pixel = index + 0.5 - start  # in the box
+    t = (pixel - centre).div_(step.clamp(min=1)).abs_()
 
     # Keys' cubic with a = -1/2. Each of its two pieces ends in 0, so they can be added:
     #     1.5 t^3 - 2.5 t^2 + 1 for t <= 1,    -0.5 t^3 + 2.5 t^2 - 4 t + 2 for 1 <= t <= 2
@@ -146,9 +153,11 @@ def resize_matrix(start, length, size_in, size_out):
     outer = -0.5 * t2 + 2.5
     outer = outer.mul_(t2).sub_(4).mul_(t2).add_(2)
     weight = inner + outer
-
     weight.mul_((pixel > 0) & (pixel < length))  # nothing outside the box
-    return weight.div_(weight.sum(2, keepdim=True))
+
+    matrix = weight.new_zeros(len(start), size_out, size_in)
+    matrix.scatter_add_(2, index.long().clamp_(0, size_in - 1), weight)
+    return matrix.div_(matrix.sum(2, keepdim=True))
 
 
 def resized_crop(images, boxes, size):
@@ -210,8 +219,8 @@ def color_jitter(x, rand, brightness, contrast, saturation, hue, p=1.0):
         mean = grey.mean((2, 3), keepdim=True)
         towards_mean = column((1 - f) * (operation == 1), x)
         towards_grey = column((1 - f) * (operation == 2), x)
-        x.mul_(column(f, x)).add_(grey.mul_(towards_grey))
-        x.add_(mean * towards_mean).clamp_(0, 1)
+        grey.mul_(towards_grey).add_(mean * towards_mean)
+        x.mul_(column(f, x)).add_(grey).clamp_(0, 1)
 
         i = chosen(on & (operation == 3), x)
         x[i] = shift_hue(x[i], column(shift, x)[i])
@@ -257,6 +266,7 @@ def gaussian_blur(x, rand, p, sigma=(0.1, 2.0)):
     offset = torch.arange(-radius, radius + 1, device=x.device)
     sigma = sigma[on].to(x.device, non_blocking=True)
     taps = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)  # (k, taps)
+    taps = taps * (taps > 1e-30)  # below 1e-38 a CPU multiplies many times slower
     taps = taps / taps.sum(1, keepdim=True)
     taps = taps[:, None].expand(-1, size, -1)
 
