@@ -841,7 +841,9 @@ def all_gather_detached(x, group):
             raise ValueError(f"all processes must hold equally many rows, not {rows}")
 
     gathered = x.new_empty(processes(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x, group)
+    # The second name is that of older versions of torch; the newer ones warn of it.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, x, group)
     return gathered, dist.get_rank(group) * len(x)
 
 
