@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.collectives import fail
 from kernels.views import normalize
 
 
@@ -54,6 +55,16 @@ def maps(network, x):
 
     x = network(x)
     return [F.unfold(x, 7, padding=3).unflatten(2, x.shape[2:])]
+
+
+@torch.no_grad()
+def all_maps(network, images, size, device):
+    """The maps of all images (N, 3, H, W) uint8, a list of (N, channels, h, w) in float16."""
+    batches = [maps(network, prepare(part.to(device), size)) for part in images.split(50)]
+    found = [torch.cat([x.half() for x in stage]) for stage in zip(*batches)]
+    if not all(x.isfinite().all() for x in found):
+        fail("some maps of this network are not finite: its training has failed")
+    return found
 
 
 class MapHead(nn.Module):

@@ -42,6 +42,7 @@ training all of its weights takes six times as long.
 """
 
 import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -53,7 +54,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import Candidate, Results, candidates, join_processes, parse, print0, replace_file
 from kernels.collectives import fail, world
-from kernels.maps import MapHead, maps, prepare
+from kernels.maps import MapHead, all_maps, maps, prepare
 from kernels.readers import load_solids
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -177,7 +178,7 @@ SETTINGS = {
     "only": ("all", "which task", ("all", *TASKS)),
     "finetune": (True, "also train all weights, anew for each task"),
     "batch": (16, "scenes per step"),
-    "steps": (300, "training steps for each task", "[1, inf)"),
+    "steps": (200, "training steps for each task", "[1, inf)"),
     "lr": (3e-3, "learning rate of AdamW at its highest"),
 }
 SHOWN = 2  # test scenes in the pictures
@@ -235,14 +236,16 @@ def loss_of(task, output, target, start):
     return F.mse_loss(output[:, 0][valid], target[:, 0][valid])
 
 
-@torch.no_grad()
-def frozen_maps(network, images, size):
-    """The maps of all images, a list of (N, channels, h, w) in float16."""
-    batches = [maps(network, prepare(part, size)) for part in images.split(50)]
-    found = [torch.cat([x.half() for x in stage]) for stage in zip(*batches)]
-    if not all(x.isfinite().all() for x in found):
-        fail("some maps of this network are not finite: its training has failed")
-    return found
+# Kept for all tasks: the maps of the training scenes and of the test scenes.
+frozen_maps = functools.lru_cache(maxsize=2)(all_maps)
+
+
+def reader(frozen, network, images, size, device):
+    """A function of the numbers of some images that gives their maps."""
+    if frozen:
+        known = frozen_maps(network, images, size, device)
+        return lambda index: [x[index] for x in known]
+    return lambda index: maps(network, prepare(images[index].to(device), size))
 
 
 def fit(see, head, weights, task, target, start, settings):
@@ -254,7 +257,7 @@ def fit(see, head, weights, task, target, start, settings):
     generator = np.random.default_rng(settings["head_seed"])
     for _ in tqdm(range(steps), task, leave=False, disable=None):
         index = generator.choice(len(target), settings["batch"], replace=False)
-        index = torch.from_numpy(index).to(target.device)
+        index = torch.from_numpy(index)
         loss = loss_of(task, head(see(index)), target[index], start)
         if not loss.isfinite():
             fail(f"the loss of {task} is {loss.item()}: choose a lower --lr")
@@ -267,36 +270,34 @@ def fit(see, head, weights, task, target, start, settings):
 def train_and_test(candidate, task, mode, train, test, settings, device):
     """Trains a head on the training scenes. Returns its output for the test scenes, (N, channels,
     H, W). A frozen network is left as it was; a fine-tuned one is a copy."""
-    images = train.images.to(device)
     target = targets(task, train).to(device)
     start = constant(task, target)
+    side = train.images.shape[3]
     if mode == "constant":
-        shape = len(test.images), len(start), *images.shape[2:]
+        shape = len(test.images), len(start), side, side
         return start.cpu()[:, None, None].expand(shape)
 
     network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
     frozen = mode == "frozen"
-    known = frozen_maps(network, images if frozen else images[:1], candidate.size)
+    if not frozen:
+        network = copy.deepcopy(network)
+    see = reader(frozen, network, train.images, candidate.size, device)
+    with torch.no_grad():
+        widths = [x.shape[1] for x in see([0])]
+
     torch.manual_seed(settings["head_seed"])
-    widths = [x.shape[1] for x in known]
-    head = MapHead(widths, len(start), images.shape[3], start).to(device)
+    head = MapHead(widths, len(start), side, start).to(device)
     weights = [*head.parameters()]
     if not frozen:
-        network = copy.deepcopy(network).train().requires_grad_(True)
-        weights += network.parameters()
-
-    def see(index):
-        if frozen:
-            return [x[index] for x in known]
-        return maps(network, prepare(images[index], candidate.size))
-
+        weights += network.train().requires_grad_(True).parameters()
     fit(see, head, weights, task, target, start, settings)
+
     network.eval()
     head.eval()
+    see = reader(frozen, network, test.images, candidate.size, device)
     with torch.no_grad():
-        parts = test.images.to(device).split(50)
-        parts = [head(maps(network, prepare(part, candidate.size))) for part in parts]
-        return torch.cat(parts).cpu()
+        parts = torch.arange(len(test.images)).split(50)
+        return torch.cat([head(see(part)) for part in parts]).cpu()
 
 
 def table(results):
