@@ -172,6 +172,7 @@ def of_two_processes(folder, out):
     return found.out
 
 
+@pytest.mark.thorough
 def test_several_processes_write_one_file_with_the_same_numbers(processes, tmp_path):
     write_run(tmp_path / "a")
     alone = run_script(tmp_path / "a", "--out", tmp_path / "one").rows

@@ -240,9 +240,6 @@ def test_no_drawing_of_the_artist_who_is_left_out_trains(monkeypatch):
 
 # -------- The script ------------------------------------------------------------------------------
 
-STRENGTHS = {name: row[1] for name, row in CORRUPTIONS.items()}
-
-
 def run_script(*flags, data=DATA, draw=False, **patches):
     """main() of the script, and the lines of results.jsonl."""
     if not draw:
@@ -253,12 +250,14 @@ def run_script(*flags, data=DATA, draw=False, **patches):
 
 
 def few(monkeypatch):
-    """Two of the corruptions, for tests that are not about them."""
-    some = {name: CORRUPTIONS[name] for name in ("noise", "contrast")}
+    """Leaves three of the corruptions, for tests that are not about them. Returns them."""
+    some = {name: CORRUPTIONS[name] for name in ("noise", "contrast", "jpeg")}
     monkeypatch.setattr(eval_robustness, "CORRUPTIONS", some)
+    return some
 
 
-def test_values_table_and_pictures(tmp_path):
+def test_values_table_and_pictures(tmp_path, monkeypatch):
+    some = few(monkeypatch)
     net = write_run(tmp_path / "simclr-emoji-0", arch="resnet14", size=8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     file = (tmp_path / "simclr-emoji-0" / "backbone.pt").read_bytes()
@@ -279,12 +278,12 @@ def test_values_table_and_pictures(tmp_path):
         assert torch.equal(value, before[name]), name
 
     (row,) = found.rows
-    assert row["settings"]["strengths"] == {name: list(row) for name, row in STRENGTHS.items()}
+    assert row["settings"]["strengths"] == {name: list(row[1]) for name, row in some.items()}
     assert row["settings"]["corruption_seed"] == 0 and row["settings"]["images"] == [40, 16]
     result = row["result"]
     net.to(memory_format=torch.channels_last)
     assert result["clean"] == evaluate(net, DATA, 8, CPU)["linear"]
-    assert list(result["corrupted"]) == list(CORRUPTIONS)
+    assert list(result["corrupted"]) == list(some)
     assert result["relative_loss"] == mean_relative_loss(result["clean"], result["corrupted"])
     assert sum(result["artist_known"].values()) / 4 == pytest.approx(result["clean"])
 
@@ -297,7 +296,7 @@ def test_values_table_and_pictures(tmp_path):
     lines = found.out.splitlines()
     heads = [i for i, line in enumerate(lines) if line.split()[:1] in (["clean"], ["twemoji"])]
     numbers = lines[heads[0] + 1].removeprefix("simclr-emoji-0").split()
-    assert lines[heads[0]].split() == ["clean", *CORRUPTIONS, "loss"]
+    assert lines[heads[0]].split() == ["clean", *some, "loss"]
     assert numbers[0] == f"{result['clean']:.1f}"
     assert numbers[-1] == f"{result['relative_loss']:.1f}"
     assert numbers[1] == f"{sum(result['corrupted']['noise']) / 3:.1f}"
@@ -377,7 +376,7 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tmp_path, monkeypatch):
 
 def test_collapsed_features_lose_nothing(tmp_path, monkeypatch):
     """All images give the same features: the most frequent label is right as often as before."""
-    few(monkeypatch)
+    some = few(monkeypatch)
     write_run(tmp_path / "a")
     found = run_script(tmp_path / "a", "--out", tmp_path / "out", candidates=spoiled(1.0))
     assert found.code == 0, found.err
@@ -385,7 +384,7 @@ def test_collapsed_features_lose_nothing(tmp_path, monkeypatch):
     most = DATA.bank.labels.bincount().argmax()
     clean = 100 * (DATA.test.labels == most).double().mean().item()
     assert row["result"]["clean"] == clean
-    assert row["result"]["corrupted"] == {"noise": [clean] * 3, "contrast": [clean] * 3}
+    assert row["result"]["corrupted"] == dict.fromkeys(some, [clean] * 3)
     assert row["result"]["relative_loss"] == (0 if clean else pytest.approx(math.nan, nan_ok=True))
 
 
