@@ -136,6 +136,7 @@ SHORT = {
     "outputs": 64,
     "perms": 8,
     "tile": 4,
+    "seeds": 24,
     "queue": 20,
     "queue_from": 0,
 }
