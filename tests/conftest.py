@@ -137,6 +137,9 @@ SHORT = {
     "perms": 8,
     "tile": 4,
     "seeds": 24,
+    "patch": 4,
+    "gap": 1,
+    "jitter": 0,
     "queue": 20,
     "queue_from": 0,
 }
