@@ -95,7 +95,7 @@ class Exemplar(nn.Module):
 
 # The views.
 
-SHIFT = 0.2  # section 2.1: at most a fifth of the patch's side, in both directions
+SHIFT = 0.2  # at most a fifth of the patch's side, in both directions
 SCALE = 0.7, 1.4
 ANGLE = math.radians(20)
 # How far a transformed patch reaches beyond the seed, in sides of the seed: 0.2 by the shift, and
@@ -142,8 +142,8 @@ def draw_by_energy(energy, count, rand):
 
 
 def seed_windows(split, args, device):
-    """Section 2: windows (P, 3, W, W) uint8, with the seed patches in their middles. They are drawn
-    by gradient energy from four times as many candidates. Equal in all processes."""
+    """Windows (P, 3, W, W) uint8, with the seed patches in their middles, drawn by gradient energy
+    from four times as many candidates. Equal in all processes."""
 
     def candidates(x, rand):
         return cut_windows(x, rand.uniform(columns=(3,)), args.min_seed, args.size)
@@ -230,7 +230,8 @@ def contrast_of_saturation_and_value(x, rand):
 
 
 def views(args, mean, directions):
-    """Section 2.1, in this order: place, scale and angle; both changes of contrast; hue."""
+    """The paper's transformations, in its order: place, scale and angle, both changes of contrast,
+    hue. Each copy is a view of its own."""
 
     def augment(x, rand):
         x = warp(x, rand, args.size)

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, arguments, call_main, noise, tiny_data
+from conftest import CPU, arguments, call_main, noise, tiny_data, write_images
 
+import common
 from common import Data, InMemory, Split, make_views
 from kernels.views import BatchRandom, denormalize
 from methods import exemplar
@@ -136,6 +137,17 @@ def test_there_are_as_many_seeds_as_asked_for_and_all_differ():
         args = arguments("exemplar", "--size", 16, "--seeds", seeds, "--batch", batch)
         windows = exemplar.seed_windows(tiny_data().train, args, CPU)
         assert len(windows) == seeds == len(windows.unique(dim=0))
+
+
+def test_seeds_of_image_files(tmp_path):
+    """As those of the same images in memory, but for the rounding of two ways to resize."""
+    folder = write_images(tmp_path / "images", 24)
+    args = arguments("exemplar", *FLAGS, "--workers", 0)
+    files = common.load_data(str(folder), "", CPU).train
+    found = exemplar.seed_windows(files, args, CPU).int()
+    in_memory = exemplar.seed_windows(tiny_data().train, args, CPU).int()
+    same = (found[:, None] - in_memory).abs().flatten(2).amax(2) <= 3
+    assert same.any(1).sum() >= 20  # a few draws may fall the other way
 
 
 # -------- Transformations -------------------------------------------------------------------------
