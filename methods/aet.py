@@ -34,9 +34,10 @@ transformed back by the estimate.
 Reached. Not run yet.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. The network is a ResNet or ViT. Two shared hidden layers encode each of the two images, then
-       one layer compares them, as in the official code on ImageNet, where the network is AlexNet |
-       on CIFAR-10: Network-in-Network, whose last two blocks play the part of the hidden layers.
+    1. The network is a ResNet or ViT. Two hidden layers compare the two representations, and are
+       thrown away | official code: one linear layer compares them. The layers that are thrown away
+       come before: the last two blocks of Network-in-Network on CIFAR-10, the fully connected ones
+       of AlexNet on ImageNet.
     2. Homographies are normalised as in the official code on ImageNet, to about unit variance | on
        CIFAR-10 the last two are divided by nearly three times as much. Affine parameters: as in the
        official code | paper: the entries of the matrix.
@@ -87,20 +88,20 @@ class AET(nn.Module):
         super().__init__()
         self.backbone = backbone(arch, size)
         width = self.backbone.out_dim
-        self.hidden = nn.Sequential(
-            nn.Linear(width, width, bias=False),
+        self.decoder = nn.Sequential(
+            nn.Linear(2 * width, width, bias=False),
             nn.BatchNorm1d(width),
             nn.ReLU(),
             nn.Linear(width, width, bias=False),
             nn.BatchNorm1d(width),
             nn.ReLU(),
+            nn.Linear(width, parameters),
         )
-        self.decoder = nn.Linear(2 * width, parameters)
 
     def forward(self, x, tx):
         # One pass for each, with batch statistics of its own, as in the official code.
-        before = self.hidden(self.backbone(x))  # (n, D)
-        after = self.hidden(self.backbone(tx))  # (n, D)
+        before = self.backbone(x)  # (n, D)
+        after = self.backbone(tx)  # (n, D)
         return self.decoder(torch.cat([before, after], 1))  # (n, P)
 
 

@@ -270,11 +270,9 @@ def test_both_images_have_one_encoder_and_the_order_matters():
     model = aet.AET("resnet14", SIZE, 8).eval()
     x, tx = noise(2, 4, 3, SIZE, SIZE, dtype=torch.float32)
     assert (model(x, tx) - model(tx, x)).abs().max() > 1e-3
-    width = model.backbone.out_dim
-    weight = model.decoder.weight.data
-    swapped = torch.cat([weight[:, width:], weight[:, :width]], 1)
     expected = model(x, tx)
-    model.decoder.weight.data = swapped
+    of_x, of_tx = model.decoder[0].weight.data.chunk(2, 1)
+    model.decoder[0].weight.data = torch.cat([of_tx, of_x], 1)
     torch.testing.assert_close(model(tx, x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -284,7 +282,7 @@ def test_batch_statistics_are_those_of_each_image_by_itself():
     model = aet.AET("resnet14", SIZE, 8)
     x, tx, other = noise(3, 4, 3, SIZE, SIZE, dtype=torch.float32)
     seen = []
-    model.hidden.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output))
     model(x, tx)
     model(x, 3 + other)
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[3])
