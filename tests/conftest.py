@@ -136,6 +136,10 @@ SHORT = {
     "outputs": 64,
     "perms": 8,
     "tile": 4,
+    "seeds": 24,
+    "patch": 4,
+    "gap": 1,
+    "jitter": 0,
     "queue": 20,
     "queue_from": 0,
 }

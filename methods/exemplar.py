@@ -1,0 +1,317 @@
+"""Exemplar-CNN: Discriminative Unsupervised Feature Learning with Convolutional Neural Networks.
+Dosovitskiy, Springenberg, Riedmiller, Brox, NIPS 2014. https://arxiv.org/abs/1406.6909
+Official code: none was published for the training.
+
+Idea. Every seed patch, a square that was cut from an image once, before the training, is a class of
+its own. The images of the class are random transformations of the patch: moved, scaled, turned and
+with other colours. A network that names the seed of each must ignore what the transformations
+change and keep what tells the seeds apart. Flat patches, such as sky, would be many equal classes,
+so patches are drawn in proportion to their squared gradient. Without changes of colour the mean
+colour of a patch would nearly give its class away.
+
+Notation. P seed patches x_1, ..., x_P; T a random transformation; n = N / processes seed patches on
+this process, N on all, each in several copies T x_i; h = f(T x_i) (n, D) representation, kept for
+later use; logits (n, P), by a classifier that is thrown away after training. Eq. 1 and 2:
+
+    L = mean over seeds i and transformations T of  -log softmax(logits(f(T x_i)))[i]
+
+A network that guesses has the loss log P.
+
+Run.
+    python methods/exemplar.py                                two CPU cores, 5 minutes
+    python methods/exemplar.py --recipe cifar10               one GPU
+    torchrun --nproc_per_node 8 methods/exemplar.py --recipe paper --data stl10
+--batch counts the images of all processes together.
+Here these are seed patches; the network sees --copies of each.
+
+Reached. Not run yet.
+
+Differs from the paper. (This file | the paper.)
+    1. The network is a ResNet or ViT, followed by a hidden layer with batch-norm, which is thrown
+       away | three or four layers of which the first two are pooled, with dropout in the hidden
+       layer. Its features are those of the whole image, averaged over all places | maxima in each
+       quarter, for an SVM.
+    2. Each step draws new transformations, several of each seed | a fixed set of up to 300 per
+       seed.
+    3. Candidates are four times as many as seeds, at random places and of random sizes in the
+       square of each image's centre. Sides go from --min-seed to all of the square | not given.
+       What a transformed patch needs from beyond its image repeats the border.
+    4. Factors and powers are drawn log-uniformly, so that they neither brighten nor darken on
+       average; angles and offsets uniformly | only their ranges are given. The factors of the
+       first change of contrast act on the distance from the mean colour. Saturation and value have
+       powers, factors and offsets of their own.
+    5. Inputs are normalised by ImageNet's mean and deviation | the mean of each pixel over all
+       patches is subtracted.
+    6. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
+       divided by three when the loss stalls. Batch and epochs of the column `paper` are ours.
+"""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
+from common import ARCHS, InMemory, Loader, Run, Split, backbone, join_processes, load_data, parse
+from kernels.collectives import distribute, gather
+from kernels.views import (METHOD, BatchRandom, column, normalize, resized_crop, shift_hue,
+                           whole_image)
+
+KIND = "image"  # what it learns from; the tests ask for what is due to each kind
+
+# The loss.
+
+
+def exemplar_loss(logits, seed):
+    """Eq. 1 and 2: cross-entropy of the seed patch. Returns a scalar, in nats.
+
+    logits: (n, P); seed: (n,) which seed patch each image was made of."""
+    return F.cross_entropy(logits, seed)
+
+
+# The network.
+
+
+class Exemplar(nn.Module):
+    def __init__(self, arch, size, seeds):
+        super().__init__()
+        self.backbone = backbone(arch, size)
+        width = self.backbone.out_dim
+        self.classifier = nn.Sequential(
+            nn.Linear(width, width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Linear(width, seeds),
+        )
+
+    def forward(self, x):
+        h = self.backbone(x)  # (n, D)
+        return self.classifier(h)  # (n, P)
+
+
+# The views.
+
+SHIFT = 0.2  # at most a fifth of the patch's side, in both directions
+SCALE = 0.7, 1.4
+ANGLE = math.radians(20)
+# How far a transformed patch reaches beyond the seed, in sides of the seed: 0.2 by the shift, and
+# (1.4 (cos 20° + sin 20°) - 1) / 2 = 0.397 at each side by scale and angle.
+MARGIN = 0.6
+
+
+def window_side(size):
+    """Side of a seed with its margins, if the seed has `size` pixels."""
+    return size + 2 * round(MARGIN * size)
+
+
+def cut_windows(x, u, smallest, size):
+    """Images x (n, 3, S, S) in [0, 1] and uniform u (n, 3) -> windows (n, 3, W, W) in [0, 1]: a
+    square seed at a random place in each, its side from `smallest` to 1 of S, with its margins,
+    resized so that the seed has `size` pixels. Beyond the image its border is repeated."""
+    S = x.shape[3]
+    side = (S * (smallest + (1 - smallest) * u[:, :1])).round()  # (n, 1)
+    corner = (u[:, 1:] * (S - side + 1)).floor()  # (n, 2): top and left
+    margin = (MARGIN * side).round()
+
+    beyond = math.ceil(MARGIN * S)
+    x = F.pad(x, [beyond] * 4, mode="replicate")
+    start = corner - margin + beyond
+    length = (side + 2 * margin).expand(-1, 2)
+    boxes = torch.cat([start, length], 1).int()  # (n, 4): top, left, height, width
+    return resized_crop(255 * x, boxes, window_side(size))
+
+
+def gradient_energy(x):
+    """Mean squared length of the gradient, over the pixels and channels of x (n, 3, h, w): (n,)."""
+    down = x.diff(dim=2).square().mean((1, 2, 3))
+    right = x.diff(dim=3).square().mean((1, 2, 3))
+    return down + right
+
+
+def draw_by_energy(energy, count, rand):
+    """Indices (count,) of different candidates, drawn one after the other with probabilities in
+    proportion to energy (M,). rand: a BatchRandom of M."""
+    # If candidate i arrives after a random time with rate e_i, it is the first with probability
+    # e_i / sum of e; and so on among the others.
+    arrival = -torch.log1p(-rand.uniform()).to(energy) / energy.clamp(min=1e-6)
+    return arrival.topk(count, largest=False).indices
+
+
+def seed_windows(split, args, device):
+    """Windows (P, 3, W, W) uint8, with the seed patches in their middles, drawn by gradient energy
+    from four times as many candidates. Equal in all processes."""
+
+    def candidates(x, rand):
+        return cut_windows(x, rand.uniform(columns=(3,)), args.min_seed, args.size)
+
+    # Images are brought to a side at which the smallest seed has `size` pixels.
+    wanted = 4 * args.seeds
+    places = math.ceil(wanted / len(split.images))  # in each image
+    steps = math.ceil(wanted / places / args.batch)
+    view = whole_image(math.ceil(args.size / args.min_seed), candidates)
+    loader = Loader(split, [view] * places, args.batch, args.seed, device, args.workers)
+    windows = []
+    for _, cut in itertools.islice(loader(0), steps):
+        for part in cut:  # (n, 3, W, W)
+            windows.append(gather(part).mul(255).round().byte())
+    windows = torch.cat(windows)
+
+    margin = round(MARGIN * args.size)
+    seeds = windows[:, :, margin:-margin, margin:-margin]
+    energy = torch.cat([gradient_energy(part.float()) for part in seeds.split(1024)])
+    rand = BatchRandom([args.seed, 0, 0, 0, METHOD], len(windows))
+    return windows[draw_by_energy(energy, args.seeds, rand)]
+
+
+def principal_colours(windows):
+    """Mean colour (3, 1, 1) of the windows and principal components of their colours, as rows of
+    (3, 3), for the first change of contrast."""
+    colours = windows.movedim(1, 3).flatten(0, 2).float() / 255  # (P W W, 3)
+    mean = colours.mean(0)
+    colours = colours - mean
+    _, directions = torch.linalg.eigh(colours.T @ colours / len(colours))
+    return mean.view(3, 1, 1), directions.T
+
+
+def log_uniform(rand, low, high, columns=()):
+    return rand.uniform(math.log(low), math.log(high), columns).exp()
+
+
+def warp(x, rand, size):
+    """Windows (n, 3, W, W) -> seeds (n, 3, size, size), each moved, scaled and turned."""
+    shift = rand.uniform(-SHIFT, SHIFT, columns=(2,))
+    scale = log_uniform(rand, *SCALE)
+    angle = rand.uniform(-ANGLE, ANGLE)
+
+    # From the coordinates of the seed to those of the window; both go from -1 to 1.
+    share = size / x.shape[3]
+    cos = share * scale * angle.cos()
+    sin = share * scale * angle.sin()
+    right, down = (2 * share * shift).unbind(1)
+    rows = [cos, -sin, right, sin, cos, down]
+    matrix = torch.stack(rows, 1).view(-1, 2, 3).to(x)
+    grid = F.affine_grid(matrix, (len(x), 3, size, size), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def contrast_of_components(x, rand, mean, directions):
+    """Contrast 1: the distance of each pixel from the mean colour, along each principal component
+    of all colours, times a factor from 0.5 to 2."""
+    factors = log_uniform(rand, 0.5, 2, columns=(3,)).to(x)  # (n, 3)
+    matrix = directions.T @ (factors[:, :, None] * directions)  # (n, 3, 3)
+    x = torch.einsum("ncd,ndhw->nchw", matrix, x - mean) + mean
+    return x.clamp(0, 1)
+
+
+def contrast_of_saturation_and_value(x, rand):
+    """Contrast 2, in the colour space HSV: saturation and value to a power from 1/4 to 4, times a
+    factor from 0.7 to 1.4, plus an offset from -0.1 to 0.1. The hue stays; that of grey is red."""
+    power = log_uniform(rand, 1 / 4, 4, columns=(2,))
+    factor = log_uniform(rand, 0.7, 1.4, columns=(2,))
+    offset = rand.uniform(-0.1, 0.1, columns=(2,))
+
+    def change(channel, which):
+        # First the power: a negative number has none.
+        channel = channel ** column(power[:, which], x)
+        channel = channel * column(factor[:, which], x)
+        return (channel + column(offset[:, which], x)).clamp(0, 1)
+
+    value = x.amax(1, keepdim=True)
+    least = x.amin(1, keepdim=True)
+    chroma = value - least
+    saturation = chroma / value.clamp(min=1e-12)
+    red = torch.eye(3)[0].to(x).view(3, 1, 1)
+    hue = torch.where(chroma > 0, (x - least) / chroma.clamp(min=1e-12), red)  # purest, brightest
+    return change(value, 1) * (1 - change(saturation, 0) * (1 - hue))
+
+
+def views(args, mean, directions):
+    """The paper's transformations, in its order: place, scale and angle, both changes of contrast,
+    hue. Each copy is a view of its own."""
+
+    def augment(x, rand):
+        x = warp(x, rand, args.size)
+        x = contrast_of_components(x, rand, mean, directions)
+        x = contrast_of_saturation_and_value(x, rand)
+        x = shift_hue(x, column(rand.uniform(-0.1, 0.1), x))
+        return normalize(x)
+
+    view = whole_image(window_side(args.size), augment)
+    return [view] * args.copies
+
+
+# Training.
+
+SETTINGS = {
+    "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
+    "size": (32, 32, 32, "side of a patch as the network sees it, pixels"),
+    "arch": ("resnet14", "resnet18", "resnet18", "the backbone", ARCHS),
+    "batch": (32, 128, 128, "seed patches per step, over all processes"),
+    "copies": (4, 2, 1, "transformed copies of each seed patch per step", "[1, inf)"),
+    "epochs": (40, 400, 2000, "passes over the seed patches"),
+    "warmup": (2.0, 5.0, 0.0, "epochs of linear learning-rate warm-up"),
+    # 0.4, a rate of 0.05: five times the paper's, whose network has no batch-norm
+    "lr": (0.4, 0.2, 0.02, "learning rate per 256 seed patches"),
+    "weight_decay": (5e-4, 5e-4, 0.0, "on all parameters"),
+    "seeds": (2000, 8000, 8000, "seed patches, each a class; paper: 50 to 32000", "[2, inf)"),
+    "min_seed": (0.5, 0.5, 0.34, "smallest side of a seed patch, share of the image's", "[0.1, 1]"),
+}
+
+
+def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::learning_rate
+    """Base rate x batch / 256, linear warm-up, then cosine to 0. `step` counts from 0 over the
+    whole run."""
+    peak = args.lr * args.batch / 256
+    warmup = args.warmup * steps_per_epoch
+    total = args.epochs * steps_per_epoch
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
+
+
+def main(argv=None):
+    args = parse(__doc__, SETTINGS, argv)
+    device = join_processes(args.seed)
+    data = load_data(args.data, args.root, device)
+    windows = seed_windows(data.train, args, device)
+    copies = views(args, *principal_colours(windows))
+    seeds = Split(InMemory(windows))
+    loader = Loader(seeds, copies, args.batch, args.seed, device)
+    model = Exemplar(args.arch, args.size, args.seeds).to(device)
+    weights = model.parameters()
+    optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    chance = math.log(args.seeds)
+    state = {"optimizer": optimizer}
+    run = Run("exemplar", args, data, loader, model, state, ("chance", chance))
+    wrapped = distribute(model, device, args.compile)
+
+    # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.
+    for epoch in range(run.step // loader.steps, args.epochs):
+        for step, transformed in loader(epoch, run.step):
+            lr = learning_rate(step, args, loader.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # One pass for all copies, so that they share the batch statistics.
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = wrapped(torch.cat(transformed))  # (copies n, P)
+
+            # The class of a copy is the place of its seed patch among all. This is the mean over
+            # the copies of this process; DistributedDataParallel averages the gradients: exactly
+            # the gradient of one process with all of them.
+            loss = exemplar_loss(logits.float(), loader.index.repeat(args.copies))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss, lr)
+        run.end_epoch(epoch)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
