@@ -53,8 +53,9 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, VITS, Loader, Run, backbone, fail, features, join_processes, load_data,
-                    parse, patch_side, save_grid)
+import common
+from common import (ARCHS, VITS, Loader, Run, fail, features, join_processes, load_data, parse,
+                    patch_side, save_grid)
 from kernels.collectives import distribute, rank, world
 from kernels.views import Crop, column, denormalize, luminance, normalize, random_flip
 
@@ -75,6 +76,16 @@ def counting_loss(whole, tiles, other, margin):
 
 
 # The network.
+
+
+def backbone(arch, size):
+    """common.backbone; up to 64 pixels resnet14 loses its max-pool, the other ResNets have none.
+    The last stage then sees 2 x 2 places of a tile instead of one, and more of its 3 x 3 filters
+    learn what they need in a whole image."""
+    net = common.backbone(arch, size)
+    if arch == "resnet14" and size <= 64:
+        net.maxpool = nn.Identity()
+    return net
 
 
 class Counter(nn.Module):

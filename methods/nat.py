@@ -172,7 +172,7 @@ SETTINGS = {
     "weight_decay": (1e-4, 1e-4, 0.0, "on all parameters"),
     "permute": (1, 1, 3, "targets are exchanged in every so many epochs", "[1, inf)"),
     "hidden": (512, 1024, 4096, "units of the two hidden layers of the head", "[1, inf)"),
-    "dim": (64, 128, 2048, "dimensions d of the targets", "[2, inf)"),
+    "dim": (64, 128, 2048, "dimensions d; the paper's targets take 10 GB for ImageNet", "[2, inf)"),
     "min_crop": (0.3, 0.3, 0.77, "smallest crop, share of the image's area", "(0, 1]"),
 }
 

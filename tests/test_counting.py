@@ -12,6 +12,7 @@ from conftest import CPU, arguments, call_main, noise, tiny_data
 from PIL import Image
 from torch import nn
 
+import common
 from kernels.views import BatchRandom, denormalize, normalize
 from methods import counting
 
@@ -204,6 +205,15 @@ def test_counts_are_never_negative_and_gradient_reaches_all(arch):
     counting.counting_loss(phi[:, 0], phi[:, 1:], other, M).backward()
     for name, w in model.named_parameters():
         assert w.grad.isfinite().all() and w.grad.abs().max() > 0, name
+
+
+def test_last_stage_sees_four_places_of_a_tile():
+    """So more than the centres of its filters get a gradient from tiles of 16 pixels."""
+    places = []
+    for net in (counting.backbone("resnet14", 32), common.backbone("resnet14", 32)):
+        net.layer4.register_forward_hook(lambda layer, inputs, y: places.append(y.shape[2:]))
+        net(noise(2, 3, 16, 16, dtype=torch.float32))
+    assert places == [(2, 2), (1, 1)]
 
 
 # -------- Program ---------------------------------------------------------------------------------
