@@ -164,15 +164,17 @@ SETTINGS = {
     "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
-    "batch": (256, 256, 256, "images per step, over all processes; they exchange their targets"),
-    "epochs": (40, 200, 100, "passes over the training images"),
+    # 64: 5,000 images have four times as many steps, in which targets are learnt
+    "batch": (64, 256, 256, "images per step, over all processes; they exchange their targets"),
+    "epochs": (36, 200, 100, "passes over the training images"),
     "warmup": (1.0, 1.0, 0.0, "epochs of linear learning-rate warm-up"),
-    "lr": (0.2, 0.2, 2.56, "learning rate per 256 images"),
+    "lr": (0.4, 0.4, 2.56, "learning rate per 256 images"),
     "momentum": (0.9, 0.9, 0.0, "of SGD", "[0, 1)"),
     "weight_decay": (1e-4, 1e-4, 0.0, "on all parameters"),
-    "permute": (1, 1, 3, "targets are exchanged in every so many epochs", "[1, inf)"),
+    "permute": (3, 3, 3, "targets are exchanged in every so many epochs", "[1, inf)"),
     "hidden": (512, 1024, 4096, "units of the two hidden layers of the head", "[1, inf)"),
-    "dim": (64, 128, 2048, "dimensions d; the paper's targets take 10 GB for ImageNet", "[2, inf)"),
+    # the paper's take 10 GB for ImageNet
+    "dim": (64, 128, 2048, "dimensions d of the targets", "[2, inf)"),
     "min_crop": (0.3, 0.3, 0.77, "smallest crop, share of the image's area", "(0, 1]"),
 }
 
