@@ -13,7 +13,6 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 import common
-from kernels.collectives import rank
 from methods import magic_init
 
 SIZE = 16
@@ -367,21 +366,24 @@ def test_a_vision_transformer_is_refused(tmp_path, capsys):
     assert "--arch: invalid choice" in capsys.readouterr().err
 
 
-def weights_of_all(flags):
-    """The weights that each process finds on its share of the images."""
-    args = arguments("magic_init", *flags)
-    x, _ = magic_init.initial_images(args, tiny_data(), CPU)
-    net = network()
-    magic_init.within_layers(net, x, "pca", 0.1, args.seed)
-    magic_init.between_layers(net, x, args.seed)
-    return rank(), {key: value.clone() for key, value in net.state_dict().items()}
+def quick_run(folder):
+    """A run in this process, with the others if there are any."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch)
+        found = run(folder, "--filters", "pca")
+    assert found.code == 0, found.err
+    return found.out
 
 
-def test_every_process_finds_the_weights_of_one(processes):
-    flags = ["--size", SIZE, "--batch", 24, "--workers", 0]
-    ((_, alone),) = processes(1, weights_of_all, flags)
-    for _, found in processes(2, weights_of_all, flags):
-        assert all(torch.equal(value, found[key]) for key, value in alone.items())
+@pytest.mark.thorough
+def test_two_processes_find_the_weights_of_one(processes, tmp_path):
+    """Each reads half of the images and knows all; one speaks for both."""
+    (alone,) = processes(1, quick_run, tmp_path / "1")
+    first, second = processes(2, quick_run, tmp_path / "2")
+    assert "kmeans" in first and second == ""
+    saved = [torch.load(tmp_path / name / "backbone.pt") for name in "12"]
+    weights, others = [file["weights"] for file in saved]
+    assert all(torch.equal(value, others[key]) for key, value in weights.items())
 
 
 @pytest.mark.parametrize("column", ["emoji", "paper"])
