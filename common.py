@@ -1382,7 +1382,7 @@ class Run:
                 weights = self.model.backbone.state_dict()
                 save_tensors(self.folder / "backbone.pt", {**about, "weights": weights})
                 append(self.metrics, [last])  # at the end: it marks the run as complete
-        if rank() == 0:
+        if rank() == 0 and self.total:
             draw_curve(self.folder / "curve.png", self)
         files = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         print0(table(lines[-1], self.name))

@@ -33,7 +33,7 @@ WARMUP = 5  # steps
 
 def trains(path):
     """Whether a file in methods/ trains a network; others evaluate one."""
-    return re.search(r'^KIND = "(?!evaluation)', path.read_text(), re.MULTILINE)
+    return re.search(r'^KIND = "(?!evaluation|initialisation)', path.read_text(), re.MULTILINE)
 
 
 METHODS = sorted(path.stem for path in (common.HERE / "methods").glob("*.py") if trains(path))

@@ -67,6 +67,10 @@ KINDS = {
     "sound": Due(settings=("batch", "epochs", "lr")),
     "generative": Due(settings=("batch", "epochs", "lr"), optional=("The views.",)),
     "words": Due(settings=("batch", "epochs", "lr"), optional=("The views.",)),
+    "initialisation": Due(
+        settings=("size", "arch", "batch"),
+        sections=("The initialisation.", "The views.", "The run."),
+    ),
     "evaluation": Due(
         settings=(),
         sections=("The measure.", "The evaluation."),
@@ -474,8 +478,12 @@ def meta_data():
     return Data(data.name, bank, bank, move(data.test))
 
 
-# What reads values once, before the training: other functions in their places.
-READS_VALUES = {"count_colours": lambda loader, bins: torch.ones(len(bins), device=META)}
+# What reads values, once before the training or because it runs on the CPU by its nature (the
+# Hungarian method): other functions in their places.
+READS_VALUES = {
+    "count_colours": lambda loader, bins: torch.ones(len(bins), device=META),
+    "assign": lambda z, c: torch.arange(len(z), device=META),
+}
 
 
 def on_meta(name, *flags, **patches):
