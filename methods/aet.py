@@ -216,9 +216,9 @@ SETTINGS = {
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (128, 512, 768, "images per step, over all processes; each also transformed"),
-    "epochs": (40, 400, 200, "passes over the training images; official code, CIFAR-10: 1500"),
+    "epochs": (30, 400, 200, "passes over the training images; official code, CIFAR-10: 1500"),
     "warmup": (1.0, 5.0, 0.0, "epochs of linear learning-rate warm-up"),
-    "lr": (0.1, 0.05, 0.0033, "learning rate per 256 images"),
+    "lr": (0.04, 0.05, 0.0033, "learning rate per 256 images"),
     "weight_decay": (5e-4, 5e-4, 5e-4, "on all parameters"),
     "transform": ("projective", "projective", "projective", "the kind", tuple(PARAMETERS)),
     # at 0.2 and the smallest zoom of 0.8 three corners may come to lie on a line

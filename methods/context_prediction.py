@@ -298,8 +298,8 @@ def show(views):
 
 
 def draw_neighbours_of_patches(path, run, untrained):
-    """The patch in the middle of each of ten test images, beside its four nearest patches of other
-    test images by the features of the trained and of the untrained network."""
+    """The patch in the middle of each of ten test images, and its four nearest patches of other
+    test images by the features of the network, after its training and before."""
 
     def cut(x, rand):
         return cut_patches(x, grid_corners(rand, run.args), run.args.patch)
@@ -318,8 +318,8 @@ def draw_neighbours_of_patches(path, run, untrained):
         nearest = similarity.topk(4).indices  # (10, 4)
         shown += patches[nearest].unbind(1)
 
-    columns = ["patch", *[f"{word} {k}" for word in ("trained", "untrained") for k in range(1, 5)]]
-    note = f"{run.name}: a patch, its nearest by the trained network, by the untrained one"
+    columns = ["patch", *[f"{word} {k}" for word in ("after", "before") for k in range(1, 5)]]
+    note = f"{run.name}: a patch, then its nearest after the training and before it"
     save_grid(path, list(zip(*shown)), columns, note=note)
 
 
