@@ -475,7 +475,10 @@ def meta_data():
 
 
 # What reads values once, before the training: other functions in their places.
-READS_VALUES = {"count_colours": lambda loader, bins: torch.ones(len(bins), device=META)}
+READS_VALUES = {
+    "count_colours": lambda loader, bins: torch.ones(len(bins), device=META),
+    "refuse_grey": lambda loader: None,
+}
 
 
 def on_meta(name, *flags, **patches):
