@@ -218,7 +218,7 @@ SETTINGS = {
     "border": (2, 2, 32, "least distance of a point from the edge, pixels"),
     "bins": (32, 32, 32, "bins of the hue, and of the chroma", "[2, inf)"),
     "hue_weight": (5.0, 5.0, 5.0, "weight of the hue, times the chroma"),
-    "hidden": (256, 512, 1024, "width of the layer after the hypercolumn", "[1, inf)"),
+    "hidden": (128, 512, 1024, "width of the layer after the hypercolumn", "[1, inf)"),
     "min_crop": (0.5, 0.5, 0.5, "smallest crop, share of the image's area", "(0, 1]"),
 }
 

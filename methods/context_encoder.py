@@ -1,5 +1,5 @@
 """Context encoder: Feature Learning by Inpainting.
-Pathak, Krahenbuhl, Donahue, Darrell, Efros, CVPR 2016. https://arxiv.org/abs/1604.07379
+Pathak, Krähenbühl, Donahue, Darrell, Efros, CVPR 2016. https://arxiv.org/abs/1604.07379
 Official code (Torch): https://github.com/pathak22/context-encoder
 
 Idea. Cut a hole into an image and fill it from what is around it. The network has to recognise what
@@ -36,8 +36,9 @@ Reached. Not run yet.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The encoder is a ResNet or ViT | paper: AlexNet for features; official code: five
-       convolutions. One convolution over all places leads to the decoder, as in the official code |
-       paper: a fully-connected layer per channel. The decoder has one step of doubling for each
+       convolutions. One convolution over all places, which are first averaged to 4 x 4 if they are
+       more, leads to the decoder | paper: a fully-connected layer per channel; official code: a
+       convolution over 4 x 4 places. The decoder has one step of doubling for each
        doubling from 4 pixels to the side of R, as in the official code.
     2. Each image has a hole of its own, a quarter of its pixels exactly: those with the least of a
        smooth random pattern | official code: one hole per batch, where a pattern is below 1/4,
@@ -45,8 +46,8 @@ Differs from the paper. (This file | the paper, or the official code.)
     3. Holes are filled with ImageNet's mean colour | official code: the numbers of this colour,
        117, 104, 123, in the order of red, green and blue; they belong to green, blue and red.
     4. Encoder and decoder meet the discriminator after its step | official code: with what it
-       computed before. Its convolutions next to batch-norm have no offsets | official code: offsets
-       that are set to 0 before each step.
+       computed before. The convolutions of decoder and discriminator have no offsets | official
+       code: offsets that are set to 0 before each step.
     5. The learning rates fall to zero by a cosine, after a warm-up where --warmup asks for one |
        official code: constant. Crops are random resized crops, half of them mirrored | official
        code: 128 pixels of an image whose shorter side has 350, half of them mirrored.
@@ -132,8 +133,10 @@ class ContextEncoder(nn.Module):
             places = last_map(self.backbone.eval(), empty).shape[2]  # g
         self.backbone.train()
 
+        places = min(places, 4)
         channels = widths(side, width)
         layers = [
+            nn.AdaptiveAvgPool2d(places),  # for maps that are larger than the official 4 x 4
             nn.Conv2d(self.backbone.out_dim, bottleneck, places, bias=False),
             nn.BatchNorm2d(bottleneck),
             nn.LeakyReLU(0.2),
@@ -233,7 +236,7 @@ SETTINGS = {
     "size": (32, 32, 128, "side of a view, pixels: a power of two"),
     "arch": ("resnet14", "resnet18", "resnet50", "the encoder", ARCHS),
     "batch": (64, 128, 64, "images per step, over all processes"),
-    "epochs": (30, 200, 500, "passes over the training images"),
+    "epochs": (40, 200, 500, "passes over the training images"),
     "warmup": (1.0, 1.0, 0.0, "epochs of linear learning-rate warm-up"),
     "lr": (4e-3, 4e-3, 8e-3, "learning rate of encoder and decoder per 256 images"),
     "d_share": (0.1, 0.1, 0.1, "learning rate of the discriminator, as a share of --lr"),
@@ -277,9 +280,9 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 
 
 def show(views):
-    """For views.png: what the network sees."""
+    """For views.png: the crop, which is to be painted, and what the network sees of it."""
     (view,) = views  # (n, 4, H, W)
-    return {"seen": denormalize(with_holes(view))}
+    return {"target": denormalize(view[:, :3]), "seen": denormalize(with_holes(view))}
 
 
 @torch.no_grad()

@@ -287,7 +287,7 @@ SETTINGS = {
     "size": (32, 32, 180, "side of a view, pixels; a multiple of 4"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone, split in two", RESNETS),
     "batch": (64, 256, 256, "images per step, over all processes"),
-    "epochs": (40, 200, 100, "passes over the training images"),
+    "epochs": (60, 200, 100, "passes over the training images"),
     "warmup": (1.0, 1.0, 1.0, "epochs of linear learning-rate warm-up"),
     "lr": (4e-3, 2e-3, 1e-3, "learning rate per 256 images"),
     "weight_decay": (1e-4, 1e-4, 1e-4, "on all parameters, in the gradient"),
@@ -332,7 +332,7 @@ def show(views):
     (x,) = views  # (n, 3, H, W)
     lab = rgb_to_lab(denormalize(x))
     lightness, colours = pictures_of(lab[:, :1], lab[:, 1:])
-    return {"half 1": lightness, "half 2": colours}
+    return {"half 1: L": lightness, "half 2: ab": colours}
 
 
 def point_estimates(predicted, bins, args):
@@ -364,9 +364,10 @@ def draw_predicted(path, run):
 
     rows = list(zip(x, lightness, predicted_colours, colours, predicted_lightness))
     columns = ["image", "L", "predicted ab", "ab", "predicted L"]
-    note = f"{run.name}: one half predicts ab from L, the other L from ab"
+    note = "ab is predicted from L, and L from ab"
     if args.predict == "own":
-        note = f"{run.name}: one half predicts L from L, the other ab from ab"
+        note = "ab is predicted from ab, and L from L"
+    note = f"{run.name}: {note} (ab is shown at L = 60)"
     save_grid(path, rows, columns, note=note)
 
 

@@ -418,7 +418,8 @@ def test_picture_fills_the_holes_alone(tmp_path, monkeypatch, mask, side):
 
 def test_views_picture_shows_the_holes():
     view = view_of(2)
-    (seen,) = context_encoder.show([view]).values()
+    target, seen = context_encoder.show([view]).values()
     hidden = view[:, 3:].expand_as(seen) > 0
-    torch.testing.assert_close(seen[~hidden], denormalize(view[:, :3])[~hidden])
+    assert torch.equal(normalize(target), normalize(denormalize(view[:, :3])))
+    torch.testing.assert_close(seen[~hidden], target[~hidden])
     assert normalize(seen)[hidden].abs().max() < 1e-6 and hidden.any()
