@@ -31,7 +31,7 @@ Run.
 The network sees two of each. The run folder also gets restored.png: test images, transformed, and
 transformed back by the estimate.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT. Two hidden layers compare the two representations, and are

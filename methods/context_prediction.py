@@ -32,7 +32,7 @@ Run.
 The network sees nine patches of each. The run folder also gets neighbours_of_patches.png: patches
 of test images with their nearest patches, by the trained and by the untrained network.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet, averaged over the places of a patch, or a ViT | CaffeNet, whose fc6

@@ -25,7 +25,7 @@ Run.
 --batch counts the images of all processes together.
 The network sees five pictures of each. The run folder also gets counts.png: what is counted.
 
-Reached. Not run yet.
+Reached. Not run.
 
 What to expect. On emoji the loss falls below half of M, and what is counted can be recognised in
 counts.png, but the features that are evaluated, those of the last stage, are no better for a linear
