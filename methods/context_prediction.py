@@ -176,10 +176,12 @@ def room(args):
 def cut_patches(x, corners, side):
     """Images x (n, 3, S, S), corners (n, 9, 2) -> patches (n, 9, 3, side, side)."""
     top, left = corners.to(x.device).unbind(2)  # (n, 9) each
-    image = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
+    image = torch.arange(len(x), device=x.device)
+    image = image.view(-1, 1, 1, 1)
     i = torch.arange(side, device=x.device)
     rows = (top[..., None] + i)[..., None]  # (n, 9, side, 1)
-    columns = (left[..., None] + i)[..., None, :]  # (n, 9, 1, side)
+    columns = left[..., None] + i  # (n, 9, side)
+    columns = columns[:, :, None]  # (n, 9, 1, side)
     return x[image, :, rows, columns].movedim(4, 2)
 
 
@@ -306,10 +308,12 @@ def draw_neighbours_of_patches(path, run, untrained):
 
     split = run.data.test or run.data.bank
     view = whole_image(run.args.size, cut)
-    (x,) = first_batch(split, [view], 256 * world(), run.args.seed, run.device)
+    count = 256 * world()
+    (x,) = first_batch(split, [view], count, run.args.seed, run.device)
     patches = x.flatten(0, 1)  # (9n, 3, t, t)
     image = torch.arange(len(patches), device=x.device) // 9
-    middle = torch.arange(4, len(patches), 9, device=x.device)[:10]
+    middle = torch.arange(4, len(patches), 9, device=x.device)
+    middle = middle[:10]  # of the first ten images
     shown = [x[:10, 4]]
     for network in (run.model.backbone, untrained):
         h = F.normalize(embed(network, normalize(patches)), dim=1)

@@ -25,7 +25,8 @@ Run.
 --batch counts the images of all processes together.
 The network sees five pictures of each. The run folder also gets counts.png: what is counted.
 
-Reached. Not run.
+Reached. On emoji after 12 epochs, 373 seconds on one busy CPU core: kNN 49.5 % (untrained 50.6, raw
+pixels 53.9); linear 52.7 % (untrained 52.6, raw pixels 54.1); one run. Other recipes: not run.
 
 What to expect. On emoji the loss falls below half of M, and what is counted can be recognised in
 counts.png, but the features that are evaluated, those of the last stage, are no better for a linear

@@ -236,8 +236,9 @@ def loss_of(task, output, target, start):
     return F.mse_loss(output[:, 0][valid], target[:, 0][valid])
 
 
-# Kept for all tasks: the maps of the training scenes and of the test scenes.
-frozen_maps = functools.lru_cache(maxsize=2)(all_maps)
+@functools.lru_cache(maxsize=2)  # kept for all tasks, of training and of test scenes
+def frozen_maps(*args):
+    return all_maps(*args)
 
 
 def reader(frozen, network, images, size, device):

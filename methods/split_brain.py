@@ -32,9 +32,8 @@ Run.
 The run folder also gets predicted.png: test images, and what each half predicts of the other's.
 --predict own --loss regression is the plain autoencoder, for comparison.
 
-Reached. On emoji after 60 epochs, 600 seconds on two CPU cores: kNN 62.3 % (untrained 52.0, raw
-pixels 53.9); linear 59.4 % (untrained 56.3, raw pixels 54.1); mean of 1 runs. Other recipes: not
-run.
+Reached. On emoji after 60 epochs, 600 seconds on one busy CPU core: kNN 62.3 % (untrained 52.0, raw
+pixels 53.9); linear 59.4 % (untrained 56.3, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet with convolutions in two groups, so the halves share nothing | paper:

@@ -214,6 +214,15 @@ def fastest(runs):
     return seconds(next(iter(by_device(runs).values())))
 
 
+def on_one_core(runs):
+    """Whether the fastest device was one core, which other programs used as well."""
+    return next(iter(by_device(runs))).endswith(" 1 threads")
+
+
+def minutes(runs):
+    return f"{fastest(runs) / 60:.1f}" + (" (one core)" if on_one_core(runs) else "")
+
+
 def defaults(method):
     """{setting: today's default} of a method's first column."""
     settings = importlib.import_module(f"methods.{method}").SETTINGS
@@ -410,8 +419,8 @@ def method_table(rows):
             if runs:
                 linear = f"{mean(runs, 'evaluation', 'linear'):.1f}"
                 before = f"{mean(runs, 'random_init', 'linear'):.1f}"
-                numbers = [f"{linear} ({before})", f"{fastest(runs) / 60:.1f}"]
-            picture = f"![{method}](tests/results/views/{method}.png)"
+                numbers = [f"{linear} ({before})", minutes(runs)]
+            picture = f"![{method}](tests/results/views/{method}.png)" if runs else ""
             file = f"[{method}.py](methods/{method}.py)<br>[{name}]({link}), {year}"
             cells.append([picture, file, idea, *numbers])
         heads = ["what the network is shown", "file, paper", "idea"]
@@ -438,8 +447,7 @@ def short_table(rows):
             lines.append([name, *numbers, "", len(runs)])
     for runs in ordered:
         numbers = [spread(runs, "evaluation", key) for key in keys]
-        minutes = f"{fastest(runs) / 60:.1f}"
-        lines.append([f"**{runs[0]['method']}**", *numbers, minutes, len(runs)])
+        lines.append([f"**{runs[0]['method']}**", *numbers, minutes(runs), len(runs)])
     missing = [m for files in FAMILIES.values() for m in files if m not in best]
     return markdown(heads, lines + [[m, *["not run"] * 5] for m in missing])
 
@@ -537,9 +545,11 @@ def reached(runs):
         baselines += f", raw pixels {mean(runs, 'pixels', key):.1f}"
         words.append(f"{name} {number:.1f} % ({baselines})")
     settings = runs[0]["settings"]
+    where = "one busy CPU core" if on_one_core(runs) else "two CPU cores"
+    count = f"mean of {len(runs)} runs" if len(runs) > 1 else "one run"
     return (
-        f"Reached. On emoji after {settings['epochs']} epochs, {fastest(runs):.0f} seconds on two "
-        f"CPU cores: {'; '.join(words)}; mean of {len(runs)} runs. Other recipes: not run."
+        f"Reached. On emoji after {settings['epochs']} epochs, {fastest(runs):.0f} seconds on "
+        f"{where}: {'; '.join(words)}; {count}. Other recipes: not run."
     )
 
 
