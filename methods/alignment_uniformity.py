@@ -1,6 +1,6 @@
-"""Alignment and Uniformity: Understanding Contrastive Representation Learning through Alignment and
-Uniformity on the Hypersphere.
-Wang, Isola, ICML 2020. https://arxiv.org/abs/2005.10242
+"""Alignment and Uniformity: the two aims of contrastive learning, each as a loss.
+Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+Hypersphere. Wang, Isola, ICML 2020. https://arxiv.org/abs/2005.10242
 Official code: https://github.com/ssnl/align_uniform
 
 Idea. What does a contrastive loss such as InfoNCE ask for, if there are very many negatives? Two
@@ -180,7 +180,7 @@ def main(argv=None):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.log(loss, lr, alignment=alignment, uniformity=uniformity)
+            run.log(loss, lr, alignment=alignment.detach(), uniformity=uniformity.detach())
         run.end_epoch(epoch)
     run.finish()
 

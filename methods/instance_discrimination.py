@@ -102,7 +102,7 @@ class InstDisc(nn.Module):
     def __init__(self, arch, size, dim, images, head_norm=True):
         super().__init__()
         self.backbone = backbone(arch, size)
-        self.head = nn.Sequential(nn.Linear(self.backbone.out_dim, dim))
+        self.head = nn.Sequential(nn.Linear(self.backbone.out_dim, dim, bias=not head_norm))
         if head_norm:  # difference 5
             self.head.append(nn.BatchNorm1d(dim, affine=False))
         self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))  # (M, d)
@@ -166,7 +166,7 @@ SETTINGS = {
     "loss": ("softmax", "softmax", "nce", "over all images, or over some", ("softmax", "nce")),
     "negatives": (1024, 4096, 4096, "K, other images per view in nce", "[1, inf)"),
     # e^(1 / tau), by which Z is estimated, must stay finite
-    "tau": (0.1, 0.1, 0.07, "temperature", "[0.02, inf)"),
+    "tau": (0.1, 0.1, 0.07, "temperature of the logits", "[0.02, inf)"),
     "dim": (128, 128, 128, "dimensions of an embedding", "[1, inf)"),
     # difference 5
     "head_norm": (True, False, False, "batch-norm at the end of the head"),
@@ -219,14 +219,17 @@ def draw_retrieval(path, run):
 
     queries = np.random.default_rng(0).permutation(len(v))[:10]
     queries = torch.from_numpy(queries).to(run.device)
-    nearest = (v[queries] @ bank.T).topk(min(8, len(bank)), 1).indices  # (10, 8)
+    cosines = v[queries] @ bank.T  # (10, M)
+    nearest = cosines.topk(min(8, len(bank)), 1).indices  # (10, 8)
     right = labels[nearest] == test_labels[queries][:, None]
     green = F.pad(right, (1, 0)).cpu()  # the test image itself has no frame
 
-    shown = [test.images.whole(queries.cpu(), args.size)]
-    shown.append(train.images.whole(nearest.flatten().cpu(), args.size))
-    first, others = [torch.cat([part.cpu() for part, _ in parts]) / 255 for parts in shown]
-    rows = torch.cat([first[:, None], others.unflatten(0, nearest.shape)], 1)
+    shown = []
+    for split, index in ((test, queries[:, None]), (train, nearest)):
+        parts = split.images.whole(index.flatten().cpu(), args.size)
+        images = torch.cat([part.cpu() for part, _ in parts]) / 255
+        shown.append(images.unflatten(0, index.shape))
+    rows = torch.cat(shown, 1)  # (10, 1 + 8, 3, H, W)
     columns = ["test image", *map(str, range(1, rows.shape[1]))]
     save_grid(path, rows, columns, green, f"{words}; green: the same label")
 

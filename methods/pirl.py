@@ -96,10 +96,10 @@ def nce_loss(logits, Z, M):  # copy of: methods/instance_discrimination.py::nce_
 class JigsawHead(nn.Module):
     """Nine features become one embedding: the same projection for each, then one of all nine."""
 
-    def __init__(self, width, dim):
+    def __init__(self, width, dim, bias):
         super().__init__()
-        self.patch = nn.Linear(width, dim)
-        self.join = nn.Linear(9 * dim, dim)
+        self.patch = nn.Linear(width, dim, bias)
+        self.join = nn.Linear(9 * dim, dim, bias)
 
     def forward(self, h):
         h = self.patch(h)  # (9n, d)
@@ -113,8 +113,8 @@ class PIRL(nn.Module):
         width = self.backbone.out_dim
         self.heads = nn.ModuleDict()  # f of the image, and a g for each transformation
         for kind in kinds:
-            head = JigsawHead(width, dim) if kind == "jigsaw" else nn.Linear(width, dim)
-            self.heads[kind] = nn.Sequential(head)
+            head = JigsawHead if kind == "jigsaw" else nn.Linear
+            self.heads[kind] = nn.Sequential(head(width, dim, bias=not head_norm))
             if head_norm:  # difference 5
                 self.heads[kind].append(nn.BatchNorm1d(dim, affine=False))
         self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))  # (M, d)
@@ -237,7 +237,7 @@ SETTINGS = {
     "weight": (0.5, 0.5, 0.5, "lambda, weight of the transformed versions", "[0, 1]"),
     "negatives": (1024, 4096, 32000, "K, other images per step", "[1, inf)"),
     # e^(1 / tau), by which Z is estimated, must stay finite
-    "tau": (0.1, 0.1, 0.07, "temperature", "[0.02, inf)"),
+    "tau": (0.1, 0.1, 0.07, "temperature of the logits", "[0.02, inf)"),
     "dim": (128, 128, 128, "dimensions of an embedding", "[1, inf)"),
     "bank_momentum": (0.5, 0.5, 0.5, "m, how much of its row the bank keeps", "[0, 1]"),
     # difference 5
@@ -281,8 +281,9 @@ def show(args, first_views):
     for kind, x in zip(kinds(args), first_views):
         if kind == "jigsaw":
             side = 3 * args.tile
-            x = x.unflatten(1, (3, 3)).permute(0, 3, 1, 4, 2, 5)  # (n, 3, rows, t, columns, t)
-            x = x.reshape(len(x), 3, side, side)
+            x = x.unflatten(1, (3, 3))  # (n, rows, columns, 3, t, t)
+            x = x.permute(0, 3, 1, 4, 2, 5)  # (n, 3, rows, t, columns, t)
+            x = x.reshape(-1, 3, side, side)
         shown[kind] = denormalize(x)
     return shown
 

@@ -86,7 +86,7 @@ def official(outputs, y, memory, idx, T, weights, momentum=0.5):
 def test_loss_and_bank_are_those_of_the_official_code():
     """With others that are no image of the batch. Their eps of 1.2e-7 beside K / M = 0.2 changes a
     logarithm by up to 6e-7, and there are nine of them in each term."""
-    M, K, d, tau = 40, 8, 16, 0.07
+    M, d, tau = 40, 16, 0.07
     bank = units(M, d)
     g = units(6, d, seed=1).requires_grad_()
     f = units(6, d, seed=2).requires_grad_()
@@ -196,6 +196,7 @@ def test_the_bank_learns_from_images_alone_after_the_loss(train, monkeypatch):
     assert Z[0] == 1 != Z[1] and Z[1:] == [Z[1]] * 4
 
 
+@pytest.mark.thorough
 def test_both_transformations_are_the_same_on_two_processes(train):
     flags = [*FLAGS, "--transform", "both"]
     alone = train("pirl", *flags, **light("pirl"))
