@@ -3,13 +3,13 @@ Understanding Contrastive Representation Learning through Alignment and Uniformi
 Hypersphere. Wang, Isola, ICML 2020. https://arxiv.org/abs/2005.10242
 Official code: https://github.com/ssnl/align_uniform
 
-Idea. What does a contrastive loss such as InfoNCE ask for, if there are very many negatives? Two
-things, shows the paper, and each can be measured and minimised directly. Alignment: two views of
-an image come to nearby points of the unit sphere. Uniformity: the points of different images spread
-evenly over the sphere, so as much as possible of what distinguishes images is kept. Alignment alone
-would collapse: all images at one point are perfectly aligned. Uniformity is the energy of points
-that repel each other, each pair with the force of a Gaussian; it has no positive pairs, no softmax
-and no temperature of a softmax.
+Idea. The paper shows that a contrastive loss such as InfoNCE, with very many negatives, asks for
+two things, which can also be measured and minimised directly. Alignment: two views of an image come
+to nearby points of the unit sphere. Uniformity: the points of different images spread evenly over
+the sphere, which keeps as much as possible of what distinguishes them. Alignment alone would
+collapse, because it is perfect if all images come to one point. Uniformity is the energy of points
+that repel each other; the closer two points are, the higher is the energy of the pair, by a
+Gaussian of their distance. Neither needs a softmax or a temperature.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; z1, z2 (N, d) projections of both

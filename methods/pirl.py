@@ -277,6 +277,7 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 
 def show(args, first_views):
     """For views.png: the nine patches of a puzzle in one picture, in the order of their places."""
+    headings = {"image": "view", "jigsaw": "puzzle", "rotation": "turned"}
     shown = {}
     for kind, x in zip(kinds(args), first_views):
         if kind == "jigsaw":
@@ -284,7 +285,7 @@ def show(args, first_views):
             x = x.unflatten(1, (3, 3))  # (n, rows, columns, 3, t, t)
             x = x.permute(0, 3, 1, 4, 2, 5)  # (n, 3, rows, t, columns, t)
             x = x.reshape(-1, 3, side, side)
-        shown[kind] = denormalize(x)
+        shown[headings[kind]] = denormalize(x)
     return shown
 
 

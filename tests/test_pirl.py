@@ -323,8 +323,8 @@ def test_pictures_show_the_puzzle_in_the_order_of_its_places():
     x = noise(2, 3, 16, 16, dtype=torch.float32)
     tiles = noise(2, 9, 3, 4, 4, dtype=torch.float32)
     shown = pirl.show(args, [x, tiles, x.flip(3)])
-    assert list(shown) == ["image", "jigsaw", "rotation"]
-    puzzle = shown["jigsaw"]
+    assert list(shown) == ["view", "puzzle", "turned"]
+    puzzle = shown["puzzle"]
     assert puzzle.shape == (2, 3, 12, 12)
     for place in range(9):
         top, left = 4 * (place // 3), 4 * (place % 3)
