@@ -28,8 +28,8 @@ Run.
     python methods/instance_discrimination.py --recipe cifar10       one GPU
     torchrun --nproc_per_node 8 methods/instance_discrimination.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
-After the training, retrieval.png shows kNN as in section 3.4 of the paper: of embeddings, against
-the bank.
+After the training, kNN is measured as in section 3.4 of the paper: the embeddings of test images,
+against the bank. retrieval.png shows some of them with their nearest rows.
 
 Reached. Not run yet.
 
@@ -214,8 +214,7 @@ def draw_retrieval(path, run):
     labels = train.labels.to(run.device)
     test_labels = test.labels.to(run.device)
     accuracy = knn(bank, labels, v[readable], test_labels[readable], 200, args.tau)
-    words = f"kNN of embeddings against the bank (k 200, tau {args.tau:g}): {accuracy:.1f} %"
-    print0(words)
+    print0(f"kNN of embeddings against the bank (k 200, tau {args.tau:g}): {accuracy:.1f} %")
 
     queries = np.random.default_rng(0).permutation(len(v))[:10]
     queries = torch.from_numpy(queries).to(run.device)
@@ -231,7 +230,8 @@ def draw_retrieval(path, run):
         shown.append(images.unflatten(0, index.shape))
     rows = torch.cat(shown, 1)  # (10, 1 + 8, 3, H, W)
     columns = ["test image", *map(str, range(1, rows.shape[1]))]
-    save_grid(path, rows, columns, green, f"{words}; green: the same label")
+    note = "test images, and those of the nearest rows of the bank; green: the same label"
+    save_grid(path, rows, columns, green, note)
 
 
 def main(argv=None):
