@@ -229,7 +229,7 @@ SETTINGS = {
     "tile": (12, 12, 64, "side of a patch, pixels", "[1, inf)"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (256, 256, 1024, "images per step, over all processes"),
-    "epochs": (40, 200, 800, "passes over the training images"),
+    "epochs": (30, 200, 800, "passes over the training images"),
     "warmup": (2.0, 5.0, 0.0, "epochs of linear learning-rate warm-up"),
     "lr": (0.03, 0.03, 0.03, "learning rate per 256 images"),
     "weight_decay": (1e-4, 1e-4, 1e-4, "on weights, not on biases or batch-norm"),
