@@ -161,7 +161,8 @@ SETTINGS = {
     "batch": (256, 128, 256, "images per step, over all processes"),
     "epochs": (70, 200, 200, "passes over the training images"),
     "warmup": (2.0, 0.0, 0.0, "epochs of linear learning-rate warm-up"),
-    "lr": (0.03, 0.06, 0.03, "learning rate per 256 images"),
+    # of nce only 0.005 on emoji: while the bank is young, many others are close at once
+    "lr": (0.02, 0.06, 0.03, "learning rate per 256 images"),
     "weight_decay": (1e-4, 5e-4, 1e-4, "on all parameters"),
     "loss": ("softmax", "softmax", "nce", "over all images, or over some", ("softmax", "nce")),
     "negatives": (1024, 4096, 4096, "K, other images per view in nce", "[1, inf)"),
