@@ -21,7 +21,7 @@ def double(*rows):
 
 
 def test_n_pair_loss_by_hand():
-    """The scores z1_i . z2_j of two pairs are 1 and 0, 2 and 3; the squared norms are 1, 5, 1, 9."""
+    """The scores z1_i . z2_j of two pairs: 1 and 0, 2 and 3; the squared norms: 1, 5, 1, 9."""
     z1 = double([1.0, 0.0], [2.0, 1.0])
     z2 = double([1.0, 0.0], [0.0, 3.0])
     name = torch.tensor([0, 1])
