@@ -14,13 +14,15 @@ is the first contrastive loss; the other files of metric learning, and SimCLR, c
 dissimilar images are compared at once, and how.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
-views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) point, by a
-linear layer; D_ij = ||z_i - z_j|| distance, not squared; m margin. Two views are similar if they
-have the same name: the number of their image, or its label, or what it draws (--positives).
+views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) point;
+D_ij = ||z_i - z_j|| distance, not squared; m margin. Two views are similar if they have the same
+name: the number of their image, or its label, or what it draws (--positives).
 
-    l(i, j) = 1/2 D_ij^2                  if i and j are similar
-              1/2 max(0, m - D_ij)^2      if not
-    L       = 1 / (2N)  sum of l over all pairs i < j of the 2N views
+    L = mean over similar pairs of  1/2 D_ij^2
+        + w  mean over dissimilar pairs of  1/2 max(0, m - D_ij)^2
+
+over all pairs of the 2N views. With w = 2N - 2, the number of dissimilar pairs for each pair of
+views of an image, it is the paper's sum over all pairs, divided by N.
 
 Run.
     python methods/drlim.py                                   two CPU cores, 3 minutes
@@ -36,12 +38,13 @@ Differs from the paper. (This file | the paper.)
     1. Similar are two views of an image, made by SimCLR's crops and colours, or images of one label
        or one emoji | the five nearest neighbours by pixels, copies of an image that are shifted by
        a few pixels, or neighbouring camera positions.
-    2. A loss per step: all pairs of the views of a batch, divided by their number 2N, because Adam
-       does not depend on the scale | the sum over all pairs of the training set, pair by pair.
+    2. Similar pairs have more weight, and a step looks at all pairs of the views of a batch | the
+       sum over all pairs of the training set, pair by pair.
     3. The points have 128 dimensions, except in the columns `fashion` and `paper`, and the features
        before the last layer are kept | two or three dimensions, which are the result.
-    4. The network is a ResNet or ViT, trained by AdamW | two convolutions, or two layers, trained
-       by stochastic gradient descent. Batch, epochs and rates of the column `paper` are ours.
+    4. The network is a ResNet or ViT with one hidden layer behind it, trained by AdamW | two
+       convolutions, or two layers, trained by stochastic gradient descent. Batch, epochs and rates
+       of the column `paper` are ours.
     5. At D = 0 the gradient of D is taken to be 0: two dissimilar views at the same point do not
        repel each other | not mentioned.
 """
@@ -65,31 +68,39 @@ KIND = "metric"  # what it learns from; the tests ask for what is due to each ki
 # The loss.
 
 
-def contrastive_loss(z, name, margin):
+def contrastive_loss(z, name, margin, repel):
     """The equation above, over all pairs of the views that are given. Returns a scalar.
 
-    z: (2N, d) points; name: (2N,) integers, equal for similar views."""
+    z: (2N, d) points; name: (2N,) integers, equal for similar views; repel: the weight w."""
     # without matrix products, which lose the small distances; its gradient at 0 is 0
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # (2N, 2N)
     similar = name[:, None] == name
-    attract = D.square() / 2
-    repel = (margin - D).clamp(min=0).square() / 2
-    pairs = torch.where(similar, attract, repel)
-    return pairs.triu(diagonal=1).sum() / len(z)
+    attracted = similar.triu(diagonal=1)  # each pair once
+    repelled = (~similar).triu(diagonal=1)
+
+    inner = D.square() / 2 * attracted
+    outer = (margin - D).clamp(min=0).square() / 2 * repelled
+    inner = inner.sum() / attracted.sum().clamp(min=1)
+    outer = outer.sum() / repelled.sum().clamp(min=1)
+    return inner + repel * outer
 
 
 # The network.
 
 
 class DrLIM(nn.Module):
-    def __init__(self, arch, size, dim):
+    def __init__(self, arch, size, dim, head):
         super().__init__()
         self.backbone = backbone(arch, size)
-        self.embedding = nn.Linear(self.backbone.out_dim, dim)
+        width = self.backbone.out_dim
+        self.head = nn.Linear(width, dim)
+        if head == "mlp":
+            hidden = nn.Linear(width, width, bias=False)
+            self.head = nn.Sequential(hidden, nn.BatchNorm1d(width), nn.ReLU(), self.head)
 
     def forward(self, x):
         h = self.backbone(x)  # (n, D)
-        return self.embedding(h)  # (n, d)
+        return self.head(h)  # (n, d)
 
 
 # The views.
@@ -165,6 +176,7 @@ SETTINGS = {
     "positives": (*["views"] * 4, "what makes a pair similar", POSITIVES),
     "size": (32, 32, 32, 32, "side of a view, pixels"),
     "arch": ("resnet14", "resnet14", "resnet18", "resnet14", "the backbone", ARCHS),
+    "head": ("mlp", "mlp", "mlp", "linear", "g: a linear layer, or two layers", ("linear", "mlp")),
     "batch": (256, 256, 512, 128, "images per step, over all processes"),
     "epochs": (30, 15, 200, 100, "passes over the training images"),
     "warmup": (2.0, 1.0, 10.0, 0.0, "epochs of linear learning-rate warm-up"),
@@ -172,6 +184,8 @@ SETTINGS = {
     "weight_decay": (0.05, 0.05, 0.05, 0.0, "on all parameters"),
     "dim": (128, 2, 128, 2, "dimensions of a point z; with 2 they are drawn", "[1, inf)"),
     "margin": (1.0, 1.0, 1.0, 1.0, "distance m at which views no longer repel", "(0, inf)"),
+    # 2N - 2 is the paper's sum: the springs of all others then hide the one that attracts
+    "repel": (30.0, 30.0, 30.0, 254.0, "weight w of the dissimilar pairs"),
     "strength": (0.5, 0.0, 0.5, 0.0, "strength s of the colour jitter", "[0, 1.25]"),
     "min_crop": (0.08, 0.5, 0.08, 0.5, "smallest crop, share of the image's area", "(0, 1]"),
 }
@@ -229,7 +243,7 @@ def main(argv=None):
     settings = (data.train, views(args), args.batch, args.seed, device, args.workers)
     loader = PairLoader(name, *settings)
     name = name.to(device)
-    model = DrLIM(args.arch, args.size, args.dim).to(device)
+    model = DrLIM(args.arch, args.size, args.dim, args.head).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
     run = Run("drlim", args, data, loader, model, {"optimizer": optimizer})
     wrapped = distribute(model, device, args.compile)
@@ -251,7 +265,7 @@ def main(argv=None):
             # of one process with all N images.
             z = torch.cat([gather(z1), gather(z2)])  # (2N, d)
             name_of_view = gather(name[loader.index]).repeat(2)  # (2N,)
-            loss = contrastive_loss(z, name_of_view, args.margin)
+            loss = contrastive_loss(z, name_of_view, args.margin, args.repel)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

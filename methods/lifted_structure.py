@@ -92,14 +92,18 @@ def lifted_loss(z, name, margin, smooth):
 
 
 class LiftedStructure(nn.Module):
-    def __init__(self, arch, size, dim):
+    def __init__(self, arch, size, dim, head):
         super().__init__()
         self.backbone = backbone(arch, size)
-        self.embedding = nn.Linear(self.backbone.out_dim, dim)
+        width = self.backbone.out_dim
+        self.head = nn.Linear(width, dim)
+        if head == "mlp":
+            hidden = nn.Linear(width, width, bias=False)
+            self.head = nn.Sequential(hidden, nn.BatchNorm1d(width), nn.ReLU(), self.head)
 
     def forward(self, x):
         h = self.backbone(x)  # (n, D)
-        return self.embedding(h)  # (n, d)
+        return self.head(h)  # (n, d)
 
 
 # The views.
@@ -175,6 +179,7 @@ SETTINGS = {
     "positives": ("views", "views", "labels", "what makes a pair positive", POSITIVES),
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
+    "head": ("mlp", "mlp", "linear", "g: a linear layer, or two layers", ("linear", "mlp")),
     "batch": (256, 512, 128, "images per step, over all processes"),
     "epochs": (30, 200, 100, "passes over the training images"),
     "warmup": (2.0, 10.0, 0.0, "epochs of linear learning-rate warm-up"),
@@ -208,7 +213,7 @@ def main(argv=None):
     settings = (data.train, views(args), args.batch, args.seed, device, args.workers)
     loader = PairLoader(name, *settings)
     name = name.to(device)
-    model = LiftedStructure(args.arch, args.size, args.dim).to(device)
+    model = LiftedStructure(args.arch, args.size, args.dim, args.head).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
     state = {"optimizer": optimizer}
     run = Run("lifted_structure", args, data, loader, model, state)

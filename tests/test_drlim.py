@@ -14,15 +14,16 @@ from methods.drlim import PairLoader, contrastive_loss, names
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 MARGIN = 1.5
+WEIGHT = 3.0
 
 
 def double(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def loss_and_gradient(z, name, margin=MARGIN):
+def loss_and_gradient(z, name, margin=MARGIN, repel=WEIGHT):
     z = z.clone().requires_grad_()
-    loss = contrastive_loss(z, name, margin)
+    loss = contrastive_loss(z, name, margin, repel)
     loss.backward()
     return loss.detach(), z.grad
 
@@ -36,19 +37,22 @@ def test_contrastive_loss_by_hand():
     would give 1/2 (1 - 0.25)^2 for it."""
     z = double([0.0], [3.0], [0.5], [10.0])
     name = torch.tensor([7, 7, 1, 2])
-    expected = (9 / 2 + (1 - 0.5) ** 2 / 2) / 4
-    assert contrastive_loss(z, name, 1.0).item() == pytest.approx(expected, abs=1e-12)
+    expected = 9 / 2 + WEIGHT * (1 - 0.5) ** 2 / 2 / 5
+    assert contrastive_loss(z, name, 1.0, WEIGHT).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_contrastive_loss_by_the_sums_of_the_paper():
-    z = 0.5 * noise(9, 3)
-    name = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 4])
+def test_contrastive_loss_by_the_sum_of_the_paper():
+    """Over all pairs of two views of N images, w = 2N - 2 gives the sum, divided by N."""
+    N = 5
+    z = 0.5 * noise(2 * N, 3)
+    name = torch.arange(N).repeat(2)
     total = 0.0
-    for i in range(9):
-        for j in range(i + 1, 9):
+    for i in range(2 * N):
+        for j in range(i + 1, 2 * N):
             D = math.dist(z[i], z[j])
             total += D**2 / 2 if name[i] == name[j] else max(0, MARGIN - D) ** 2 / 2
-    assert contrastive_loss(z, name, MARGIN).item() == pytest.approx(total / 9, abs=1e-12)
+    found = contrastive_loss(z, name, MARGIN, 2 * N - 2).item()
+    assert found == pytest.approx(total / N, abs=1e-12)
 
 
 def test_springs():
@@ -58,18 +62,18 @@ def test_springs():
     direction = double([0.6, 0.8], [-0.6, -0.8])
     for far in (0.2, 1.0, 1.4, 1.6):
         loss, attract = loss_and_gradient(far * z, torch.tensor([0, 0]))
-        torch.testing.assert_close(attract, -far * direction / 2, **EXACT)  # 2: the views
+        torch.testing.assert_close(attract, -far * direction, **EXACT)
         loss, repel = loss_and_gradient(far * z, torch.tensor([0, 1]))
-        torch.testing.assert_close(repel, max(0, MARGIN - far) * direction / 2, **EXACT)
-        assert loss == pytest.approx(max(0, MARGIN - far) ** 2 / 4, abs=1e-12)
+        torch.testing.assert_close(repel, WEIGHT * max(0, MARGIN - far) * direction, **EXACT)
+        assert loss == pytest.approx(WEIGHT * max(0, MARGIN - far) ** 2 / 2, abs=1e-12)
 
 
 def test_views_at_the_same_point():
-    """Dissimilar: m^2 / 2 per pair, and the gradient is 0, not NaN. Similar: nothing is better, so
+    """Dissimilar: w m^2 / 2, and the gradient is 0, not NaN. Similar: nothing is better, so
     without dissimilar pairs all images end in one point."""
     z = double([1.0, 2.0]).repeat(4, 1)
     loss, gradient = loss_and_gradient(z, torch.tensor([0, 1, 2, 3]))
-    assert loss.item() == pytest.approx(6 * MARGIN**2 / 2 / 4, abs=1e-12)
+    assert loss.item() == pytest.approx(WEIGHT * MARGIN**2 / 2, abs=1e-12)
     assert torch.equal(gradient, torch.zeros_like(z))
     loss, gradient = loss_and_gradient(z, torch.tensor([5, 5, 5, 5]))
     assert loss == 0 and torch.equal(gradient, torch.zeros_like(z))
@@ -81,9 +85,9 @@ def test_points_that_are_free_to_move():
 
     def settle(name):
         z = noise(12, 2, seed=3).requires_grad_()
-        for _ in range(400):
-            (slope,) = torch.autograd.grad(contrastive_loss(z, name, MARGIN), z)
-            z = (z - slope).detach().requires_grad_()
+        for _ in range(300):
+            (slope,) = torch.autograd.grad(contrastive_loss(z, name, MARGIN, WEIGHT), z)
+            z = (z - 2 * slope).detach().requires_grad_()
         return z.detach()
 
     assert torch.pdist(settle(torch.zeros(12))).max() < 1e-6
@@ -97,15 +101,15 @@ def test_points_that_are_free_to_move():
 def test_contrastive_loss_symmetries_and_gradient():
     z = 0.5 * noise(8, 3, seed=1)
     name = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    loss = contrastive_loss(z, name, MARGIN)
+    loss = contrastive_loss(z, name, MARGIN, WEIGHT)
     turn = torch.linalg.qr(noise(3, 3)).Q
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(contrastive_loss(z @ turn + 3, name, MARGIN), loss, **EXACT)
-    torch.testing.assert_close(contrastive_loss(z[order], name[order], MARGIN), loss, **EXACT)
-    torch.testing.assert_close(contrastive_loss(z, 9 - name, MARGIN), loss, **EXACT)
-    assert (contrastive_loss(z, name // 2, MARGIN) - loss).abs() > 0.01
+    for other, names_of in ((z @ turn + 3, name), (z[order], name[order]), (z, 9 - name)):
+        found = contrastive_loss(other, names_of, MARGIN, WEIGHT)
+        torch.testing.assert_close(found, loss, **EXACT)
+    assert (contrastive_loss(z, name // 2, MARGIN, WEIGHT) - loss).abs() > 0.01
     inputs = z.clone().requires_grad_()
-    torch.autograd.gradcheck(lambda x: contrastive_loss(x, name, MARGIN), inputs)
+    torch.autograd.gradcheck(lambda x: contrastive_loss(x, name, MARGIN, WEIGHT), inputs)
 
 
 def test_contrastive_loss_against_pytorch_metric_learning():
@@ -124,9 +128,8 @@ def test_contrastive_loss_against_pytorch_metric_learning():
     )
     leaf = z.clone().requires_grad_()
     found = theirs(leaf, name)
-    # ordered pairs, each twice
-    halves = [found[part]["losses"].square().sum() / 2 for part in ("pos_loss", "neg_loss")]
-    expected = sum(halves) / 2 / len(z)
+    inner, outer = [found[part]["losses"].square().mean() / 2 for part in ("pos_loss", "neg_loss")]
+    expected = inner + WEIGHT * outer
     expected.backward()
     loss, gradient = loss_and_gradient(z, name)
     torch.testing.assert_close(loss, expected.detach(), **EXACT)
@@ -220,16 +223,17 @@ def test_main_gives_the_loss_both_views_of_all_images_and_their_names(train, mon
     """The rows: first views in the order of the batch, then second views; neighbours are pairs."""
     seen = []
 
-    def loss(z, name, margin):
-        seen.append((z.detach(), name))
-        return contrastive_loss(z, name, margin)
+    def loss(z, name, margin, repel):
+        seen.append((z.detach(), name, margin, repel))
+        return contrastive_loss(z, name, margin, repel)
 
     monkeypatch.setattr(drlim, "contrastive_loss", loss)
-    flags = short("drlim", positives="drawings", margin=0.7)
+    flags = short("drlim", positives="drawings", margin=0.7, repel=2.0)
     run = train("drlim", *flags, **light("drlim"))
     emoji = tiny_data().train.emoji
     assert len(seen) == 4
-    for z, name in seen:
+    for z, name, margin, repel in seen:
+        assert margin == 0.7 and repel == 2.0
         assert z.shape == (24, 32) and torch.equal(name[:12], name[12:])
         assert torch.equal(name[0:12:2], name[1:12:2])
     assert torch.equal(seen[0][1][:8], emoji[run.index])
