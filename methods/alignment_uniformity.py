@@ -29,7 +29,7 @@ Run.
     torchrun --nproc_per_node 8 methods/alignment_uniformity.py --recipe paper --data stl10
 --batch counts the images of all processes together.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT, followed by a hidden layer with batch-norm that is thrown

@@ -31,7 +31,7 @@ Run.
 After the training, kNN is measured as in section 3.4 of the paper: the embeddings of test images,
 against the bank. retrieval.png shows some of them with their nearest rows.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The K others never include the image itself | paper and official code: they are drawn from

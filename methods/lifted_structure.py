@@ -31,7 +31,7 @@ Run.
 --batch counts the images of all processes together.
 With --positives labels or drawings the labels are used: that is no longer self-supervised.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. By default positives are two views of an image, made by SimCLR's crops and colours | images

@@ -28,7 +28,7 @@ Run.
 --batch counts the images of all processes together.
 With --positives labels or drawings the labels are used: that is no longer self-supervised.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or TensorFlow's code.)
     1. By default the positive is a second view of the image, made by SimCLR's crops and colours |

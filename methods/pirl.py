@@ -28,7 +28,7 @@ Run.
     torchrun --nproc_per_node 8 methods/pirl.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Z is a constant, estimated once, from the first batch, as in the official code | paper, Eq.

@@ -91,7 +91,37 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
             "56.6 % mAP VOC 2007 classification, AlexNet",
         ),
     },
+    "Metric learning": {
+        "drlim": (
+            "two views attract like springs, others repel within a margin",
+            "a map of digits and camera positions; no accuracy is given",
+        ),
+        "triplet": (
+            "a view is nearer to its partner than to another image, by a margin",
+            "99.63 % LFW face verification, with labels",
+        ),
+        "lifted_structure": (
+            "each pair of partners against all other images of the batch",
+            "62.1 % R@1 Stanford Online Products, with labels",
+        ),
+        "n_pair": (
+            "one partner among N, by inner products and a softmax",
+            "67.7 % R@1 Stanford Online Products, with labels",
+        ),
+    },
     "Contrastive": {
+        "instance_discrimination": (
+            "every image is a class; its last features are kept in a memory bank",
+            "54.0 % ImageNet linear, ResNet-50",
+        ),
+        "alignment_uniformity": (
+            "views of an image lie together, all images spread over the sphere",
+            "67.7 % ImageNet linear, ResNet-50, MoCo's setting",
+        ),
+        "pirl": (
+            "a puzzle of an image resembles the image in a memory bank",
+            "63.6 % ImageNet linear, ResNet-50, 800 epochs",
+        ),
         "simclr": (
             "two views of an image attract, other images repel",
             "69.3 % ImageNet linear, ResNet-50, 1000 epochs",
