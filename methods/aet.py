@@ -31,7 +31,8 @@ Run.
 The network sees two of each. The run folder also gets restored.png: test images, transformed, and
 transformed back by the estimate.
 
-Reached. Not run.
+Reached. On emoji after 30 epochs, 458 seconds on one busy CPU core: kNN 48.9 % (untrained 51.8, raw
+pixels 53.9); linear 51.7 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT. Two hidden layers compare the two representations, and are
