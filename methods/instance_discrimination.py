@@ -31,7 +31,8 @@ Run.
 After the training, kNN is measured as in section 3.4 of the paper: the embeddings of test images,
 against the bank. retrieval.png shows some of them with their nearest rows.
 
-Reached. Not run.
+Reached. On emoji after 70 epochs, 340 seconds on one busy CPU core: kNN 60.0 % (untrained 51.8, raw
+pixels 53.9); linear 59.6 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The K others never include the image itself | paper and official code: they are drawn from

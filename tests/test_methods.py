@@ -483,6 +483,7 @@ def meta_data():
 READS_VALUES = {
     "count_colours": lambda loader, bins: torch.ones(len(bins), device=META),
     "refuse_grey": lambda loader: None,
+    "names": lambda positives, split: torch.arange(len(split.images)),
     "assign": lambda z, c: torch.arange(len(z), device=META),
 }
 
