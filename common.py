@@ -36,8 +36,6 @@ import re
 import shutil
 import subprocess
 import time
-import zlib
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +70,11 @@ from kernels.collectives import (
     warn,
     world,
 )
+from kernels.clips import FILMS, load_film
+from kernels.folders import read_folder
 from kernels.mae_mask import gather_tokens
 from kernels.readers import BrokenFiles, Files, InMemory
+from kernels.video_files import VideoFiles
 from kernels.views import (
     AUGMENT,
     CROP,
@@ -86,16 +87,13 @@ from kernels.views import (
     random_flip,
 )
 
-EMBEDDED = ("emoji", "fashion")  # in tests/data: no download, ever
+EMBEDDED = ("emoji", "fashion", *FILMS)  # in tests/data: no download, ever
 DOWNLOADED = {  # name here -> class in torchvision.datasets
     "fashion-mnist": "FashionMNIST",
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
     "stl10": "STL10",
 }
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-OTHER_ENDINGS = (".tif", ".tiff", ".gif", ".bmp", ".avif", ".heic", ".jp2", ".ppm", ".jfif")
-TEST_FOLDERS = ("val", "valid", "validation", "test")  # beside train/, the first that there is
 SAVE_EVERY = 180  # seconds between checkpoints inside an epoch
 OUT_OF_MEMORY = "error: out of memory: choose a smaller --batch, --size, --arch or --bank"
 DIVERGED = "lower --lr or lengthen the warm-up, and choose another --out; the last good state is in"
@@ -107,7 +105,7 @@ DIVERGED = "lower --lr or lengthen the warm-up, and choose another --out; the la
 class Split(NamedTuple):
     """One half of a data set.
 
-    images: a reader, InMemory or Files, of N images. labels: (N,) int64, or None.
+    images: a reader of N images or videos. labels: (N,) int64, or None.
     emoji, drawing: (N,) int64 or None: what is drawn, and by which artist, for retrieval.
     """
 
@@ -129,9 +127,11 @@ class Data(NamedTuple):
 
 
 def load_data(name, root, device):
-    """An embedded data set (emoji, fashion), one that torchvision downloads into `root`
-    (fashion-mnist, cifar10, cifar100, stl10), or a folder of images. Exits with a one-line message
-    if it cannot be loaded."""
+    """An embedded data set (emoji, fashion; of videos movers, bunny), one that torchvision
+    downloads into `root` (fashion-mnist, cifar10, cifar100, stl10), or a folder of images or
+    videos. Exits with a one-line message if it cannot be loaded."""
+    if name in FILMS:
+        return as_data(name, *[Split(*half) for half in load_film(name, device)])
     if name in EMBEDDED:
         return embedded_data(name, device)
     if name in DOWNLOADED:
@@ -165,7 +165,10 @@ def embedded_data(name, device):
         for half in ("train", "test"):
             names = [f"{half}_{part}" for part in ("images", "labels", "emoji", "drawing")]
             splits.append(to_split(device, *[file[name] for name in names if name in file]))
-    train, test = splits
+    return as_data(name, *splits)
+
+
+def as_data(name, train, test=None):
     return Data(name, train, train, test)
 
 
@@ -201,163 +204,12 @@ def download_data(name, root, device):
 
 
 def folder_data(path):
-    """train/ and val/ (or valid/, validation/, test/) with class folders, as ImageNet has them; or
-    class folders, of which one image in ten (at least one per class, by a hash of its name) is held
-    out; or plain images at any depth, without labels. Hidden names, __MACOSX, run folders and other
-    endings are left out. One printed line says what was found and what is not used."""
-    unused = Counter()
-    folders = [p for p in sorted(path.iterdir()) if p.is_dir()]
-    folders = {p.name.lower(): p for p in folders}
-    base = folders.get("train", path)
-    train = files_by_class(base, unused)
-    stray = sum(is_image(p.name) for p in base.iterdir())
-    if base != path and not train and not stray:
-        fail(f"--data {path}: no images found in {base.name}/{listed(unused)}")
-    if len(train) < 2:
-        return plain_folder(path)
-    unused["images beside the class folders"] = stray
-
-    test = {}
-    origin = "a tenth of the images, held out"
-    if base != path:
-        test, origin = find_test(path, folders, unused)
-    elif not set(TEST_FOLDERS).isdisjoint(folders):
-        fail(
-            f"--data {path}: of its folders ({', '.join(folders)}) one looks like test images, not "
-            "like a class: name that of the training images train"
-        )
-
-    # One image in ten is held out. The hash does not change when other images come or go.
-    if not test:
-        first = len(os.path.join(path, ""))
-        for name, paths in train.items():
-            paths = sorted(paths, key=lambda p: zlib.crc32(os.fsencode(p[first:])))
-            cut = max(1, len(paths) // 10)
-            test[name] = sorted(paths[:cut])
-            train[name] = sorted(paths[cut:])
-
-    unknown = sorted(set(test) - set(train))
-    if unknown:
-        fail(f"--data {path}: {origin} has classes that train/ lacks: {', '.join(unknown[:5])}")
-    broken = BrokenFiles()
-    classes = sorted(train)
-    train, test = [labelled(files, classes, broken) for files in (train, test)]
-    if not len(train.images):
-        fail(f"--data {path}: one image per class leaves none for training; two are needed")
-    some = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    print0(
-        f"{path}: {len(train.images)} training and {len(test.images)} test images of "
-        f"{len(classes)} classes ({some}); test images: {origin}{listed(unused)}"
-    )
-    return Data(path.name, train, train, test)
-
-
-def plain_folder(path):
-    """All images of a folder, without labels."""
-    unused = Counter()
-    images = image_files(path, unused)
-    if not images:
-        fail(
-            f"--data {path}: no images found{listed(unused)}. Expected class folders of "
-            f"{', '.join(ENDINGS)} files, train/ and val/ with class folders, or plain images"
-        )
-    print0(
-        f"{path}: {len(images)} images, fewer than two class folders, so no evaluation by "
-        f"labels{listed(unused)}"
-    )
-    split = Split(Files(images))
-    return Data(path.name, split, split, None)
-
-
-def find_test(path, folders, unused):
-    """{class: test images} of the first of val/, valid/, ... that has class folders, and where they
-    come from. Images in other folders beside train/ are not used. folders: {name: path}."""
-    test = {}
-    origin = "a tenth of the images, held out"
-    for name in TEST_FOLDERS:
-        if name in folders and not test:
-            test = files_by_class(folders[name], unused)
-            origin = f"{folders[name].name}/" if test else origin
-
-    for name, folder in folders.items():
-        if name == "train" or f"{folder.name}/" == origin or is_left_out(folder, unused):
-            continue
-        images = len(image_files(folder, Counter()))
-        unused[f"images in {folder.name}/"] = images
-        if images and name in TEST_FOLDERS and not test:
-            fail(
-                f"--data {path}: the images in {folder.name}/ have no class folders, so their "
-                "labels are not known: move each into a folder with the name of its class, as in "
-                "train/"
-            )
-    if os.path.samefile(folders["train"], path / origin if test else path):
-        fail(f"--data {path}: train/ and {origin} are the same folder")
-    return test, origin
-
-
-def listed(unused):
-    """What is not used, and how much of it: "; not used: 40 .tif files"."""
-    words = [f"{count} {what}" for what, count in unused.items() if count]
-    return f"; not used: {', '.join(words)}" if words else ""
-
-
-def is_image(name):
-    return not name.startswith(".") and name.lower().endswith(ENDINGS)
-
-
-def is_left_out(folder, unused):
-    """Whether a folder is no part of a data set: hidden, of macOS's zip, or of a run."""
-    name = os.path.basename(folder)
-    run = os.path.exists(os.path.join(folder, "metrics.jsonl"))
-    if name.startswith(".") or name == "__MACOSX" or run:
-        unused["run folders" if run else "hidden folders"] += 1
-        return True
-    return False
-
-
-def image_files(folder, unused):
-    """All image files below a folder, sorted. Adds to unused what is left out."""
-    found = []
-    for place, folders, names in os.walk(folder, onerror=stop):
-        for name in list(folders):
-            child = os.path.join(place, name)
-            unused["links to folders"] += os.path.islink(child)
-            if is_left_out(child, unused):
-                folders.remove(name)
-        for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                unused["hidden files"] += 1
-            elif ending in ENDINGS:
-                found.append(os.path.join(place, name))
-            elif ending in OTHER_ENDINGS:
-                unused[f"{ending} files"] += 1
-    return sorted(found)
-
-
-def stop(error):
-    """For os.walk, which would pass over a folder that cannot be read."""
-    raise error
-
-
-def files_by_class(folder, unused):
-    """{name of a class folder: its image files}, without empty ones."""
-    found = {}
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not is_left_out(child, unused):
-            found[child.name] = image_files(child, unused)
-    return {name: paths for name, paths in found.items() if paths}
-
-
-def labelled(files, classes, broken):
-    """{class: files} -> Split; a label is the place of the class in `classes`."""
-    paths = []
-    labels = []
-    for label, name in enumerate(classes):
-        paths += files.get(name, [])
-        labels += [label] * len(files.get(name, []))
-    broken.total += len(paths)
-    return Split(Files(paths, broken), torch.tensor(labels))
+    """A folder of images or of videos. How it is read: kernels/folders.py."""
+    halves, of_videos = read_folder(path)
+    broken = BrokenFiles(sum(len(files) for files, _ in halves))
+    reader = VideoFiles if of_videos else Files
+    train, *test = [Split(reader(files, broken), labels) for files, labels in halves]
+    return as_data(path.name, train, *test)
 
 
 def thin(split, count):
@@ -1340,15 +1192,17 @@ class Run:
         }
         save_tensors(self.last, saved)
 
-    def end_epoch(self, epoch):
-        """kNN when it is due, metrics, checkpoint; one printed line if there is no progress bar."""
+    def end_epoch(self, epoch, **more):
+        """kNN when it is due, metrics, checkpoint; one printed line if there is no progress bar.
+        more: numbers that belong to the epoch, for its last line in metrics.jsonl."""
         done = epoch + 1
         found = {}
         self.shown.pop("knn20", None)
         if self.data.test and done % self.args.eval_every == 0 and done < self.args.epochs:
             found = self.evaluate(self.model.backbone, only_knn=True)
             self.shown["knn20"] = f"{found['knn20']:.1f}"
-        self.flush(**found)
+        self.flush(**found, **more)
+        self.shown |= {name: f"{value:.3f}" for name, value in more.items()}
         self.save()
         self.loader.reader.count_together()
 

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
 from kernels.collectives import fail, warn, world
-from kernels.views import BICUBIC, crop_images
+from kernels.views import BICUBIC, ClipCrop, crop_images
 
 MAX_PIXELS = 250_000_000  # a file with more is read with a warning, with twice as many not at all
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -58,6 +58,7 @@ class InMemory:
 
     def batches(self, plan, crops, device, workers):
         """For each step of the plan: (n,) indices, and float crops (n, 3, size, size) per view."""
+        refuse_clips(crops)
         for index, draws in plan:
             index = torch.from_numpy(index).to(device)
             yield index, crop_images(self.pixels[index], crops, draws)
@@ -92,6 +93,7 @@ class Files:
 
     def batches(self, plan, crops, device, workers):
         """As InMemory.batches. The index is that of the file which was read for a broken one."""
+        refuse_clips(crops)
         if self.stream is None or self.stream.batch_sampler.plan is not plan:
             share = plan.rows.stop - plan.rows.start
             numbers = share * sum(3 * crop.size**2 for crop in crops)
@@ -127,6 +129,12 @@ class Files:
             dist.all_gather_object(everyone, self.broken.met)
             self.broken.met.update(*everyone)
             self.broken.add([])
+
+
+def refuse_clips(crops):
+    """Exits with a one-line message if a method that learns from videos is given images."""
+    if any(isinstance(crop, ClipCrop) for crop in crops):
+        fail("this method learns from videos, --data are images: choose movers, or bunny")
 
 
 class BrokenFiles:

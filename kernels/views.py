@@ -28,8 +28,9 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's channels: the convention of most p
 STD = (0.229, 0.224, 0.225)
 
 
-# The streams of random numbers: boxes of crops, augmentation, order of images, a method's own.
-CROP, AUGMENT, ORDER, METHOD = 1, 2, 3, 4
+# The streams of random numbers: boxes of crops, augmentation, order of images, a method's own, and
+# the moment of a video at which a clip begins.
+CROP, AUGMENT, ORDER, METHOD, MOMENT = 1, 2, 3, 4, 5
 
 
 class BatchRandom:
@@ -121,6 +122,28 @@ class Crop(NamedTuple):
         return TF.resized_crop(picture, *box, [self.size, self.size], BICUBIC)
 
 
+class ClipCrop(NamedTuple):
+    """A crop of videos: `frames` frames, every stride-th, from a random moment on, all cut to the
+    same box. In place of a Crop as a first element of a view, which then gets (n, frames, 3, size,
+    size). A video that is too short shows its last frame again."""
+
+    crop: Crop
+    frames: int
+    stride: int = 1
+
+    @property
+    def size(self):
+        return self.crop.size
+
+    def places(self, moment, length):
+        """Uniform moment (n,) in [0, 1), and length (n,) int, in frames -> (n, frames) int: which
+        frames of each video are shown."""
+        span = (self.frames - 1) * self.stride + 1
+        begin = (moment * (length - span + 1).clip(min=1)).astype(int)
+        places = begin[:, None] + np.arange(self.frames) * self.stride
+        return places.clip(max=length[:, None] - 1)
+
+
 def whole_image(size, augment):
     """The view (Crop, augment) that shows the whole image, or the square in its centre."""
     return Crop(size, scale=(1, 1), ratio=(1, 1)), augment
@@ -161,14 +184,14 @@ def resize_matrix(start, length, size_in, size_out):
 
 
 def resized_crop(images, boxes, size):
-    """images (n, 3, H, W) uint8, boxes (n, 4) int -> (n, 3, size, size) float in [0, 1]: the box of
+    """images (n, C, H, W) uint8, boxes (n, 4) int -> (n, C, size, size) float in [0, 1]: the box of
     each image, resized."""
-    n, _, height, width = images.shape
+    n, channels, height, width = images.shape
     top, left, h, w = torch.as_tensor(boxes).to(images.device).unbind(1)
-    x = images.float().mul_(1 / 255).view(n, 3 * height, width)
+    x = images.float().mul_(1 / 255).view(n, channels * height, width)
     x = x @ resize_matrix(left, w, width, size).transpose(1, 2)
     rows = resize_matrix(top, h, height, size)[:, None]
-    x = rows @ x.view(n, 3, height, size)
+    x = rows @ x.view(n, channels, height, size)
     return x.clamp_(0, 1)  # bicubic overshoots
 
 
@@ -179,6 +202,17 @@ def crop_images(images, crops, draws):
     for crop, u in zip(crops, draws):
         views.append(resized_crop(images, crop.boxes(u, height, width), crop.size))
     return views
+
+
+def as_tall(clips):
+    """Clips (n, T, 3, H, W) -> (n, 3, T H, W), the frames one below the other: an operation on such
+    a picture flips or colours all frames of a clip alike."""
+    return clips.transpose(1, 2).flatten(2, 3)
+
+
+def as_clips(x, frames):
+    """The inverse of as_tall."""
+    return x.unflatten(2, (frames, -1)).transpose(1, 2)
 
 
 # The following take and return float images (n, 3, H, W) in [0, 1]. They draw one set of

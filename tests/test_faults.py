@@ -151,8 +151,8 @@ def test_files_of_other_formats_are_named(tmp_path, capsys):
     (folder / "ant/notes.txt").touch()  # no image: nothing to say
     found = listing(capsys, folder)[1]
     assert found.startswith(HELD_OUT) and "2 .tif files" in found and "1 .bmp files" in found
-    text = sentence(capsys, load_data, str(write(tmp_path / "x", "a/0.gif")), "", CPU)
-    assert "no images found; not used: 1 .gif files" in text and ".webp" in text
+    text = sentence(capsys, load_data, str(write(tmp_path / "x", "a/0.tiff")), "", CPU)
+    assert "no images found; not used: 1 .tiff files" in text and ".webp" in text
 
 
 def test_links_and_loops(tmp_path, capsys):

@@ -1,0 +1,86 @@
+"""Readers of videos: from stored frames to the clips that views are made of.
+
+    Clips(frames, lengths)   all videos in memory, on the device of the training
+
+A reader of videos answers the questions of kernels/readers.py. A view that begins with a ClipCrop
+is given clips (n, T, 3, size, size), one that begins with a Crop single frames (n, 3, size, size):
+so a method for images can learn from videos, too. Of each video one clip is shown per epoch, from a
+random moment on. All its frames are cut to the same box: if each had its own, the boxes would tell
+the order of the frames.
+
+load_videos(name) reads an embedded set.
+"""
+
+
+import numpy as np
+import torch
+
+from kernels.readers import BrokenFiles, InMemory
+from kernels.views import MOMENT, ClipCrop, resized_crop
+
+
+class Clips:
+    """Reader of N videos in memory. frames: (F, 3, H, W) uint8 on the device of the training, all
+    videos one after the other. lengths: (N,) int, frames of each. truth: what else is known of each
+    video, {name: tensor (N, ...)}."""
+
+    def __init__(self, frames, lengths, truth=None):
+        self.frames = frames
+        self.lengths = np.asarray(lengths)
+        self.starts = self.lengths.cumsum() - self.lengths
+        self.truth = truth or {}
+        self.broken = BrokenFiles()  # nothing in memory is ever broken
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def batches(self, plan, crops, device, workers):
+        """For each step of the plan: (n,) indices, and float clips or frames per view."""
+        for step, (index, draws) in enumerate(plan, plan.first):
+            views = []
+            for view, (crop, u) in enumerate(zip(crops, draws)):
+                moment = plan.random(plan.epoch, step, view, MOMENT).uniform().numpy()
+                views.append(self.cut(index, crop, u, moment))
+            yield torch.from_numpy(index).to(device), views
+
+    def cut(self, index, crop, u, moment):
+        """Videos `index` (n,), a ClipCrop or Crop, and its random numbers (n, 22) and (n,) ->
+        (n, T, 3, size, size), or (n, 3, size, size)."""
+        one_frame = not isinstance(crop, ClipCrop)
+        clip = ClipCrop(crop, frames=1) if one_frame else crop
+        places = self.starts[index][:, None] + clip.places(moment, self.lengths[index])  # (n, T)
+        frames = self.frames[torch.from_numpy(places).to(self.frames.device)]  # (n, T, 3, H, W)
+
+        # A clip is cut like an image of 3 T channels.
+        boxes = clip.crop.boxes(u, *frames.shape[3:])
+        x = resized_crop(frames.flatten(1, 2), boxes, clip.size)
+        x = x.unflatten(1, (clip.frames, 3))
+        return x[:, 0] if one_frame else x
+
+    def part(self, indices):
+        """A reader of some of the videos."""
+        chosen = indices.tolist()
+        places = [np.arange(self.starts[i], self.starts[i] + self.lengths[i]) for i in chosen]
+        frames = self.frames[torch.from_numpy(np.concatenate(places)).to(self.frames.device)]
+        truth = {name: values[indices] for name, values in self.truth.items()}
+        return Clips(frames, self.lengths[chosen], truth)
+
+    def count_together(self):
+        """See Files."""
+
+    def middle(self):
+        """The middle frame of each video, as a reader of images."""
+        places = torch.from_numpy(self.starts + self.lengths // 2)
+        return InMemory(self.frames[places.to(self.frames.device)])
+
+    def whole(self, indices, size, workers=0):
+        """As InMemory.whole: of each video its middle frame."""
+        yield from self.middle().whole(indices, size, workers)
+
+
+FILMS = ("movers", "bunny")  # the embedded data sets of videos
+
+
+def load_film(name, device):
+    """An embedded data set of videos: [(reader, labels (N,)), ...] of training and test."""
+    raise NotImplementedError
