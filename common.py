@@ -58,6 +58,7 @@ except ImportError:  # Windows
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))  # after all others: kernels and methods are found beside this file
+from kernels.clips import FILMS, load_film
 from kernels.collectives import (
     all_reduce_sum,
     barrier,
@@ -70,7 +71,6 @@ from kernels.collectives import (
     warn,
     world,
 )
-from kernels.clips import FILMS, load_film
 from kernels.folders import read_folder
 from kernels.mae_mask import gather_tokens
 from kernels.readers import BrokenFiles, Files, InMemory
@@ -584,6 +584,23 @@ def share(function, *args):
     if world() > 1:
         dist.broadcast_object_list(everyone)
     return everyone[0]
+
+
+@torch.no_grad()
+def held_out(network, split, settings, measure):
+    """{"held_out": the mean of measure(network(*views)), a scalar tensor, over batches of held-out
+    images or clips}; {} where there are none. settings: those of a Loader; views, batch, seed and
+    device are used. Every call shows the same. The network is in eval mode, and left as it was."""
+    if not split:
+        return {}
+    views, batch, seed, device, *_ = settings
+    batch = min(batch, len(split.images) // world() * world())
+    training = network.training
+    network.eval()
+    loader = Loader(split, views, batch, seed, device)
+    values = [measure(network(*shown)) for _, shown in loader(epoch=0)]
+    network.train(training)
+    return {"held_out": all_reduce_sum(torch.stack(values).mean()).item() / world()}
 
 
 def flip_and_normalize(x, rand):

@@ -1,6 +1,6 @@
 """Readers of videos: from stored frames to the clips that views are made of.
 
-    Clips(frames, lengths)   all videos in memory, on the device of the training
+    VideosInMemory(frames, lengths)   all videos in memory, on the device of the training
 
 A reader of videos answers the questions of kernels/readers.py. A view that begins with a ClipCrop
 is given clips (n, T, 3, size, size), one that begins with a Crop single frames (n, 3, size, size):
@@ -15,20 +15,21 @@ load_videos(name) reads an embedded set.
 import numpy as np
 import torch
 
+from kernels.movers import load_movers, render
 from kernels.readers import BrokenFiles, InMemory
 from kernels.views import MOMENT, ClipCrop, resized_crop
 
 
-class Clips:
+class VideosInMemory:
     """Reader of N videos in memory. frames: (F, 3, H, W) uint8 on the device of the training, all
-    videos one after the other. lengths: (N,) int, frames of each. truth: what else is known of each
-    video, {name: tensor (N, ...)}."""
+    videos one after the other. lengths: (N,) int, frames of each. truth: what else is known of the
+    videos, of `movers` a MoverClips, else None; truth.part(index) is that of some of them."""
 
     def __init__(self, frames, lengths, truth=None):
         self.frames = frames
         self.lengths = np.asarray(lengths)
         self.starts = self.lengths.cumsum() - self.lengths
-        self.truth = truth or {}
+        self.truth = truth
         self.broken = BrokenFiles()  # nothing in memory is ever broken
 
     def __len__(self):
@@ -62,8 +63,8 @@ class Clips:
         chosen = indices.tolist()
         places = [np.arange(self.starts[i], self.starts[i] + self.lengths[i]) for i in chosen]
         frames = self.frames[torch.from_numpy(np.concatenate(places)).to(self.frames.device)]
-        truth = {name: values[indices] for name, values in self.truth.items()}
-        return Clips(frames, self.lengths[chosen], truth)
+        truth = self.truth and self.truth.part(indices.to(self.frames.device))
+        return VideosInMemory(frames, self.lengths[chosen], truth)
 
     def count_together(self):
         """See Files."""
@@ -79,8 +80,23 @@ class Clips:
 
 
 FILMS = ("movers", "bunny")  # the embedded data sets of videos
+MOVERS = {"train": 4000, "test": 1000}  # clips that are rendered, in about 20 seconds of one core
 
 
 def load_film(name, device):
     """An embedded data set of videos: [(reader, labels (N,)), ...] of training and test."""
+    return [read_film(name, split, device) for split in ("train", "test")]
+
+
+def read_film(name, split, device):
+    if name == "movers":
+        return rendered(split, MOVERS[split], device)
     raise NotImplementedError
+
+
+def rendered(split, count, device):
+    """The first `count` clips of a split of `movers`: a reader, and the category of each emoji."""
+    clips = render(load_movers(split, device), range(count))
+    lengths = [clips.frames.shape[1]] * count
+    reader = VideosInMemory(clips.frames.flatten(0, 1), lengths, clips)
+    return reader, clips.category[:, 0]

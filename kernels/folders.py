@@ -1,4 +1,4 @@
-"""Folders: which files are shown in training, which are kept for the test, and what their labels are.
+"""Folders: which files are shown in training, which are kept for the test, and their labels.
 
 A folder holds images or videos. It is one of videos if there is a video among the first thousand
 files that are found in it, or if the first of its images is an animated WebP.

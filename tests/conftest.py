@@ -42,6 +42,7 @@ from torchvision.utils import save_image  # noqa: E402
 
 import common  # noqa: E402
 from common import Data, InMemory, Split, load_data  # noqa: E402
+from kernels.clips import rendered  # noqa: E402
 from kernels.collectives import rank  # noqa: E402
 from kernels.views import BatchRandom  # noqa: E402
 
@@ -99,6 +100,18 @@ def tiny_data(train=24, test=12):
     data = load_data("emoji", "", CPU)
     bank = cut(data.train, train)
     return Data("tiny", bank, bank, cut(data.test, test))
+
+
+@functools.cache
+def tiny_clips(train=24, test=12):
+    """Data of some clips of `movers`."""
+    train, test = (Split(*rendered(s, n, CPU)) for s, n in (("train", train), ("test", test)))
+    return Data("tiny", train, train, test)
+
+
+def tiny(name):
+    """What a method learns from in the tests."""
+    return tiny_clips() if kind_of(name) == "video" else tiny_data()
 
 
 def write_images(folder, count):
@@ -184,7 +197,7 @@ def call_main(name, *flags, data=None, **patches):
     err = io.StringIO()
     code = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method(name), "load_data", lambda *_: data or tiny_data())
+        patch.setattr(method(name), "load_data", lambda *_: data or tiny(name))
         for attribute, value in patches.items():
             patch.setattr(method(name), attribute, value)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -226,7 +239,7 @@ class Recorder(common.Run):
         self.row = {"loss": 0.0, "images_per_s": 0.0}
         self.words = {}
 
-    def end_epoch(self, epoch):
+    def end_epoch(self, epoch, **more):
         pass
 
     def finish(self):

@@ -118,7 +118,7 @@ def test_quoted_flags_are_accepted(monkeypatch, where, processes, script, words)
         return
     args = arguments(name, *words)
     assert args.batch % processes == 0
-    folders = ("IMAGENET", "PATH/TO/FOLDER", "PATH/TO/IMAGENET")
+    folders = ("IMAGENET", "VIDEOS", "PATH/TO/FOLDER", "PATH/TO/IMAGENET")
     assert args.data in (*common.EMBEDDED, *common.DOWNLOADED, *folders)
     if hasattr(args, "arch"):
         backbone = getattr(method(name), "backbone", common.backbone)

@@ -259,6 +259,11 @@ def defaults(method):
     return {name: row[0] for name, row in settings.items() if name != "recipe"}
 
 
+def home(method):
+    """The data set that a method's defaults learn from."""
+    return importlib.import_module(f"methods.{method}").SETTINGS["recipe"][0]
+
+
 def is_default(row):
     """Whether the run had today's defaults, on whatever data."""
     free = {"data", "eval_every", "seed"}
@@ -288,7 +293,8 @@ def changed(row):
 def keep_pictures(folder, row):
     """views/NAME.png: the headings and the first two rows of the run's views.png; and, of SimCLR's
     default run with seed 0, neighbours.png."""
-    if not is_default(row) or row["settings"]["data"] != "emoji" or row["settings"]["seed"] != 0:
+    usual = is_default(row) and row["settings"]["data"] == home(row["method"])
+    if not usual or row["settings"]["seed"] != 0:
         return
     picture = Image.open(folder / "views.png").convert("RGB")
     picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
@@ -398,6 +404,72 @@ def draw_curves(rows, path):
     figure.savefig(path)
 
 
+COMPARE_VIEWS = ("Metric learning", "Contrastive", "Clustering and decorrelation", "Distillation")
+
+
+def draw_years(rows, path):
+    """Linear accuracy on emoji of the methods that compare views, in the order of their papers: the
+    mean of the runs at the defaults, and their spread."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    best = headline(rows)
+    families = {m: family for family in COMPARE_VIEWS for m in FAMILIES[family] if m in best}
+    methods = sorted(families, key=lambda method: about(method)[1])
+
+    figure = Figure((9, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.set_ylabel("linear accuracy, %")
+    axes.set_title("emoji, from scratch, at the defaults of each file")
+    for place, method in enumerate(methods):
+        values = [run["evaluation"]["linear"] for run in best[method]]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0
+        color = colormaps["tab10"](COMPARE_VIEWS.index(families[method]))
+        axes.errorbar(place, statistics.mean(values), deviation, fmt="o", color=color, capsize=3)
+    names = [f"{about(method)[1]} {method}" for method in methods]
+    axes.set_xticks(range(len(methods)), names, rotation=35, ha="right")
+    for number, family in enumerate(COMPARE_VIEWS):
+        axes.plot([], [], "o", color=colormaps["tab10"](number), label=family)
+
+    runs = [run for method in methods for run in best[method]]
+    for part, style, name in (("pixels", "--", "raw pixels"), ("random_init", ":", "untrained")):
+        axes.axhline(mean(runs, part, "linear"), color="gray", linestyle=style, label=name)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path)
+
+
+def draw_plane(rows, path):
+    """Alignment against uniformity of the features of the methods that compare views, on emoji at
+    their defaults; colour: linear accuracy."""
+    from matplotlib.figure import Figure
+
+    best = headline(rows)
+    methods = [m for family in COMPARE_VIEWS for m in FAMILIES[family] if m in best]
+    runs = [run for method in methods for run in best[method]]
+
+    figure = Figure((9, 5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.set(
+        xlabel="uniformity; further left: images are spread more evenly over the sphere",
+        ylabel="alignment; further down: views of an image are nearer",
+        title="features of each run on emoji, and of the same networks untrained",
+    )
+
+    def places(runs, part):
+        return [[run[part][key] for run in runs] for key in ("uniformity", "alignment")]
+
+    for part, marker, name in (("pixels", "x", "raw pixels"), ("random_init", ".", "untrained")):
+        axes.plot(*places(runs, part), "k" + marker, label=name)
+    colors = [run["evaluation"]["linear"] for run in runs]
+    dots = axes.scatter(*places(runs, "evaluation"), c=colors, s=20)
+    figure.colorbar(dots, label="linear accuracy, %")
+    for method in methods:
+        x, y = map(statistics.mean, places(best[method], "evaluation"))
+        axes.annotate(method, (x, y), fontsize=8, xytext=(5, 3), textcoords="offset points")
+    axes.legend(loc="lower left")
+    figure.savefig(path)
+
+
 # -------- Tables ----------------------------------------------------------------------------------
 
 
@@ -419,10 +491,10 @@ def markdown(heads, lines):
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in table]
 
 
-def headline(rows):
-    """{method: its runs on emoji at the defaults}."""
-    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and is_default(e[0])]
-    return {e[0]["method"]: e for e in runs}
+def headline(rows, data="emoji"):
+    """{method: its runs at the defaults}, of the methods whose defaults learn from `data`."""
+    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == data and is_default(e[0])]
+    return {e[0]["method"]: e for e in runs if home(e[0]["method"]) == data}
 
 
 def about(method):
@@ -437,10 +509,14 @@ def about(method):
 
 def method_table(rows):
     """One block per family: what the network is shown, the file, the idea, how far it came."""
-    best = headline(rows)
+    best = headline(rows) | headline(rows, "movers")
     lines = []
     for family, files in FAMILIES.items():
         lines += ["", f"**{family}**", ""]
+        videos = [run for m in files if home(m) == "movers" for run in best.get(m, [])]
+        if videos:
+            pixels = f"{mean(videos, 'pixels', 'linear'):.1f}"
+            lines += [f"Numbers of single frames of `movers`, where raw pixels have {pixels}.", ""]
         cells = []
         for method, (idea, _) in files.items():
             name, year, link = about(method)
@@ -479,6 +555,7 @@ def short_table(rows):
         numbers = [spread(runs, "evaluation", key) for key in keys]
         lines.append([f"**{runs[0]['method']}**", *numbers, minutes(runs), len(runs)])
     missing = [m for files in FAMILIES.values() for m in files if m not in best]
+    missing = [m for m in missing if home(m) == "emoji"]
     return markdown(heads, lines + [[m, *["not run"] * 5] for m in missing])
 
 
@@ -513,7 +590,9 @@ def full_table(rows, data):
         other.append([name, *numbers, size, where, commits])
 
     done = {e[0]["method"] for e in runs}
+    of_videos = data == "movers"
     missing = [m for files in FAMILIES.values() for m in files if m not in done]
+    missing = [m for m in missing if (home(m) == "movers") == of_videos]
     return [
         *markdown(["features", *heads.values(), "seeds"], trained),
         *(["", f"Not run: {', '.join(sorted(missing))}."] if missing else []),
@@ -574,12 +653,13 @@ def reached(runs):
         baselines = f"untrained {mean(runs, 'random_init', key):.1f}"
         baselines += f", raw pixels {mean(runs, 'pixels', key):.1f}"
         words.append(f"{name} {number:.1f} % ({baselines})")
-    settings = runs[0]["settings"]
+    data = runs[0]["settings"]["data"]
+    epochs = runs[0]["settings"]["epochs"]
     where = "one busy CPU core" if on_one_core(runs) else "two CPU cores"
     count = f"mean of {len(runs)} runs" if len(runs) > 1 else "one run"
     return (
-        f"Reached. On emoji after {settings['epochs']} epochs, {fastest(runs):.0f} seconds on "
-        f"{where}: {'; '.join(words)}; {count}. Other recipes: not run."
+        f"Reached. On {data} after {epochs} epochs, {fastest(runs):.0f} seconds on {where}: "
+        f"{'; '.join(words)}; {count}. Other recipes: not run."
     )
 
 
@@ -594,6 +674,7 @@ def pages(rows):
         "results": short_table(rows),
         "emoji": full_table(rows, "emoji"),
         "fashion": full_table(rows, "fashion"),
+        "movers": full_table(rows, "movers"),
         "ranking": ranking_table(rows),
         "papers": papers_table(),
         "kernels": kernel_table(),
@@ -612,7 +693,7 @@ def pages(rows):
     if sorted(used) != sorted(blocks):
         common.fail(f"each of {', '.join(blocks)} must be one block <!-- NAME --> on a page")
 
-    best = headline(rows)
+    best = headline(rows) | headline(rows, "movers")
     for method in [m for files in FAMILIES.values() for m in files]:
         path = ROOT / "methods" / f"{method}.py"
         lines = textwrap.fill(reached(best.get(method)), 100, break_on_hyphens=False)
@@ -639,6 +720,8 @@ def main(argv=None):
             path.write_text(text)
     if not args.check:
         draw_curves(rows, HERE / "knn.png")
+        draw_years(rows, HERE / "years.png")
+        draw_plane(rows, HERE / "plane.png")
 
 
 if __name__ == "__main__":
