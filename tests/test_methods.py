@@ -161,7 +161,8 @@ def test_docstring_has_its_parts_in_order(name):
         assert re.search(r"^Official code", text[: places[2]], re.MULTILINE)
     if kind_of(name) != "evaluation":
         run = text[places[4] : places[5]]
-        assert re.search(r"^--batch counts the (?:images|clips) of all\s+processes\s+together\b", run, re.M)
+        words = r"^--batch counts the (?:images|clips) of all\s+processes\s+together\b"
+        assert re.search(words, run, re.MULTILINE)
         numbers = re.findall(r"^    (\d+)\. ", text[places[-1] :], re.MULTILINE)
         assert numbers == [str(i + 1) for i in range(len(numbers))] and numbers
     assert not re.search(r"\b(FACTOR|TODO|FIXME|XXX)\b", source(name))  # still to be written
