@@ -110,6 +110,10 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
         ),
     },
     "Contrastive": {
+        "cpc": (
+            "rows of patches predict the rows below, among patches of other images",
+            "48.7 % ImageNet linear, ResNet-101",
+        ),
         "instance_discrimination": (
             "every image is a class; its last features are kept in a memory bank",
             "54.0 % ImageNet linear, ResNet-50",
@@ -129,6 +133,10 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
         "moco": (
             "find the matching key in a queue of thousands",
             "71.1 % ImageNet linear, ResNet-50, v2, 800 epochs",
+        ),
+        "moco_v3": (
+            "find the matching key in the batch, with a vision transformer",
+            "76.7 % ImageNet linear, ViT-B, 300 epochs",
         ),
     },
     "Clustering and decorrelation": {
@@ -159,6 +167,12 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
         "mae": (
             "paint the three quarters of the patches that are hidden",
             "73.5 % ImageNet linear, ViT-L, 800 epochs",
+        ),
+    },
+    "Video": {
+        "shuffle_and_learn": (
+            "were these three frames filmed in this order?",
+            "50.2 % UCF101, 18.1 % HMDB51, fine-tuned",
         ),
     },
 }
