@@ -17,7 +17,7 @@ Notation. N images in the global batch, n = N / processes on this process; x (n,
 patches of each; z = f(x) (n, G, G, D) encodings, whose mean over the grid is the representation
 that is kept for later use; c_ij context, computed from rows 1 to i of z; W_k c_ij (d) prediction of
 k rows below, by a linear map for each k; u = V z (d) what is predicted, a linear map of z. With l
-over all patches of the global batch (v1: Eq. 4, v2: Eq. 2):
+over all patches of the global batch (Eq. 4):
 
     p_ijk = exp(u_(i+k)j . W_k c_ij) / sum over l of exp(u_l . W_k c_ij)
     L     = mean over images, i, j and k of  -log p_ijk
@@ -42,7 +42,8 @@ Differs from the paper. (This file | the papers.)
     3. Without normalisation (-none in --arch), a scale and an offset for each channel stay where
        batch-norm was, and a residual branch starts at 0 | v1: does not say how such a network
        starts. Layer-norm (-layer) is over the channels and places of one patch.
-    4. The context network is that of v2's appendix, on a linear projection of z.
+    4. The context network is that of v2's appendix, on a linear projection of z, and u is a linear
+       map of z, as there | v1: a PixelCNN that it does not describe; predicts z itself.
     5. Where colours are dropped, one random channel stands for all three | v2: the other two are
        gone. v2 also bends, shears and recolours its patches.
     6. Images are random resized crops | v1: crops of 256 from 300 pixels, in grey.
@@ -83,9 +84,10 @@ def info_nce(predicted, candidates, positive):
 
 
 def true_patches(number, turn, steps):
-    """Which patches are predicted: (n, sum over k of (G - k) G), in the order of
-    CPC.predict. number (n, G, G): the numbers of the patches, of an image that is read after so
-    many quarter turns."""
+    """Which patches a Reader predicts, in its order: (n, sum over k of (G - k) G).
+
+    number: (n, G, G) the place of each patch among the candidates; turn: by how many quarter turns
+    the grid is turned before it is read from the top; steps: all k."""
     number = torch.rot90(number, turn, dims=(1, 2))
     return torch.cat([number[:, k:].flatten(1) for k in steps], 1)
 
@@ -289,13 +291,15 @@ def views(args):
 
 SETTINGS = {
     "recipe": ("emoji", "stl10", "v2", "paper", "which column gives the defaults; paper: v1"),
-    "size": (48, 96, 256, 256, "side of the image that is cut, pixels; v2: 260"),
+    "size": (48, 96, 260, 256, "side of the image that is cut, pixels"),
     "arch": ("resnet14-layer", "resnet18-layer", "resnet50x2-layer", "resnet50-none",
-             "the encoder of a patch; ResNets with -layer have layer-norm, with -none nothing, "
-             "without an ending batch-norm", ENCODERS),
+             "the encoder of a patch; -layer: with layer-norm, -none: without normalisation",
+             ENCODERS),
     "batch": (64, 128, 512, 512, "images per step, over all processes; 25 or 49 patches of each"),
+    # v1 does not say for how long it trains on images
     "epochs": (12, 100, 200, 100, "passes over the training images"),
     "warmup": (1.0, 1.0, 0.0, 0.0, "epochs of linear learning-rate warm-up"),
+    # 4e-3: with 64 images per step this is 1e-3, the usual rate of Adam
     "lr": (4e-3, 1e-3, 2e-4, 1e-4, "learning rate of Adam per 256 images"),
     # patches that are one row apart share half of their pixels
     "nearest": (2, 2, 3, 1, "k, rows down to the first patch that is predicted", "[1, inf)"),
@@ -349,11 +353,14 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 
 
 def show(views):
-    """For views.png: the patches of each image side by side, as in a picture puzzle."""
+    """For views.png: the patches of each image side by side, with grey lines between them."""
     (x,) = views  # (n, G, G, 3, t, t)
-    side = x.shape[1] * x.shape[5]
-    x = x.permute(0, 3, 1, 4, 2, 5)  # (n, 3, rows, t, columns, t)
-    return {"patches": denormalize(x.reshape(-1, 3, side, side))}
+    n, count = x.shape[:2]
+    x = denormalize(x.flatten(0, 2))
+    x = F.pad(x, (1, 1, 1, 1), value=0.6)
+    x = x.unflatten(0, (n, count, count))
+    x = x.permute(0, 3, 1, 4, 2, 5)  # (n, 3, rows, t + 2, columns, t + 2)
+    return {"patches": x.flatten(4, 5).flatten(2, 3)}
 
 
 def main(argv=None):

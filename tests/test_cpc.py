@@ -333,8 +333,8 @@ def test_views_without_augmentation_are_what_is_evaluated():
     x = augment(images, SimpleNamespace(uniform=uniform))
     torch.testing.assert_close(x, cpc.cut_patches(common.normalize(images)), **CLOSE)
     shown = cpc.show([x])["patches"]
-    assert shown.shape == (4, 3, 40, 40)
-    torch.testing.assert_close(shown[:, :, 8:16, 32:40], images[:, :, 4:12, 16:24], **CLOSE)
+    assert shown.shape == (4, 3, 50, 50)  # a line of one pixel around each
+    torch.testing.assert_close(shown[:, :, 11:19, 41:49], images[:, :, 4:12, 16:24], **CLOSE)
 
 
 def test_views_differ_between_patches_of_an_image():
