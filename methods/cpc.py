@@ -30,7 +30,8 @@ Run.
     python methods/cpc.py --recipe stl10                      one GPU
     torchrun --nproc_per_node 8 methods/cpc.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
-The network sees G x G patches of each. --recipe v2 is the second paper's.
+The network sees G x G patches of each. --recipe v2 is the second paper's. The run folder also gets
+predictions.png: which patches the network expects in the part of an image that it has not read.
 
 Reached. Not run yet.
 
@@ -64,10 +65,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 import common
-from common import (ARCHS, RESNETS, VITS, Loader, Run, fail, join_processes, load_data, parse,
-                    patch_side)
+from common import (ARCHS, RESNETS, VITS, Loader, Run, fail, first_batch, join_processes, load_data,
+                    parse, patch_side, save_grid)
 from kernels.collectives import distribute, gather, rank, world
-from kernels.views import Crop, denormalize, normalize, random_flip
+from kernels.views import Crop, denormalize, normalize, random_flip, whole_image
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -363,6 +364,40 @@ def show(views):
     return {"patches": x.flatten(4, 5).flatten(2, 3)}
 
 
+@torch.no_grad()
+def draw_predictions(path, run):
+    """Of ten test images: what is read of them, from the top; the true patch some rows below; and
+    the patches, of 64 images, that the network thinks likeliest there."""
+    size = run.args.size
+    split = run.data.test or run.data.bank
+    view = whole_image(size, lambda x, rand: x)
+    (images,) = first_batch(split, [view], 64 * world(), run.args.seed, run.device)
+    patches = cut_patches(normalize(images))  # (n, G, G, 3, t, t)
+    predicted, targets = run.model.eval()(patches)
+
+    # From the top to `row`, in the middle column. The order is that of true_patches.
+    count, stride, side = grid_of(size)
+    k = run.args.nearest
+    row = (count - k) // 2
+    column = count // 2
+    predicted = predicted[:10, row * count + column]  # (10, d)
+    scores = predicted @ targets.flatten(0, 2).T  # (10, n G G)
+    likeliest = scores.topk(6).indices.cpu()  # (10, 6)
+    first = count**2 * torch.arange(len(scores))  # of each image
+    true = first[:, None] + (row + k) * count + column
+
+    read = images[:10].clone()
+    read[:, :, row * stride + side :] = 0.6  # grey
+    shown = torch.cat([true, likeliest], 1)  # (10, 7)
+    patches = denormalize(patches.flatten(0, 2)).cpu()
+    rows = [[image, *patches[some]] for image, some in zip(read, shown)]
+    guesses = [f"guess {i}" for i in range(1, 7)]
+    columns = ["read", "true", *guesses]
+    green = F.pad(likeliest == true, (2, 0))
+    note = f"{run.name}: the true patch, {k} rows below what is read, and the likeliest ones"
+    save_grid(path, rows, columns, green, note)
+
+
 def main(argv=None):
     args = get_args(argv)
     device = join_processes(args.seed)
@@ -404,6 +439,8 @@ def main(argv=None):
             optimizer.step()
             run.log(loss, lr)
         run.end_epoch(epoch)
+    if rank() == 0:
+        draw_predictions(run.folder / "predictions.png", run)
     run.finish()
 
 

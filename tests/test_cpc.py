@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Shell, arguments, noise
+from conftest import CPU, Shell, arguments, noise, tiny_data
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -382,3 +382,35 @@ def test_impossible_flags_are_refused(capsys, flags, words):
     with pytest.raises(SystemExit) as error:
         arguments("cpc", *flags)
     assert error.value.code == 1 and words in capsys.readouterr().err
+
+
+def test_the_picture_shows_the_true_patch_and_the_likeliest(monkeypatch):
+    """With a network that predicts a patch by the patch itself, the first guess is always true. It
+    is drawn for the patch in the middle column, the given number of rows below the last one that is
+    read, of which nothing is shown."""
+    args = arguments("cpc", "--size", SIZE)
+    data = tiny_data()
+    seen = []
+    monkeypatch.setattr(cpc, "save_grid", lambda *args: seen.append(args))
+
+    def knows(x):
+        u = F.normalize(x.flatten(3), dim=3)  # (n, 5, 5, 192)
+        number = torch.arange(x[:, :, :, 0, 0, 0].numel()).view(x.shape[:3])
+        true = torch.cat([cpc.true_patches(number, turn, range(2, 5)) for turn in range(4)], 1)
+        return u.flatten(0, 2)[true], u
+
+    run = SimpleNamespace(args=args, data=data, device=CPU, name="cpc")
+    run.model = SimpleNamespace(eval=lambda: knows)
+    cpc.draw_predictions("", run)
+    ((_, rows, columns, green, note),) = seen
+    assert len(columns) == len(rows[0]) == 8 and green.shape == (10, 8) and "2 rows below" in note
+    assert green[:, 2].all() and not green[:, :2].any()
+    images = next(data.test.images.whole(torch.arange(12), SIZE))[0]
+    for read, true, first, *_ in rows:
+        assert torch.equal(true, first) and (read[:, 12:] == 0.6).all()
+        candidates = []
+        for image in images / 255:
+            small = F.interpolate(image[None], (SIZE, SIZE), mode="bicubic", antialias=True)[0]
+            if torch.allclose(small[:, :12].clamp(0, 1), read[:, :12], atol=1e-3):
+                candidates.append(small[:, 12:20, 8:16].clamp(0, 1))
+        assert any(torch.allclose(true, patch, atol=1e-3) for patch in candidates)
