@@ -371,7 +371,8 @@ def draw_predictions(path, run):
     size = run.args.size
     split = run.data.test or run.data.bank
     view = whole_image(size, lambda x, rand: x)
-    (images,) = first_batch(split, [view], 64 * world(), run.args.seed, run.device)
+    count = 64 * world()
+    (images,) = first_batch(split, [view], count, run.args.seed, run.device)
     patches = cut_patches(normalize(images))  # (n, G, G, 3, t, t)
     predicted, targets = run.model.eval()(patches)
 
