@@ -4,6 +4,7 @@ file, so a new file of any kind needs no new code here."""
 
 import ast
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -570,15 +571,16 @@ class OneStep(Recorder):
         raise Stop
 
 
-def without_values(*args, **options):
-    """common.backbone without its initial values, which take seconds for a large network."""
+def without_values(*args, make, **options):
+    """A method's network without its initial values, which take seconds for a large network."""
     with META:
-        return common.backbone(*args, **options)
+        return make(*args, **options)
 
 
 def one_step(name, flags, folder):
     """A step of 8 images on the meta device. Returns whether these flags are accepted."""
-    patches = {"backbone": without_values} if hasattr(method(name), "backbone") else {}
+    own = getattr(method(name), "backbone", None)
+    patches = {"backbone": functools.partial(without_values, make=own)} if own else {}
     flags = [*flags, "--data", "emoji", "--batch", 8, "--workers", 0, "--out", folder]
     try:
         arguments(name, *flags)
