@@ -54,8 +54,8 @@ def test_both_directions_of_a_collapsed_network_cost_4_tau_log_n(tau):
 
 @pytest.mark.parametrize("tau", [0.07, 1.0])
 def test_gradient_reaches_queries_alone_and_has_no_factor_of_the_temperature(tau):
-    """dL/dq_i = 2 / n (sum over j of p_ij k_j - k_i), p: softmax over the N keys. Without its factor
-    2 tau, the loss would have 1 / tau in front of this."""
+    """dL/dq_i = 2 / n (sum over j of p_ij k_j - k_i), p: the softmax over the N keys. Without the
+    factor 2 tau in the loss it would be 1 / (2 tau) times this."""
     q = units(4, 8, seed=1).requires_grad_()
     k = units(12, 8, seed=2).requires_grad_()
     own = torch.arange(4, 8)
