@@ -23,12 +23,9 @@ the target keeps its random initial weights. Predicting it gave 18.8 % on ImageN
 random network itself gives 1.4 %. --target random repeats this: in the final table, "random init"
 is an untrained network like the target, "byol" the network that learned to predict it.
 
-A middle layer as target (not in the paper). With --target mid the prediction is compared with what
-a middle stage of the target's backbone makes of the other view: its output, averaged over places
-and normalised by a batch-norm without scale and offset. This target has no projector. The early
-stages still know much of what differs between two views, so predicting them asks for less
-invariance: --stage 1 is the nearest to the pixels, 4 is the representation itself. The stage moves
-with the online network as any target does; with --tau-base 1 it stays random.
+A middle layer as target (not in the paper). With --target mid, z is the output of a middle stage of
+the target's backbone, averaged over places, after a batch-norm without scale and offset. --stage 1
+is the nearest to the pixels and asks for the least invariance. With --tau-base 1 it stays random.
 
 Batch-norm of the target uses the statistics of the current batch. The moving average covers its
 weights, biases, scales and offsets, but not its running statistics. This follows the official code.
