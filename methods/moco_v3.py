@@ -29,8 +29,9 @@ Run.
     python methods/moco_v3.py --recipe cifar10                one GPU
     torchrun --nproc_per_node 8 methods/moco_v3.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together. `--recipe paper-resnet` is the ResNet-50 of the
-paper. --train-patches trains the patch projection, too. metrics.jsonl then has the largest gradient
-of the first layer in each step, first_gradient: its peaks come before the dips.
+paper. --train-patches trains the patch projection, too. If the first layer is trained,
+metrics.jsonl has its largest gradient in each step, first_gradient, whose peaks come before the
+dips in the paper (Figure 4).
 
 Reached. Not run yet.
 
