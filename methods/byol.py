@@ -23,6 +23,10 @@ the target keeps its random initial weights. Predicting it gave 18.8 % on ImageN
 random network itself gives 1.4 %. --target random repeats this: in the final table, "random init"
 is an untrained network like the target, "byol" the network that learned to predict it.
 
+A middle layer as target (not in the paper). With --target mid, z is the output of a middle stage of
+the target's backbone, averaged over places, after a batch-norm without scale and offset. --stage 1
+is the nearest to the pixels and asks for the least invariance. With --tau-base 1 it stays random.
+
 Batch-norm of the target uses the statistics of the current batch. The moving average covers its
 weights, biases, scales and offsets, but not its running statistics. This follows the official code.
 
@@ -62,7 +66,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import ARCHS, Loader, Run, backbone, join_processes, load_data, parse
+from common import ARCHS, VITS, Loader, Run, backbone, fail, join_processes, load_data, parse
 from kernels.collectives import distribute
 from kernels.views import (Crop, color_jitter, gaussian_blur, normalize, random_flip,
                            random_grayscale, solarize)
@@ -92,8 +96,18 @@ def mlp(width, hidden, dim):
     )
 
 
+def up_to(net, stage):
+    """The layers of a ResNet up to a stage, 1 to 4, and the mean over places: images (n, 3, H, W)
+    -> (n, C). The layers are shared with the network."""
+    stages = [net.layer1, net.layer2, net.layer3, net.layer4]
+    layers = [net.conv1, net.bn1, net.relu, net.maxpool, *stages[:stage]]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 class BYOL(nn.Module):
-    def __init__(self, arch, size, hidden, dim, head_norm):
+    """stage: that of the target's backbone that is predicted, or None for its projection."""
+
+    def __init__(self, arch, size, hidden, dim, head_norm, stage=None):
         super().__init__()
         self.backbone = backbone(arch, size)
         width = self.backbone.out_dim
@@ -105,9 +119,19 @@ class BYOL(nn.Module):
             return head
 
         self.projector = projector()
-        self.predictor = mlp(dim, hidden, dim)  # without it the outputs collapse (Table 5b)
+        outputs = dim
+        if stage:
+            outputs = width // 2 ** (4 - stage)  # each stage is twice as wide as the one before
+        self.predictor = mlp(dim, hidden, outputs)  # without it the outputs collapse (Table 5b)
+
         # Not a copy: as in the official code, the target starts from random weights of its own.
-        self.target = nn.Sequential(backbone(arch, size), projector()).requires_grad_(False)
+        target = backbone(arch, size)
+        if stage:
+            norm = nn.BatchNorm1d(outputs, affine=False)
+            self.target = nn.Sequential(up_to(target, stage), norm)
+        else:
+            self.target = nn.Sequential(target, projector())
+        self.target.requires_grad_(False)
 
     def forward(self, x1, x2):
         # One view after the other, so that batch statistics are always those of one view.
@@ -168,7 +192,9 @@ SETTINGS = {
     "optimizer": ("sgd", "sgd", "lars", "SGD with momentum, or LARS", ("sgd", "lars")),
     "lr": (0.1, 0.03, 0.2, "learning rate per 256 images"),
     "weight_decay": (5e-4, 5e-4, 1.5e-6, "on all parameters; with LARS on weights only"),
-    "target": ("ema", "ema", "ema", "moving average, or its random start", ("ema", "random")),
+    "target": ("ema", "ema", "ema", "moving average, its random start, or a middle stage of the "
+               "moving average", ("ema", "random", "mid")),
+    "stage": (3, 3, 3, "stage of a ResNet that --target mid predicts", "[1, 4]"),
     "tau_base": (0.99, 0.99, 0.996, "momentum of the target at the first step", "[0, 1]"),
     "hidden": (1024, 4096, 4096, "hidden units of projector and predictor", "[1, inf)"),
     "dim": (256, 256, 256, "dimensions of projection and prediction", "[1, inf)"),
@@ -177,6 +203,14 @@ SETTINGS = {
     "blur1": (0.0, 0.0, 1.0, "probability of blur in the first view", "[0, 1]"),
     "blur2": (0.0, 0.0, 0.1, "probability of blur in the second view", "[0, 1]"),
 }
+
+
+def get_args(argv=None):
+    args = parse(__doc__, SETTINGS, argv)
+    if args.target == "mid" and args.arch in VITS:
+        fail(f"--target mid needs the stages of a ResNet: --arch {args.arch} has none; choose "
+             "--arch resnet18, for example")
+    return args
 
 
 class LARS(torch.optim.Optimizer):  # copy of: methods/barlow_twins.py::LARS
@@ -227,13 +261,16 @@ def target_decay(step, args, steps_per_epoch):
 
 
 def main(argv=None):
-    args = parse(__doc__, SETTINGS, argv)
+    args = get_args(argv)
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)
-    model = BYOL(args.arch, args.size, args.hidden, args.dim, args.head_norm)
+    stage = args.stage if args.target == "mid" else None
+    model = BYOL(args.arch, args.size, args.hidden, args.dim, args.head_norm, stage)
     model = model.to(device)
-    online = nn.Sequential(model.backbone, model.projector)  # the target follows these two
+    online = nn.Sequential(model.backbone, model.projector)  # the target follows these two,
+    if stage:
+        online = up_to(model.backbone, stage)  # or the layers up to the stage
     weights = [w for w in model.parameters() if w.requires_grad]
     kind = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = kind(weights, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -259,7 +296,7 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
 
-            if args.target == "ema":
+            if args.target != "random":
                 ema_update(model.target, online, target_decay(step, args, loader.steps))
             run.log(loss, lr)
         run.end_epoch(epoch)

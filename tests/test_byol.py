@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import CPU, arguments, call_main, double_precision, noise, tiny_data
 from torch import nn
 
-from common import Loader
+from common import Loader, backbone
 from kernels.views import BatchRandom
 from methods import byol
 
@@ -89,13 +89,13 @@ HEAD = ["Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 
 @functools.cache
-def initial_model(head_norm):
+def initial_model(head_norm, stage):
     torch.manual_seed(0)
-    return byol.BYOL("resnet14", SIZE, 24, 8, head_norm)
+    return byol.BYOL("resnet14", SIZE, 24, 8, head_norm, stage)
 
 
-def tiny_model(head_norm=False):
-    return copy.deepcopy(initial_model(head_norm))  # faster than a new one
+def tiny_model(head_norm=False, stage=None):
+    return copy.deepcopy(initial_model(head_norm, stage))  # faster than a new one
 
 
 def two_views():
@@ -207,6 +207,102 @@ def test_impossible_crops_are_refused_in_one_sentence(share):
     assert f"--min-crop {share}" in result.err and result.err.count("\n") == 1
 
 
+# -------- A middle layer as target ----------------------------------------------------------------
+
+STAGES = pytest.mark.parametrize("stage", [1, 2, 3, 4])
+
+
+def stage_outputs(net, stage, x):
+    """What a stage of the whole network makes of x, averaged over places; seen by a hook."""
+    seen = []
+    hook = getattr(net, f"layer{stage}").register_forward_hook(lambda *args: seen.append(args[2]))
+    net(x)
+    hook.remove()
+    return seen[0].mean((2, 3))
+
+
+@STAGES
+def test_middle_target_is_the_stage_with_mean_0_and_variance_1(stage):
+    """Of each view by itself; in the target's own network; without gradient. The prediction has as
+    many dimensions."""
+    model = tiny_model(stage=stage)
+    torch.manual_seed(1)
+    whole = backbone("resnet14", SIZE)
+    # The order is that of the layers; those behind the stage keep their values.
+    for t, w in zip(model.target.parameters(), whole.parameters()):
+        w.data.copy_(t)
+    x1, x2 = two_views()
+    p1, p2, z1, z2 = model(x1, x2)
+    for x, p, z in ((x1, p1, z1), (x2, p2, z2)):
+        h = stage_outputs(whole, stage, x).detach()
+        expected = (h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-3)
+        assert p.shape == z.shape and not z.requires_grad
+
+    loss = byol.regression_loss(p1, z2) + byol.regression_loss(p2, z1)
+    loss.backward()
+    for name, w in model.named_parameters():
+        assert (w.grad is None) == name.startswith("target"), name
+
+
+def test_last_stage_is_the_representation():
+    """And the layers are the network's own, not copies, so the target can follow them."""
+    net = tiny_model().backbone
+    part = byol.up_to(net, 4)
+    x, _ = two_views()
+    torch.testing.assert_close(part.eval()(x), net.eval()(x))
+    for stage in (1, 2, 3, 4):
+        layers = [f"layer{i}" for i in range(1, stage + 1)]
+        wanted = tuple(f"{name}." for name in ("conv1", "bn1", *layers))
+        own = [w for name, w in net.named_parameters() if name.startswith(wanted)]
+        found = byol.up_to(net, stage).parameters()
+        assert all(a is b for a, b in zip(found, own, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arch, stage, width",
+    [("resnet18", 3, 256), pytest.param("resnet50", 1, 256, marks=pytest.mark.thorough)],
+)
+def test_predictor_is_as_wide_as_the_stage(arch, stage, width):
+    with torch.device("meta"):
+        model = byol.BYOL(arch, 32, 24, 8, False, stage)
+        x = torch.zeros(2, 3, 32, 32)
+        p1, _, _, z2 = model(x, x)
+    assert p1.shape == z2.shape == (2, width)
+
+
+@STAGES
+def test_batch_norm_of_the_target_makes_one_answer_for_all_images_useless(stage):
+    """The best constant prediction is the mean direction of the targets and costs 2 - 2 |mean|.
+    Outputs of a stage are positive, so their directions have much in common: without the
+    batch-norm the constant alone more than halves the loss of 2."""
+    model = tiny_model(stage=stage)
+    x, _ = two_views()
+
+    def best_constant(t):
+        mean = F.normalize(t, dim=1).mean(0, keepdim=True)
+        loss = byol.regression_loss(mean.expand_as(t), t).item()
+        assert loss == pytest.approx(2 - 2 * mean.norm().item(), abs=1e-5)
+        return loss
+
+    layers, norm = model.target
+    h = layers(x)
+    assert best_constant(h) < 1
+    assert best_constant(norm(h)) > 1.5
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--target", "mid", "--arch", "vit_micro"), "--target mid needs the stages of a ResNet"),
+        (("--target", "mid", "--stage", 5), "--stage 5"),
+    ],
+)
+def test_stages_that_do_not_exist_are_refused(flags, words):
+    result = call_main("byol", *flags)
+    assert result.code == 1 and words in result.err and result.err.count("\n") == 1
+
+
 # -------- The training loop -----------------------------------------------------------------------
 
 
@@ -224,8 +320,13 @@ def official_procedure(flags):
     the model."""
     args = arguments("byol", *flags)
     torch.manual_seed(args.seed)
-    model = byol.BYOL(args.arch, SIZE, args.hidden, args.dim, args.head_norm)  # initial weights
+    stage = args.stage if args.target == "mid" else None
+    model = byol.BYOL(args.arch, SIZE, args.hidden, args.dim, args.head_norm, stage)
     online = nn.Sequential(model.backbone, model.projector)
+    followed = list(online.parameters())
+    if stage:
+        names = ("conv1", "bn1", *[f"layer{i}" for i in range(1, stage + 1)])
+        followed = [w for name in names for w in getattr(model.backbone, name).parameters()]
     weights = [*online.parameters(), *model.predictor.parameters()]
     momenta = [torch.zeros_like(w) for w in weights]
     losses = []
@@ -246,7 +347,7 @@ def official_procedure(flags):
                 m.copy_(0.9 * m + g)
                 w -= args.lr * BATCH / 256 * cosine * m
             tau = 1 - (1 - TAU) * cosine
-            for xi, theta in zip(model.target.parameters(), online.parameters(), strict=True):
+            for xi, theta in zip(model.target.parameters(), followed, strict=True):
                 xi += (1 - tau) * (theta - xi)
     return torch.stack(losses).detach(), model.state_dict()
 
@@ -260,6 +361,8 @@ SGD = ["--optimizer", "sgd", "--lr", 0.4, "--head-norm"]
 CASES = [
     pytest.param(1, [], id="lars"),
     pytest.param(1, SGD, id="sgd", marks=thorough),
+    pytest.param(1, ["--target", "mid", "--stage", 2], id="middle layer"),
+    pytest.param(2, [*SGD, "--target", "mid"], id="middle layer, 2 processes", marks=thorough),
     pytest.param(2, [], id="lars, 2 processes", marks=thorough),
     pytest.param(3, SGD, id="sgd, 3 processes", marks=thorough),
 ]
@@ -288,3 +391,10 @@ def test_random_target_never_moves_and_the_online_network_learns_to_predict_it(t
     for name, w in run.looks[0].items():
         assert torch.equal(w, run.looks[-1][name]) == name.startswith("target"), name
     assert run.losses[-STEPS:].mean() < run.losses[:STEPS].mean() - 0.2
+
+
+def test_middle_layer_stays_random_if_the_momentum_is_1(train):
+    flags = [*FLAGS, "--target", "mid", "--tau-base", 1]
+    run = train("byol", *flags, data=tiny_data(STEPS * BATCH), double=False, spy=weights_of)
+    for name, w in run.looks[0].items():
+        assert torch.equal(w, run.looks[-1][name]) == name.startswith("target"), name
