@@ -33,7 +33,7 @@ Run.
 The network sees G x G patches of each. --recipe v2 is the second paper's. The run folder also gets
 predictions.png: which patches the network expects in the part of an image that it has not read.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the papers.)
     1. The encoder is a whole ResNet or ViT for each patch | v1: a ResNet-101 up to its third stage;

@@ -33,7 +33,7 @@ paper. --train-patches trains the patch projection, too. If the first layer is t
 metrics.jsonl has its largest gradient in each step, first_gradient, whose peaks come before the
 dips in the paper (Figure 4).
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. vit_small has 6 attention heads, as in DeiT and DINO | 12.

@@ -26,7 +26,7 @@ Run.
 --batch counts the clips of all processes together.
 The network sees five frames of each.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Clips of a second, 12 frames | paper: frames up to 60 apart (two seconds and a half) with a

@@ -135,7 +135,7 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
             "71.1 % ImageNet linear, ResNet-50, v2, 800 epochs",
         ),
         "moco_v3": (
-            "find the matching key in the batch, with a vision transformer",
+            "find the matching key in the batch, without a queue",
             "76.7 % ImageNet linear, ViT-B, 300 epochs",
         ),
     },
