@@ -43,6 +43,7 @@ try:
     import av
 except ImportError:
     av = None
+OLDEST = 15  # version of PyAV
 
 FPS = 12  # frames per second of a clip: the rate of the embedded films
 ROUNDING = Fraction(1, 1000)  # seconds: WebM and MKV store time stamps in whole milliseconds
@@ -64,11 +65,8 @@ class VideoFiles(Files):
 
     def __init__(self, paths, broken=None):
         super().__init__(paths, broken)
-        if av is None and not all(is_animation(path) for path in paths):
-            fail(
-                "videos are decoded by PyAV, which is missing: pip install av (only GIF and "
-                "animated WebP are read without it)"
-            )
+        if not all(is_animation(path) for path in paths):
+            require_av()
 
     def part(self, indices):
         return VideoFiles([self.paths[i] for i in indices.tolist()], self.broken)
@@ -102,6 +100,17 @@ class VideoFiles(Files):
         for _, (images,), broken in decoded(batches):
             self.broken.add(broken)
             yield images, [index for index, _, _ in broken]
+
+
+def require_av():
+    """Exits with a one-line message if PyAV is missing or too old. Called before there are workers,
+    of which each could only fail by itself."""
+    version = "none" if av is None else av.__version__
+    if av is None or int(version.split(".")[0]) < OLDEST:
+        fail(
+            f"videos are decoded by PyAV {OLDEST} or newer, and {version} is installed: "
+            f'pip install "av>={OLDEST}" (GIF and animated WebP need none)'
+        )
 
 
 def shape_of(crop):
@@ -273,9 +282,10 @@ class Film:
             begun = since is None
             damaged = False
             for packet in packets_of(stream):
-                # So do those between a damaged packet and the next keyframe.
+                # After a damaged packet nothing is good before the next keyframe, except what the
+                # decoder still holds, which the empty packet at the end asks for.
                 damaged = packet.is_corrupt or (damaged and not packet.is_keyframe)
-                if damaged:
+                if damaged and packet.size:
                     continue
                 try:
                     frames = packet.decode()
@@ -301,8 +311,11 @@ def open_stream(path):
         streams = [s for s in container.streams.video if not s.disposition & covers]
         if not streams:
             raise ValueError("no picture")
-        streams[0].codec_context.thread_count = 1  # the workers use all cores
-        yield streams[0]
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise ValueError("PyAV has no decoder for it")
+        stream.codec_context.thread_count = 1  # the workers use all cores
+        yield stream
 
 
 def packets_of(stream):

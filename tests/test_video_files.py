@@ -10,6 +10,7 @@ import resource
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,11 +187,15 @@ def add_sound(path, seconds, keep_pictures=True):
                     packet.stream = stream
                     target.mux(packet)
         for _ in range(seconds):
-            silence = np.zeros((1, 8000), np.float32)
-            silence = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
-            silence.sample_rate = 8000
-            target.mux(sound.encode(silence))
+            target.mux(sound.encode(silence()))
         target.mux(sound.encode())
+
+
+def silence():
+    """A second of sound."""
+    sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+    sound.sample_rate = 8000
+    return sound
 
 
 # -------- Formats ---------------------------------------------------------------------------------
@@ -329,6 +334,30 @@ def test_a_tail_that_is_missing(film):
     assert shown(film, [38, 45, 59]) == [38, 39, 39]
 
 
+def test_a_tail_that_is_missing_among_reordered_frames(film):
+    """Frames that the decoder holds back, for others to be shown before, are not lost."""
+    write(film, TWELFTHS, "libx264", reorder=3, **OPEN)
+    with av.open(film) as file:
+        stream = file.streams.video[0]
+        stored = [int(12 * p.pts * p.time_base) for p in file.demux(stream) if p.size]
+    # cut where a frame that is shown later has been stored before
+    cut = next(n for n in range(30, 60) if max(stored[:n]) >= n)
+    whole = stored[:cut]
+    begin, size = packets_of(film)[cut]
+    os.truncate(film, begin + size // 2)
+    expected = [max(k for k in whole if k <= place) for place in range(max(whole) + 1)]
+    assert shown(film) == expected
+    assert shown(film, [max(whole), 59]) == [max(whole)] * 2
+
+
+def test_an_unknown_coder(film):
+    write(film, TWELFTHS[:2])
+    content = Path(film).read_bytes().replace(b"mp4v", b"none").replace(b"esds", b"free")
+    Path(film).write_bytes(content)
+    with pytest.raises(ValueError, match="PyAV has no decoder for it"):
+        open_video(film)
+
+
 def test_frames_after_damage_wait_for_a_keyframe(film):
     write(film, TWELFTHS)
     spoil(film, 30)
@@ -384,6 +413,20 @@ def test_broken_files_give_way_to_the_next_and_are_named_once(folder, capfd):
         assert line == f"warning: left out, cannot be read: {folder[i]} ({reasons[i]})"
 
 
+def test_the_cover_of_a_song_is_no_video(film):
+    with av.open(film, "w") as file:
+        sound = file.add_stream("aac", rate=8000)
+        cover = file.add_stream("mjpeg", rate=1)
+        cover.disposition = av.stream.Disposition.attached_pic
+        cover.width, cover.height, cover.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(frame(1), format="rgb24")))
+        file.mux(cover.encode())
+        file.mux(sound.encode(silence()))
+        file.mux(sound.encode())
+    with pytest.raises(ValueError, match="no picture"):
+        open_video(film)
+
+
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "link.mp4").symlink_to("nowhere.mp4")
@@ -394,12 +437,14 @@ def test_what_is_no_file(tmp_path):
     assert decoder[1][2] == [(1, files.paths[1], "No such file or directory")]
 
 
-def test_without_pyav(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(video_files, "av", None)
+@pytest.mark.parametrize("installed", [None, SimpleNamespace(__version__="14.2.0")])
+def test_without_pyav(tmp_path, monkeypatch, capsys, installed):
+    monkeypatch.setattr(video_files, "av", installed)
     for name in ("a/0.mp4", "a/1.mp4", "b/0.mp4", "b/1.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert "pip install av" in error_of(capsys, load_data, str(tmp_path), "unused", CPU)
+    text = error_of(capsys, load_data, str(tmp_path), "unused", CPU)
+    assert 'pip install "av>=15"' in text and ("14.2.0" in text) == bool(installed)
 
 
 # -------- The reader ------------------------------------------------------------------------------
