@@ -32,7 +32,7 @@ class VideosInMemory:
     videos, of `movers` a MoverClips, else None; truth.part(index) is that of some of them."""
 
     def __init__(self, frames, lengths, truth=None):
-        self.frames = frames
+        self.frames = frames.contiguous()
         self.lengths = np.asarray(lengths)
         self.starts = self.lengths.cumsum() - self.lengths
         self.truth = truth
