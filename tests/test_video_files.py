@@ -20,7 +20,7 @@ from PIL import Image
 
 from common import BrokenFiles, Loader, Split, load_data
 from kernels import video_files, views
-from kernels.clips import Clips
+from kernels.clips import VideosInMemory
 from kernels.video_files import VideoFiles, open_video, pictures
 from kernels.views import ClipCrop, Crop
 
@@ -471,7 +471,7 @@ def test_both_readers_of_videos_show_the_same(tmp_path):
     for path, length in zip(paths, lengths):
         write(path, TWELFTHS[:length], "ffv1", draw=ramp)
     frames = np.concatenate([[ramp(k) for k in range(length)] for length in lengths])
-    memory = Clips(torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), lengths)
+    memory = VideosInMemory(torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), lengths)
     loaders = [clip_loader(paths, CROPS, seed=3), clip_loader(paths, CROPS, seed=3)]
     loaders[1].reader = memory
     for epoch in range(3):
