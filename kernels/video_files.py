@@ -4,8 +4,8 @@
 
 It keeps the promises of Files (kernels/readers.py): any number of processes or workers gives the
 same clips, and a file that cannot be read is replaced by the next one, named once, and counted. It
-shows what Clips (kernels/clips.py) shows of videos in memory: per epoch one clip of each video,
-from a random moment on, all its frames cut to the same box.
+shows what VideosInMemory (kernels/clips.py) shows of videos in memory: per epoch one clip of each
+video, from a random moment on, all its frames cut to the same box.
 
 Time. Files have many frame rates, or none that is constant. Here a video has FPS frames per second:
 frame k is what is on show k / FPS seconds after the beginning, that is, the latest frame whose time
