@@ -366,13 +366,14 @@ def arrays_of(split, path):
         return {name.removeprefix(f"{split}_"): file[name] for name in names}
 
 
-def decode_webp(arrays):
-    """Images (3, H, W) uint8 from their concatenated files; ends: where each of them ends."""
+def decode_webp(arrays, mode="RGB"):
+    """Images (channels, H, W) uint8 from their concatenated files; ends: where each of them ends.
+    mode: of Pillow."""
     data = arrays["webp"].tobytes()
     start = 0
     images = []
     for end in arrays["ends"].tolist():
-        picture = Image.open(io.BytesIO(data[start:end])).convert("RGB")
+        picture = Image.open(io.BytesIO(data[start:end])).convert(mode)
         images.append(TF.pil_to_tensor(picture).contiguous())
         start = end
     return images
