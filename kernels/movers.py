@@ -171,7 +171,8 @@ def hopping(draws, t, lossless, scale, kept):
 def bounce(draws, t, lossless):
     scale = draws.scale()
     height, sideways = hopping(draws, t, lossless, scale, (0.55, 0.8))
-    x = MIDDLE + draws.uniform(-8, 8) + draws.uniform(-20, 20) * sideways
+    middle = MIDDLE + draws.uniform(-8, 8)
+    x = middle + draws.uniform(-20, 20) * sideways
     return x, floor(scale) - height, draws.tilt(), scale
 
 
@@ -180,30 +181,36 @@ def launch(draws, t, lossless):
     scale = draws.scale()
     height, sideways = hopping(draws, t, lossless, scale, (0.2, 0.4))
     direction = draws.sign()
-    x = MIDDLE + draws.uniform(-5, 5) + direction * draws.uniform(28, 45) * sideways
-    angle = draws.uniform(0, 2 * math.pi) + direction * draws.uniform(5, 9) * sideways
+    middle = MIDDLE + draws.uniform(-5, 5)
+    x = middle + direction * draws.uniform(28, 45) * sideways
+    spin = direction * draws.uniform(5, 9)  # radians per second
+    angle = draws.uniform(0, 2 * math.pi) + spin * sideways
     return x, floor(scale) - height, angle, scale
 
 
 def slide(draws, t, lossless):
     scale = draws.scale()
-    x = MIDDLE + draws.sign() * draws.uniform(22, 34) * (gliding(draws, t, lossless) - 0.5)
+    way = draws.sign() * draws.uniform(22, 34)  # pixels
+    x = MIDDLE + way * (gliding(draws, t, lossless) - 0.5)
     return x, floor(scale), draws.tilt(), scale
 
 
 def roll(draws, t, lossless):
     scale = draws.scale()
-    way = draws.sign() * draws.uniform(22, 34) * (gliding(draws, t, lossless) - 0.5)
-    angle = draws.uniform(0, 2 * math.pi) + way / (MIDDLE * scale)
-    return MIDDLE + way, floor(scale), angle, scale
+    way = draws.sign() * draws.uniform(22, 34)
+    rolled = way * (gliding(draws, t, lossless) - 0.5)
+    angle = draws.uniform(0, 2 * math.pi) + rolled / (MIDDLE * scale)
+    return MIDDLE + rolled, floor(scale), angle, scale
 
 
 def swing(draws, t, lossless):
     """A pendulum that hangs from the upper edge of the frame."""
     scale = draws.scale()
     length = draws.uniform(23, 29)  # pixels
-    angle = draws.uniform(0.5, 0.9) * swaying(draws, t, lossless, 6, 9, (1, 2.5))
-    x = MIDDLE + draws.uniform(-7, 7) + length * np.sin(angle)
+    amplitude = draws.uniform(0.5, 0.9)
+    angle = amplitude * swaying(draws, t, lossless, 6, 9, (1, 2.5))
+    pivot = MIDDLE + draws.uniform(-7, 7)
+    x = pivot + length * np.sin(angle)
     y = draws.uniform(-3, 3) + length * np.cos(angle)
     return x, y, -angle, scale
 
@@ -211,9 +218,12 @@ def swing(draws, t, lossless):
 def rise(draws, t, lossless):
     """A bubble, or one that sinks; it sways a little."""
     scale = draws.scale()
-    y = MIDDLE + draws.sign() * draws.uniform(20, 32) * (gliding(draws, t, lossless) - 0.5)
-    sway = draws.uniform(2, 4) * swaying(draws, t, lossless, 5, 8, (1, 2))
-    return MIDDLE + draws.uniform(-12, 12) + sway, y, draws.tilt(), scale
+    way = draws.sign() * draws.uniform(20, 32)
+    y = MIDDLE + way * (gliding(draws, t, lossless) - 0.5)
+    middle = MIDDLE + draws.uniform(-12, 12)
+    amplitude = draws.uniform(2, 4)
+    x = middle + amplitude * swaying(draws, t, lossless, 5, 8, (1, 2))
+    return x, y, draws.tilt(), scale
 
 
 def approach(draws, t, lossless):
@@ -221,9 +231,9 @@ def approach(draws, t, lossless):
     middle of the frame."""
     near = draws.uniform(0.6, 0.75)
     far = near / draws.uniform(2, 2.6)
-    direction = draws.sign()
-    first = np.where(direction > 0, 1 / far, 1 / near)  # distances
-    last = np.where(direction > 0, 1 / near, 1 / far)
+    nearer = draws.sign() > 0
+    first = np.where(nearer, 1 / far, 1 / near)  # distances
+    last = np.where(nearer, 1 / near, 1 / far)
     scale = 1 / (first + (last - first) * gliding(draws, t, lossless))
     x = MIDDLE + draws.uniform(-14, 14) * scale
     y = MIDDLE + draws.uniform(-14, 14) * scale
@@ -232,7 +242,8 @@ def approach(draws, t, lossless):
 
 def shake(draws, t, lossless):
     scale = draws.scale()
-    angle = draws.uniform(0.35, 0.6) * swaying(draws, t, lossless, 12, 18, (1.5, 3))
+    amplitude = draws.uniform(0.35, 0.6)
+    angle = amplitude * swaying(draws, t, lossless, 12, 18, (1.5, 3))
     x = MIDDLE + draws.uniform(-12, 12)
     y = MIDDLE + draws.uniform(-12, 12)
     return x, y, angle, scale
@@ -401,7 +412,7 @@ def draw(ingredients, script):
 
 def pixel_centres(device):
     """x and y of the pixels of a frame, (2, 48, 48)."""
-    places = torch.arange(SIDE, dtype=torch.float32, device=device) + 0.5
+    places = torch.arange(SIDE, device=device) + 0.5
     return torch.stack(torch.meshgrid(places, places, indexing="xy"))
 
 
