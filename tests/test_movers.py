@@ -111,15 +111,15 @@ def test_animations_have_their_number_of_frames():
     """Every third frame of 24 per second. Files hold equal frames once, with a longer duration;
     short animations start again."""
     greys = [4 * number for number in range(60)]
-    found = build.animation(animated_webp(greys, [42] * 60))
+    found = build.frames_of(animated_webp(greys, [42] * 60))
     assert found.shape == (16, 48, 48, 4)
     assert found[:, 20, 20, 0].tolist() == greys[:48:3]
 
-    found = build.animation(animated_webp([0, 50, 100], [42, 250, 125]))  # 1 + 6 + 3 frames
+    found = build.frames_of(animated_webp([0, 50, 100], [42, 250, 125]))  # 1 + 6 + 3 frames
     expanded = [0] + 6 * [50] + 3 * [100]
     assert found[:, 20, 20, 0].tolist() == [expanded[3 * i % 10] for i in range(16)]
 
-    assert build.animation(animated_webp([7], [42])) is None
+    assert build.frames_of(animated_webp([7], [42])) is None
 
 
 def test_sheets_keep_the_order_of_the_frames(tmp_path):

