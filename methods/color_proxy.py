@@ -6,7 +6,8 @@ Idea. Predict the colours of a grey image, as colorization.py does, but in anoth
 random points of the image the feature maps of all depths are read out and joined (a hypercolumn),
 and from it two histograms are predicted: of the hue, the place on the colour circle, and of the
 chroma, how far the colour is from grey. Grey has no hue, so an error in hue counts in proportion to
-the chroma. Reading points instead of whole maps is cheap, and neighbouring pixels say the same.
+the chroma. To read points instead of whole maps is cheap, and little is lost, because neighbouring
+pixels say nearly the same.
 
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour
 images; P random points per image, at least --border pixels from the edge; at each point u the
@@ -40,8 +41,9 @@ Differs from the paper. (This file | the paper, or the official code.)
     5. The target is the bin of the pixel, as in the default of the official code | one of its
        variants: a histogram over 7 x 7 pixels.
     6. Adam, whose learning rate after a warm-up falls to zero by a cosine | the official code holds
-       no training script; the settings of the paper column are those of colorization.py. Crops
-       are random resized crops, half of them mirrored.
+       no training script; batch, epochs and learning rate of the column `paper` are those of
+       colorization.py. Images are random resized crops, half of them mirrored | official code:
+       squares of the image at its own scale, half of them mirrored.
 """
 
 import math
@@ -170,7 +172,7 @@ class ColorProxy(nn.Module):
 
 
 def views(args):  # copy of: methods/colorization.py::views
-    """A random crop and flip, in colour: the network itself looks at the lightness alone."""
+    """A random crop and flip, in colour: what the network sees of it, backbone(...) decides."""
 
     def augment(x, rand):
         return normalize(random_flip(x, rand))

@@ -41,14 +41,15 @@ Differs from the paper. (This file | the paper, or the official code.)
     2. Four of a half's feature maps, brought to a quarter of the image's side, are added (a
        hypercolumn), and two convolutions predict | paper: fc6 and fc7 as convolutions predict
        12 x 12 places of 180 x 180 pixels.
-    3. The targets are pixels 2, 6, 10, ... of each axis | paper: the downsampled image.
+    3. The targets are pixels 2, 6, 10, ... of each axis | paper: the downsampled image. The losses
+       are means over places | paper: sums.
     4. Q = 261: the points to which at least one 8-bit sRGB colour is nearest | paper: 313.
     5. L - 50 and ab are divided by 50 | official code: not divided.
     6. The plain autoencoder has the same two halves, each of which predicts its own input | paper:
        one network that sees Lab and predicts Lab.
-    7. Adam with the settings of colorization.py, the learning rate after a warm-up falls to zero by
-       a cosine, and images are random resized crops, half of them mirrored | paper: crops of 180
-       pixels; nothing is said of the optimiser.
+    7. Adam, whose learning rate after a warm-up falls to zero by a cosine | paper: nothing is said
+       of the optimiser, so batch, epochs, rate and decay of the column `paper` are ours. Images are
+       random resized crops, half of them mirrored | paper: crops of 180 pixels.
 """
 
 import math
@@ -246,7 +247,7 @@ class SplitBrain(nn.Module):
 
 
 def views(args):  # copy of: methods/colorization.py::views
-    """A random crop and flip, in colour: the network itself looks at the lightness alone."""
+    """A random crop and flip, in colour: what the network sees of it, backbone(...) decides."""
 
     def augment(x, rand):
         return normalize(random_flip(x, rand))
