@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py 
 import common
 from common import (ARCHS, VITS, Loader, Run, ViT, fail, first_batch, join_processes, load_data,
                     parse, patch_side, save_grid)
-from kernels.collectives import all_reduce_sum, distribute, rank, world
+from kernels.collectives import distribute, gather, rank, world
 from kernels.views import METHOD, Crop, denormalize, normalize, random_flip, whole_image
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
@@ -172,7 +172,7 @@ class ColorProxy(nn.Module):
 
 
 def views(args):  # copy of: methods/colorization.py::views
-    """A random crop and flip, in colour: what the network sees of it, backbone(...) decides."""
+    """A random crop and flip, in colour; backbone(...) decides what the network sees of it."""
 
     def augment(x, rand):
         return normalize(random_flip(x, rand))
@@ -201,7 +201,7 @@ def refuse_grey(loader):  # copy of: methods/split_brain.py::refuse_grey
     for _, (x,) in loader(0):
         rgb = denormalize(x)
         chroma = (rgb.amax(1) - rgb.amin(1)).amax()
-        if all_reduce_sum(chroma) > 5 / 255:
+        if gather(chroma[None]).amax() > 5 / 255:
             return
     fail("all images are grey; this method learns from colours, for example --data emoji")
 
