@@ -52,7 +52,7 @@ Differs from the paper. (This file | the paper, or the official code.)
        zooms and turns is that of the image | half a pixel beside it.
     5. The loss is the mean of squares, as in the official code | paper: half of their sum.
     6. Crops are random resized crops | shifts by up to four pixels on CIFAR-10, random squares on
-       ImageNet. A flip follows, before the transformation, as there.
+       ImageNet. In both a flip comes before the transformation.
     7. The learning rate falls to zero by a cosine, after a warm-up with --warmup | in steps.
 """
 
@@ -131,8 +131,8 @@ def draw_parameters(rand, args):
 
 def draw_homographies(rand, shift):
     """Normalised parameters (n, 8). The corners of the image move away from its centre or towards
-    it, by a common factor. Zero to three quarter turns then bring each to the place of another. At
-    last each moves by itself, by up to `shift` of the side in both directions."""
+    it, by a common factor. Zero to three quarter turns then bring each to the place of another.
+    Finally each moves by itself, by up to `shift` of the side in both directions."""
     turns = rand.uniform(0, 4).long()  # (n,)
     zoom = rand.uniform(*ZOOM, columns=(1, 1))
     moves = rand.uniform(-shift, shift, columns=(4, 2))

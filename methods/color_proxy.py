@@ -6,7 +6,7 @@ Idea. Predict the colours of a grey image, as colorization.py does, but in anoth
 random points of the image the feature maps of all depths are read out and joined (a hypercolumn),
 and from it two histograms are predicted: of the hue, the place on the colour circle, and of the
 chroma, how far the colour is from grey. Grey has no hue, so an error in hue counts in proportion to
-the chroma. To read points instead of whole maps is cheap, and little is lost, because neighbouring
+the chroma. Reading points instead of whole maps is cheap and loses little, because neighbouring
 pixels say nearly the same.
 
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour

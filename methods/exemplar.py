@@ -9,9 +9,10 @@ change and keep what tells the seeds apart. Flat patches, such as sky, would be 
 so patches are drawn in proportion to their squared gradient. Without changes of colour the mean
 colour of a patch would nearly give its class away.
 
-Notation. P seed patches x_1, ..., x_P; T a random transformation; n = N / processes seed patches on
-this process, N on all, each in several copies T x_i; h = f(T x_i) (n, D) representation, kept for
-later use; logits (n, P), by a classifier that is thrown away after training. Eq. 1 and 2:
+Notation. P seed patches x_1, ..., x_P; T a random transformation. A batch shows N seed patches, n =
+N / processes on this process, each in several copies T x_i. h = f(T x_i) (n, D) representation of
+the copies, kept for later use; logits (n, P), by a classifier that is thrown away after training.
+Eq. 1 and 2:
 
     L = mean over seeds i and transformations T of  -log softmax(logits(f(T x_i)))[i]
 
@@ -31,8 +32,8 @@ run.
 Differs from the paper. (This file | the paper.)
     1. The network is a ResNet or ViT, followed by a hidden layer with batch-norm, which is thrown
        away | three or four layers of which the first two are pooled, with dropout in the hidden
-       layer. Its features are those of the whole image, averaged over all places | maxima in each
-       quarter, for an SVM.
+       layer. Its features are those of the whole image, resized to --size and averaged over all
+       places | of the image at its own size, the maxima in each quarter, for an SVM.
     2. Each step draws new transformations, several of each seed | a fixed set of up to 300 per
        seed.
     3. Candidates are four times as many as seeds, at random places and of random sizes in the

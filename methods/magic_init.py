@@ -42,8 +42,8 @@ Differs from the paper. (This file | the paper, or the official code.)
     3. The gradients are those of a training step, through the statistics of the batch.
     4. Filters are found on patches of the layer's input | official code: on outputs of random
        filters, which holds the same information. Directions with less than a millionth of the
-       largest variance are dropped | official code: a sum of squares below 1e-6; to the others
-       0.001 is added.
+       largest variance are dropped | official code: a sum of squares below 1e-6; it adds
+       0.001 to the others.
     5. Where a layer has more filters than its input has directions, as the last ones of a residual
        branch, PCA fills up with random mixtures of the whitened directions | official code: zeros.
 """
@@ -296,7 +296,7 @@ def main(argv=None):
             within_layers(networks[filters], x, filters, args.beta, args.seed)
             between_layers(networks[filters], x, args.seed)
 
-            # All take what process 0 has found, so that rounding cannot make them differ.
+            # All processes take the weights of process 0: rounding might make theirs differ.
             for tensor in networks[filters].state_dict().values():
                 tensor.copy_(all_reduce_sum(tensor * (rank() == 0)))
         run.seconds = time.perf_counter() - began

@@ -11,18 +11,18 @@ image, so that nothing is hidden from them in later use, as colour is from a col
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour
 images. In the colour space CIE Lab (white D65), L is lightness, 0 to 100; ab are the colour, green
 to red and blue to yellow, about -110 to 110. X1 = L and X2 = ab are what the halves F1 and F2 see.
-h = [h1, h2] (n, D) representation, kept for later use, of which each half gives D / 2 numbers. A
-place is every fourth pixel of each axis. At each place a target is one of Q classes: of the Q = 261
-points of a grid of step 10 in ab the nearest, or of 50 steps of 2 in L the one that L is in. Eq. 2
-and 3, with Y the class, and Eq. 1 for regression:
+h = [h1, h2] (n, D) representation, kept for later use, of which each half gives D / 2 numbers. The
+places are every fourth pixel of each axis. The target of a place is one of Q classes: for ab the
+nearest of Q = 261 points of a grid of step 10, for L one of Q = 50 steps of width 2. Eq. 2 and 3,
+with Y the class, and Eq. 1 for regression:
 
     loss = l(F1(L), ab) + l(F2(ab), L)
     l    = mean over places of  -log softmax(F)[Y]                   classification
     l    = mean over places of   1/2 sum over channels of (X - F)^2  regression
 
-If both halves guess, classification has the loss log 261 + log 50 = 9.48. The colour shown is a
-mean of the classes, with the predicted distribution sharpened by a temperature T, as in
-Colorization; so is the lightness.
+If both halves guess, classification has the loss log 261 + log 50 = 9.48. The colours and the
+lightness of predicted.png are means of the classes, after the predicted distribution was sharpened
+by a temperature T, as in Colorization.
 
 Run.
     python methods/split_brain.py                             two CPU cores, 3 minutes
