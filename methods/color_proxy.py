@@ -6,7 +6,8 @@ Idea. Predict the colours of a grey image, as colorization.py does, but in anoth
 random points of the image the feature maps of all depths are read out and joined (a hypercolumn),
 and from it two histograms are predicted: of the hue, the place on the colour circle, and of the
 chroma, how far the colour is from grey. Grey has no hue, so an error in hue counts in proportion to
-the chroma. Reading points instead of whole maps is cheap, and neighbouring pixels say the same.
+the chroma. Reading points instead of whole maps is cheap and loses little, because neighbouring
+pixels say nearly the same.
 
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour
 images; P random points per image, at least --border pixels from the edge; at each point u the
@@ -40,8 +41,9 @@ Differs from the paper. (This file | the paper, or the official code.)
     5. The target is the bin of the pixel, as in the default of the official code | one of its
        variants: a histogram over 7 x 7 pixels.
     6. Adam, whose learning rate after a warm-up falls to zero by a cosine | the official code holds
-       no training script; the settings of the paper column are those of colorization.py. Crops
-       are random resized crops, half of them mirrored.
+       no training script; batch, epochs and learning rate of the column `paper` are those of
+       colorization.py. Images are random resized crops, half of them mirrored | official code:
+       squares of the image at its own scale, half of them mirrored.
 """
 
 import math
@@ -56,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py 
 import common
 from common import (ARCHS, VITS, Loader, Run, ViT, fail, first_batch, join_processes, load_data,
                     parse, patch_side, save_grid)
-from kernels.collectives import all_reduce_sum, distribute, rank, world
+from kernels.collectives import distribute, gather, rank, world
 from kernels.views import METHOD, Crop, denormalize, normalize, random_flip, whole_image
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
@@ -170,7 +172,7 @@ class ColorProxy(nn.Module):
 
 
 def views(args):  # copy of: methods/colorization.py::views
-    """A random crop and flip, in colour: the network itself looks at the lightness alone."""
+    """A random crop and flip, in colour; backbone(...) decides what the network sees of it."""
 
     def augment(x, rand):
         return normalize(random_flip(x, rand))
@@ -199,7 +201,7 @@ def refuse_grey(loader):  # copy of: methods/split_brain.py::refuse_grey
     for _, (x,) in loader(0):
         rgb = denormalize(x)
         chroma = (rgb.amax(1) - rgb.amin(1)).amax()
-        if all_reduce_sum(chroma) > 5 / 255:
+        if gather(chroma[None]).amax() > 5 / 255:
             return
     fail("all images are grey; this method learns from colours, for example --data emoji")
 

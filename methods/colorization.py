@@ -236,7 +236,7 @@ class Colorizer(nn.Module):
 
 
 def views(args):
-    """A random crop and flip, in colour: the network itself looks at the lightness alone."""
+    """A random crop and flip, in colour; backbone(...) decides what the network sees of it."""
 
     def augment(x, rand):
         return normalize(random_flip(x, rand))

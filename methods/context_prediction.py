@@ -42,15 +42,16 @@ Differs from the paper. (This file | the paper, or the official code.)
     2. Every image gives one grid of 3 x 3 patches at a random place, and all of its 40 pairs, as in
        the official code | official code: four grids, as large as the image allows.
     3. Each patch gets zero mean per channel and then unit mean square over all channels, in
-       backbone(...): of the whole image in evaluation, also for the untrained baseline | official
-       code: times 50; of the kept channel alone.
+       backbone(...), and so does the whole image in evaluation, also for the untrained baseline |
+       official code: zero mean in the kept channel alone, and a mean square of 50^2.
     4. The noise in place of dropped channels is uniform, as in the official code, with the paper's
-       1/100 of the deviation of the channel that is kept | paper: Gaussian.
+       1/100 of the deviation of the channel that is kept; the nine patches of an image have the
+       same noise | paper: Gaussian; official code: each has its own, up to 0.5 of 255 grey levels.
     5. Images are random resized crops | official code: whole images, resized to 150,000 to 450,000
        pixels.
     6. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one; SGD
-       with momentum 0.9 | official code: a constant rate, without momentum and weight decay, of
-       1e-5 for the sum over some 1,000 pairs.
+       with momentum 0.9 | paper: momentum up to 0.999; official code: a constant rate of 1e-5 for
+       the sum over some 2,300 pairs, without momentum and weight decay.
 """
 
 import copy
@@ -253,8 +254,9 @@ SETTINGS = {
     "batch": (64, 128, 64, "images per step, over all processes; 9 patches of each"),
     "epochs": (16, 100, 70, "passes over the training images"),
     "warmup": (1.0, 1.0, 0.0, "epochs of linear learning-rate warm-up"),
-    # paper: 1e-5 for the sum over 1,700 pairs, as 0.0076 for their mean, with momentum, is
-    "lr": (0.1, 0.1, 0.0076, "learning rate per 256 images"),
+    # Official code: 1e-5 for the sum over 2,300 pairs, which is 0.023 for their mean. Momentum
+    # makes steps ten times as long, so 0.0023 for a batch of 64 does the same: 0.0092 for 256.
+    "lr": (0.1, 0.1, 0.0092, "learning rate per 256 images"),
     "weight_decay": (5e-4, 5e-4, 0.0, "on all parameters"),
     "patch": (12, 24, 96, "side of a patch, pixels", "[1, inf)"),
     "gap": (4, 8, 48, "pixels between two patches", "[1, inf)"),

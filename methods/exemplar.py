@@ -9,9 +9,10 @@ change and keep what tells the seeds apart. Flat patches, such as sky, would be 
 so patches are drawn in proportion to their squared gradient. Without changes of colour the mean
 colour of a patch would nearly give its class away.
 
-Notation. P seed patches x_1, ..., x_P; T a random transformation; n = N / processes seed patches on
-this process, N on all, each in several copies T x_i; h = f(T x_i) (n, D) representation, kept for
-later use; logits (n, P), by a classifier that is thrown away after training. Eq. 1 and 2:
+Notation. P seed patches x_1, ..., x_P; T a random transformation. A batch shows N seed patches, n =
+N / processes on this process, each in several copies T x_i. h = f(T x_i) (n, D) representation of
+the copies, kept for later use; logits (n, P), by a classifier that is thrown away after training.
+Eq. 1 and 2:
 
     L = mean over seeds i and transformations T of  -log softmax(logits(f(T x_i)))[i]
 
@@ -31,13 +32,14 @@ run.
 Differs from the paper. (This file | the paper.)
     1. The network is a ResNet or ViT, followed by a hidden layer with batch-norm, which is thrown
        away | three or four layers of which the first two are pooled, with dropout in the hidden
-       layer. Its features are those of the whole image, averaged over all places | maxima in each
-       quarter, for an SVM.
+       layer. Its features are those of the whole image, resized to --size and averaged over all
+       places | of the image at its own size, the maxima in each quarter, for an SVM.
     2. Each step draws new transformations, several of each seed | a fixed set of up to 300 per
        seed.
     3. Candidates are four times as many as seeds, at random places and of random sizes in the
        square of each image's centre. Sides go from --min-seed to all of the square | not given.
-       What a transformed patch needs from beyond its image repeats the border.
+       Where there are more candidates than images, an image may give several seeds | patches of
+       different images. What a transformed patch needs from beyond its image repeats the border.
     4. Factors and powers are drawn log-uniformly, so that they neither brighten nor darken on
        average; angles and offsets uniformly | only their ranges are given. The factors of the
        first change of contrast act on the distance from the mean colour. Saturation and value have
@@ -112,8 +114,9 @@ def window_side(size):
 
 def cut_windows(x, u, smallest, size):
     """Images x (n, 3, S, S) in [0, 1] and uniform u (n, 3) -> windows (n, 3, W, W) in [0, 1]: a
-    square seed at a random place in each, its side from `smallest` to 1 of S, with its margins,
-    resized so that the seed has `size` pixels. Beyond the image its border is repeated."""
+    square seed at a random place in each, with its margins, resized so that the seed has `size`
+    pixels. Its side is a random share of S, at least `smallest`. Beyond the image its border is
+    repeated."""
     S = x.shape[3]
     side = (S * (smallest + (1 - smallest) * u[:, :1])).round()  # (n, 1)
     corner = (u[:, 1:] * (S - side + 1)).floor()  # (n, 2): top and left
@@ -226,9 +229,12 @@ def contrast_of_saturation_and_value(x, rand):
     least = x.amin(1, keepdim=True)
     chroma = value - least
     saturation = chroma / value.clamp(min=1e-12)
+
+    # The pure colour: that of the same hue with saturation 1 and value 1. With less saturation it
+    # comes closer to white.
     red = torch.eye(3)[0].to(x).view(3, 1, 1)
-    hue = torch.where(chroma > 0, (x - least) / chroma.clamp(min=1e-12), red)  # purest, brightest
-    return change(value, 1) * (1 - change(saturation, 0) * (1 - hue))
+    pure = torch.where(chroma > 0, (x - least) / chroma.clamp(min=1e-12), red)  # (n, 3, h, w)
+    return change(value, 1) * (1 - change(saturation, 0) * (1 - pure))
 
 
 def views(args, mean, directions):

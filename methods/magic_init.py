@@ -42,7 +42,8 @@ Differs from the paper. (This file | the paper, or the official code.)
     3. The gradients are those of a training step, through the statistics of the batch.
     4. Filters are found on patches of the layer's input | official code: on outputs of random
        filters, which holds the same information. Directions with less than a millionth of the
-       largest variance are dropped | official code: a sum of squares below 1e-6.
+       largest variance are dropped | official code: a sum of squares below 1e-6; it adds
+       0.001 to the others.
     5. Where a layer has more filters than its input has directions, as the last ones of a residual
        branch, PCA fills up with random mixtures of the whitened directions | official code: zeros.
 """
@@ -62,7 +63,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (RESNETS, Loader, Run, backbone, draw_views, fail, join_processes,
                     load_backbone, load_data, parse, print0, read_lines, save_grid, save_tensors)
-from kernels.collectives import gather, leave_processes, rank
+from kernels.collectives import all_reduce_sum, gather, leave_processes, rank
 from kernels.views import normalize, whole_image
 
 KIND = "initialisation"  # nothing is trained; the tests ask for what is due to each kind
@@ -294,6 +295,10 @@ def main(argv=None):
             networks[filters] = copy.deepcopy(net)
             within_layers(networks[filters], x, filters, args.beta, args.seed)
             between_layers(networks[filters], x, args.seed)
+
+            # All processes take the weights of process 0: rounding might make theirs differ.
+            for tensor in networks[filters].state_dict().values():
+                tensor.copy_(all_reduce_sum(tensor * (rank() == 0)))
         run.seconds = time.perf_counter() - began
         net.load_state_dict(networks[args.filters].state_dict())
 

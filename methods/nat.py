@@ -42,7 +42,8 @@ Differs from the paper. (This file | the paper, or the official code.)
     4. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
        official code: constant.
     5. Views are random resized crops, half of them mirrored | official code: squares of 224 pixels
-       from an image of which the shorter side has 256.
+       from an image of which the shorter side has 256, half of them mirrored. They are normalised
+       by ImageNet's mean and deviation | official code: each by its own.
 """
 
 import math

@@ -11,18 +11,18 @@ image, so that nothing is hidden from them in later use, as colour is from a col
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour
 images. In the colour space CIE Lab (white D65), L is lightness, 0 to 100; ab are the colour, green
 to red and blue to yellow, about -110 to 110. X1 = L and X2 = ab are what the halves F1 and F2 see.
-h = [h1, h2] (n, D) representation, kept for later use, of which each half gives D / 2 numbers. A
-place is every fourth pixel of each axis. At each place a target is one of Q classes: of the Q = 261
-points of a grid of step 10 in ab the nearest, or of 50 steps of 2 in L the one that L is in. Eq. 2
-and 3, with Y the class, and Eq. 1 for regression:
+h = [h1, h2] (n, D) representation, kept for later use, of which each half gives D / 2 numbers. The
+places are every fourth pixel of each axis. The target of a place is one of Q classes: for ab the
+nearest of Q = 261 points of a grid of step 10, for L one of Q = 50 steps of width 2. Eq. 2 and 3,
+with Y the class, and Eq. 1 for regression:
 
     loss = l(F1(L), ab) + l(F2(ab), L)
     l    = mean over places of  -log softmax(F)[Y]                   classification
     l    = mean over places of   1/2 sum over channels of (X - F)^2  regression
 
-If both halves guess, classification has the loss log 261 + log 50 = 9.48. The colour shown is a
-mean of the classes, with the predicted distribution sharpened by a temperature T, as in
-Colorization; so is the lightness.
+If both halves guess, classification has the loss log 261 + log 50 = 9.48. The colours and the
+lightness of predicted.png are means of the classes, after the predicted distribution was sharpened
+by a temperature T, as in Colorization.
 
 Run.
     python methods/split_brain.py                             two CPU cores, 3 minutes
@@ -41,14 +41,15 @@ Differs from the paper. (This file | the paper, or the official code.)
     2. Four of a half's feature maps, brought to a quarter of the image's side, are added (a
        hypercolumn), and two convolutions predict | paper: fc6 and fc7 as convolutions predict
        12 x 12 places of 180 x 180 pixels.
-    3. The targets are pixels 2, 6, 10, ... of each axis | paper: the downsampled image.
+    3. The targets are pixels 2, 6, 10, ... of each axis | paper: the downsampled image. The losses
+       are means over places | paper: sums.
     4. Q = 261: the points to which at least one 8-bit sRGB colour is nearest | paper: 313.
     5. L - 50 and ab are divided by 50 | official code: not divided.
     6. The plain autoencoder has the same two halves, each of which predicts its own input | paper:
        one network that sees Lab and predicts Lab.
-    7. Adam with the settings of colorization.py, the learning rate after a warm-up falls to zero by
-       a cosine, and images are random resized crops, half of them mirrored | paper: crops of 180
-       pixels; nothing is said of the optimiser.
+    7. Adam, whose learning rate after a warm-up falls to zero by a cosine | paper: nothing is said
+       of the optimiser, so batch, epochs, rate and decay of the column `paper` are ours. Images are
+       random resized crops, half of them mirrored | paper: crops of 180 pixels.
 """
 
 import math
@@ -63,7 +64,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py 
 import common
 from common import (RESNETS, Loader, Run, fail, first_batch, join_processes, load_data, parse,
                     save_grid)
-from kernels.collectives import all_reduce_sum, distribute, rank, world
+from kernels.collectives import distribute, gather, rank, world
 from kernels.views import Crop, denormalize, normalize, random_flip, whole_image
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
@@ -246,7 +247,7 @@ class SplitBrain(nn.Module):
 
 
 def views(args):  # copy of: methods/colorization.py::views
-    """A random crop and flip, in colour: the network itself looks at the lightness alone."""
+    """A random crop and flip, in colour; backbone(...) decides what the network sees of it."""
 
     def augment(x, rand):
         return normalize(random_flip(x, rand))
@@ -275,7 +276,7 @@ def refuse_grey(loader):
     for _, (x,) in loader(0):
         rgb = denormalize(x)
         chroma = (rgb.amax(1) - rgb.amin(1)).amax()
-        if all_reduce_sum(chroma) > 5 / 255:
+        if gather(chroma[None]).amax() > 5 / 255:
             return
     fail("all images are grey; this method learns from colours, for example --data emoji")
 

@@ -284,6 +284,18 @@ def test_grey_data_are_refused(tmp_path):
     assert "all images are grey" in found.err and not (tmp_path / "run").exists()
 
 
+def test_many_processes_do_not_add_their_traces_of_colour_up(monkeypatch, capsys):
+    """Images whose channels differ by 3 of 255, as compression leaves them, in two processes."""
+    x = torch.full((2, 3, SIZE, SIZE), 0.5)
+    x[:, 0] += 3 / 255
+    monkeypatch.setattr(split_brain, "gather", lambda chroma: torch.cat([chroma, chroma]))
+    with pytest.raises(SystemExit):
+        split_brain.refuse_grey(lambda epoch: [(0, [normalize(x)])])
+    assert "all images are grey" in capsys.readouterr().err
+    x[1, 0] += 3 / 255
+    split_brain.refuse_grey(lambda epoch: [(0, [normalize(x)])])
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
