@@ -35,14 +35,16 @@ With --positives labels or drawings the labels are used: that is no longer self-
 
 Reached. Not run.
 
-Differs from the paper. (This file | the paper.)
+Differs from the paper. (This file | the paper, or other code.)
     1. Similar are two views of an image, made by SimCLR's crops and colours, or images of one label
        or one emoji | of MNIST's digits 4 and 9 the five nearest neighbours by pixels, or copies of
        an image that are shifted by a few pixels; of NORB's airplanes neighbouring camera positions.
-    2. Similar pairs have more weight, and a step looks at all pairs of the views of a batch | the
-       sum over all pairs of the training set, pair by pair.
+    2. Similar pairs have more weight, except in the column `paper`, and a step looks at all pairs
+       of the views of a batch | the sum over all pairs of the training set, pair by pair.
+       pytorch-metric-learning: distances that are not squared, between unit vectors, and the mean
+       only over pairs that have a loss.
     3. The points have 128 dimensions, except in the columns `fashion` and `paper`, and the features
-       before the last layer are kept | two or three dimensions, which are the result.
+       before g are kept | two or three dimensions, which are the result.
     4. The network is a ResNet or ViT, trained by AdamW, with a hidden layer behind it, except in
        the column `paper` | two convolutions, or two layers, trained by stochastic gradient descent.
        Batch, epochs and rates of the column `paper` are ours.

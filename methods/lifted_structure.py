@@ -40,6 +40,7 @@ Differs from the paper. (This file | the paper, or the official code.)
        views | official code: random pairs, most of them negative; paper: random pairs, to which
        hard negatives from outside the batch are added.
     2. At D = 0 the gradient of D is taken to be 0 | official code: divides by D, also by 0.
+       pytorch-metric-learning's loss is ours, but of normalised embeddings by default.
     3. The network is a ResNet or ViT with random weights, trained by AdamW; g has a hidden layer,
        except in the column `paper`; the features before g are evaluated | GoogLeNet, pretrained on
        ImageNet's labels, with a linear layer that learns ten times faster, by stochastic gradient

@@ -38,6 +38,7 @@ Differs from the paper. (This file | the paper, or TensorFlow's code.)
        paper: one pair of each of N classes. TensorFlow: such images are positives, too, and share
        the probability.
     2. lambda is TensorFlow's, of which half is the weight of the mean | paper: not verified.
+       pytorch-metric-learning: no penalty, and normalised embeddings by default.
     3. The classes of a batch are drawn at random | paper: also so that they are hard to tell apart,
        where there are many.
     4. The network is a ResNet or ViT with random weights, trained by AdamW; g has a hidden layer,
