@@ -35,13 +35,12 @@ pixels 53.9); linear 61.0 % (untrained 55.2, raw pixels 54.1); one run. Other re
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT, followed by a hidden layer with batch-norm that is thrown
        away with the projection | official code, STL-10: an AlexNet whose two hidden layers of 4096
-       units are kept. Its ImageNet runs, a variant of MoCo with a queue, are not in this file.
-    2. On N images per step the uniformity is that of all pairs among them, of all processes |
-       official code: the same, on one machine.
-    3. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
+       units are kept, and all weights start from a normal distribution with a deviation of 0.02.
+       The runs on ImageNet, a variant of MoCo with a queue, are not in this file.
+    2. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
        official code: divided by ten at epochs 155, 170 and 185 of 200.
-    4. Inputs are normalised by ImageNet's mean and deviation | official code: by those of STL-10.
-    5. On emoji the jitter changes hues less, as in SimCLR | official code: 0.4.
+    3. Inputs are normalised by ImageNet's mean and deviation | official code: by those of STL-10.
+    4. On emoji the jitter changes hues less, as in SimCLR | official code: 0.4.
 """
 
 import math

@@ -268,9 +268,10 @@ def main(argv=None):
     stage = args.stage if args.target == "mid" else None
     model = BYOL(args.arch, args.size, args.hidden, args.dim, args.head_norm, stage)
     model = model.to(device)
-    online = nn.Sequential(model.backbone, model.projector)  # the target follows these two,
+    # The target follows backbone and projector, or only the layers up to the stage.
+    online = nn.Sequential(model.backbone, model.projector)
     if stage:
-        online = up_to(model.backbone, stage)  # or the layers up to the stage
+        online = up_to(model.backbone, stage)
     weights = [w for w in model.parameters() if w.requires_grad]
     kind = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = kind(weights, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)

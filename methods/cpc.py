@@ -30,8 +30,9 @@ Run.
     python methods/cpc.py --recipe stl10                      one GPU
     torchrun --nproc_per_node 8 methods/cpc.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
-The network sees G x G patches of each. --recipe v2 is the second paper's. The run folder also gets
-predictions.png: which patches the network expects in the part of an image that it has not read.
+The network sees G x G patches of each image. --recipe v2 follows the second paper. The run folder
+also gets predictions.png: which patches the network expects in the part of an image that it has not
+read.
 
 Reached. Not run.
 

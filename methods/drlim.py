@@ -21,8 +21,9 @@ name: the number of their image, or its label, or what it draws (--positives).
     L = mean over similar pairs of  1/2 D_ij^2
         + w  mean over dissimilar pairs of  1/2 max(0, m - D_ij)^2
 
-over all pairs of the 2N views. With w = 2N - 2, the number of dissimilar pairs for each pair of
-views of an image, it is the paper's sum over all pairs, divided by N.
+over all pairs of the 2N views. If only the views of an image are similar, there are 2N - 2
+dissimilar pairs for each similar one. With w = 2N - 2 the loss is then the paper's sum over all
+pairs, divided by N.
 
 Run.
     python methods/drlim.py                                   two CPU cores, 3 minutes
@@ -34,17 +35,19 @@ With --positives labels or drawings the labels are used: that is no longer self-
 
 Reached. Not run.
 
-Differs from the paper. (This file | the paper.)
+Differs from the paper. (This file | the paper, or other code.)
     1. Similar are two views of an image, made by SimCLR's crops and colours, or images of one label
-       or one emoji | the five nearest neighbours by pixels, copies of an image that are shifted by
-       a few pixels, or neighbouring camera positions.
-    2. Similar pairs have more weight, and a step looks at all pairs of the views of a batch | the
-       sum over all pairs of the training set, pair by pair.
+       or one emoji | of MNIST's digits 4 and 9 the five nearest neighbours by pixels, or copies of
+       an image that are shifted by a few pixels; of NORB's airplanes neighbouring camera positions.
+    2. Similar pairs have more weight, except in the column `paper`, and a step looks at all pairs
+       of the views of a batch | the sum over all pairs of the training set, pair by pair.
+       pytorch-metric-learning: distances that are not squared, between unit vectors, and the mean
+       only over pairs that have a loss.
     3. The points have 128 dimensions, except in the columns `fashion` and `paper`, and the features
-       before the last layer are kept | two or three dimensions, which are the result.
-    4. The network is a ResNet or ViT with one hidden layer behind it, trained by AdamW | two
-       convolutions, or two layers, trained by stochastic gradient descent. Batch, epochs and rates
-       of the column `paper` are ours.
+       before g are kept | two or three dimensions, which are the result.
+    4. The network is a ResNet or ViT, trained by AdamW, with a hidden layer behind it, except in
+       the column `paper` | two convolutions, or two layers, trained by stochastic gradient descent.
+       Batch, epochs and rates of the column `paper` are ours.
     5. At D = 0 the gradient of D is taken to be 0: two dissimilar views at the same point do not
        repel each other | not mentioned.
 """
@@ -184,7 +187,7 @@ SETTINGS = {
     "weight_decay": (0.05, 0.05, 0.05, 0.0, "on all parameters"),
     "dim": (128, 2, 128, 2, "dimensions of a point z; with 2 they are drawn", "[1, inf)"),
     "margin": (1.0, 1.0, 1.0, 1.0, "distance m at which views no longer repel", "(0, inf)"),
-    # 2N - 2 is the paper's sum: the springs of all others then hide the one that attracts
+    # the paper's sum has 2N - 2, here 510: so many springs that repel hide the one that attracts
     "repel": (30.0, 30.0, 30.0, 254.0, "weight w of the dissimilar pairs"),
     "strength": (0.5, 0.0, 0.5, 0.0, "strength s of the colour jitter", "[0, 1.25]"),
     "min_crop": (0.08, 0.5, 0.08, 0.5, "smallest crop, share of the image's area", "(0, 1]"),
@@ -205,7 +208,7 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 
 def draw_points(path, run):
     """For points in the plane: where the network sends the test images, in the colours of their
-    labels, which it was not told (unless by --positives), and some of the images themselves."""
+    labels, which it was told only with --positives labels, and some of the images themselves."""
     from matplotlib.figure import Figure  # here, so --help need not wait for it
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 

@@ -11,17 +11,22 @@ which are the hardest to tell apart, end up near each other.
 
 Notation. M training images, N of them in the global batch, n = N / processes on this process;
 x (n, 3, H, W) one view of each; h = f(x) (n, D) representation, kept for later use; v = g(h) (n, d)
-embedding, L2-normalised; bank (M, d) with rows m_i; tau temperature. The probability that v shows
-image i (Eq. 2), the loss that names the image among all M, and the one that names it among K
-others, drawn anew for each view (noise-contrastive estimation, Eq. 4 to 7). The proximal term
-(Eq. 9) slows the embeddings down. After the step the bank learns the embeddings of the batch:
+embedding, L2-normalised; bank (M, d) with rows m_i; tau temperature. Eq. 2 is the probability that
+v shows image i:
 
     P(i | v) = exp(m_i . v / tau) / Z,    Z = sum over j of exp(m_j . v / tau)
-    softmax  : L = -log P(i | v)
-    nce      : L = -log h(i, v) - sum over K others j of log(1 - h(j, v)),   h = P / (P + K / M),
-               where Z is a constant, estimated once, from the first batch
-    proximal : L + lambda ||v - m_i||^2
-    bank     : m_i <- m m_i + (1 - m) v, back to length 1
+
+There are two losses, both averaged over images. The softmax names the image among all M.
+Noise-contrastive estimation (NCE, Eq. 4 to 7) tells it from K others only, drawn anew for each
+view; there Z is a constant, estimated once, from the first batch:
+
+    softmax:  L = -log P(i | v)
+    nce:      L = -log h(i, v) - sum over K others j of log(1 - h(j, v)),    h = P / (P + K / M)
+
+The proximal term (Eq. 9) slows the embeddings down: it adds lambda ||v - m_i||^2. After the step
+the bank learns the embeddings of the batch, with momentum mu:
+
+    m_i <- mu m_i + (1 - mu) v,    back to length 1
 
 Run.
     python methods/instance_discrimination.py                 two CPU cores, 2 minutes
@@ -35,14 +40,14 @@ Reached. On emoji after 70 epochs, 340 seconds on one busy CPU core: kNN 60.0 % 
 pixels 53.9); linear 59.6 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. The K others never include the image itself | paper and official code: they are drawn from
-       all M.
-    2. The bank's momentum m and the proximal term are two flags | paper: the term, with m = 0;
-       official code: m = 0.5, without the term, as in our columns emoji and cifar10.
+    1. The K others never include the image itself, though h counts each with a probability of
+       1 / M | paper and official code: they are drawn from all M.
+    2. The bank's momentum mu and the proximal term are two flags | paper: the term, with mu = 0;
+       official code: mu = 0.5, without the term, as in our columns emoji and cifar10.
     3. The bank begins with random unit vectors, as in the paper | official code: random numbers, so
        the lengths vary a little.
     4. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
-       official code: divided by ten at epochs 120 and 160 of 200.
+       official code: divided by ten at epochs 120 and 160 of 200, on CIFAR-10 at other ones.
     5. On emoji the head ends in a batch-norm without scale and offset, as in MoCo v3 | paper, and
        our other columns: none (--no-head-norm).
     6. On emoji half of the views are mirrored and hues change less | official code: mirrored on
@@ -74,12 +79,16 @@ def softmax_loss(v, bank, index, tau):
 
     v: (n, d) embeddings; bank: (M, d) rows of all images; index (n,): which image each view shows.
     """
-    return F.cross_entropy(v @ bank.T / tau, index)  # logits (n, M)
+    # No fused kernel: moco_loss of kernels/infonce.py would count the own row twice, since it is
+    # one of the M.
+    logits = v @ bank.T / tau  # (n, M)
+    return F.cross_entropy(logits, index)
 
 
 def nce_loss(logits, Z, M):
-    """Noise-contrastive estimation, Eq. 7, averaged over the n views: is a row of the bank that of
-    the view's own image, or one of K that were drawn at random? Returns a scalar, in nats.
+    """Noise-contrastive estimation (Wu et al. 2018, Eq. 7), averaged over the n views: is a row of
+    the bank that of the view's own image, or one of K that were drawn at random? Returns a scalar,
+    in nats.
 
     logits: (n, 1 + K) products m . v / tau with the own row, then with the K others; Z: the
     constant in P = exp(logit) / Z; M: the number of images, each drawn with probability 1 / M."""
@@ -128,12 +137,12 @@ def compare(v, bank, index, others, tau):
 
 
 @torch.no_grad()
-def update_bank(bank, index, v, m):
+def update_bank(bank, index, v, mu):
     """The rows `index` (N,) move towards the embeddings v (N, d) of the images of all processes, so
     every process holds the same bank. The file that is read for a broken one may stand twice in a
     batch: its first view counts."""
     first = (index[:, None] == index).int().argmax(1)
-    rows = m * bank[index] + (1 - m) * v[first]
+    rows = mu * bank[index] + (1 - mu) * v[first]
     bank[index] = F.normalize(rows, dim=1)
 
 
@@ -162,7 +171,7 @@ SETTINGS = {
     "batch": (256, 128, 256, "images per step, over all processes"),
     "epochs": (70, 200, 200, "passes over the training images"),
     "warmup": (2.0, 0.0, 0.0, "epochs of linear learning-rate warm-up"),
-    # of nce only 0.005 on emoji: while the bank is young, many others are close at once
+    # --loss nce needs 0.005 on emoji: while the bank is young, many others are close at once
     "lr": (0.02, 0.06, 0.03, "learning rate per 256 images"),
     "weight_decay": (1e-4, 5e-4, 1e-4, "on all parameters"),
     "loss": ("softmax", "softmax", "nce", "over all images, or over some", ("softmax", "nce")),
@@ -172,7 +181,7 @@ SETTINGS = {
     "dim": (128, 128, 128, "dimensions of an embedding", "[1, inf)"),
     # difference 5
     "head_norm": (True, False, False, "batch-norm at the end of the head"),
-    "bank_momentum": (0.5, 0.5, 0.0, "m, how much of its row the bank keeps", "[0, 1]"),
+    "bank_momentum": (0.5, 0.5, 0.0, "mu, how much of its row the bank keeps", "[0, 1]"),
     "proximal": (0.0, 0.0, 30.0, "lambda, weight of the proximal term"),
     "min_crop": (0.2, 0.2, 0.2, "smallest crop, share of the image's area", "(0, 1]"),
     "hue": (0.1, 0.4, 0.4, "strength of the jitter of the hue", "[0, 0.5]"),

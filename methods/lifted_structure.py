@@ -11,10 +11,11 @@ upper bound, the logarithm of a sum of exponentials, in which near negatives cou
 count a little: a step towards the softmax of N-pair and InfoNCE.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
-views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding by a
-linear layer, not normalised; D_ij = ||z_i - z_j|| distance, not squared; a margin. Views of the
-same name, that of their image, its label, or what it draws (--positives), are positives; P: all
-pairs i < j of them among the 2N views; N(i): the negatives of i. Eq. 4:
+views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding, not
+normalised; D_ij = ||z_i - z_j|| distance, not squared; a margin. A view has a name: the number of
+its image, or its label, or what it draws (--positives). Views of the same name are positives,
+others negatives. P: all pairs i < j of positives among the 2N views; N(i): the negatives of i.
+Eq. 4:
 
     J_ij = log( sum over k in N(i) of exp(a - D_ik)  +  sum over l in N(j) of exp(a - D_jl) ) + D_ij
     L    = 1 / (2 |P|)  sum over (i, j) in P of  max(0, J_ij)^2
@@ -39,11 +40,13 @@ Differs from the paper. (This file | the paper, or the official code.)
        views | official code: random pairs, most of them negative; paper: random pairs, to which
        hard negatives from outside the batch are added.
     2. At D = 0 the gradient of D is taken to be 0 | official code: divides by D, also by 0.
-    3. The network is a ResNet or ViT with random weights, trained by AdamW, and the features before
-       the last layer are evaluated | GoogLeNet, pretrained on ImageNet's labels, with a last layer
-       that learns ten times faster, by stochastic gradient descent; the embedding is the result.
-    4. Epochs and rate of the column `paper` are ours | official code: 20,000 steps of 128 images at
-       a rate of 1e-4.
+       pytorch-metric-learning's loss is ours, but of normalised embeddings by default.
+    3. The network is a ResNet or ViT with random weights, trained by AdamW; g has a hidden layer,
+       except in the column `paper`; the features before g are evaluated | GoogLeNet, pretrained on
+       ImageNet's labels, with a linear layer that learns ten times faster, by stochastic gradient
+       descent; the embedding is the result.
+    4. The column `paper` has the official rate, 1e-4 for 128 images, though for AdamW; its epochs
+       and crops are ours | paper: 20,000 steps of 128 images, in crops of 227 pixels.
 """
 
 import math

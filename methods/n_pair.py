@@ -1,20 +1,21 @@
 """N-pair loss: Improved Deep Metric Learning with Multi-class N-pair Loss Objective.
 Sohn, NIPS 2016.
 https://papers.nips.cc/paper/2016/hash/6b180037abbebea991d8b1232f8a8ca9-Abstract.html
-Official code: none was published. TensorFlow's npairs_loss:
-https://github.com/tensorflow/addons/blob/master/tensorflow_addons/losses/npairs.py
+Official code: none was published. npairs_loss of TensorFlow 1.15:
+https://github.com/tensorflow/tensorflow/tree/r1.15/tensorflow/contrib/losses/python/metric_learning
 
 Idea. A triplet compares a positive with a single negative, so images of most other classes exert no
 force in a step. Here an anchor must pick out its positive among the positives of all other pairs of
 the batch: N - 1 negatives at once, by a softmax, for the price of N pairs. It is the loss that
-became InfoNCE and, with unit vectors and a temperature, SimCLR's. Embeddings are not normalised,
-since a softmax over cosines could never be sure; a penalty keeps them from growing instead.
+became InfoNCE and, with unit vectors and a temperature, SimCLR's. Embeddings are not normalised:
+cosines lie between -1 and 1, so a softmax over them could never be sure. A penalty keeps the
+embeddings from growing instead.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; z1, z2 = g(h) (n, d) embeddings
-of both by a linear layer, not normalised. Images of the same name, their number, their label, or
-what they draw (--positives), are positives: p(i) is the next image of the batch with the name of i,
-or i itself if there is no other. Eq. 6 of the paper with i's positive z2_p(i):
+of both, not normalised. Images have names: their number, their label, or what they draw
+(--positives). Those of the same name are positives: p(i) is the next image of the batch with the
+name of i, or i itself if there is no other. Eq. 6 of the paper with i's positive z2_p(i):
 
     L = mean over i of  log( 1 + sum over j of another name of  exp(z1_i . z2_j - z1_i . z2_p(i)) )
         + lambda / 2  mean over all 2N embeddings of  ||z||^2
@@ -37,11 +38,13 @@ Differs from the paper. (This file | the paper, or TensorFlow's code.)
        paper: one pair of each of N classes. TensorFlow: such images are positives, too, and share
        the probability.
     2. lambda is TensorFlow's, of which half is the weight of the mean | paper: not verified.
+       pytorch-metric-learning: no penalty, and normalised embeddings by default.
     3. The classes of a batch are drawn at random | paper: also so that they are hard to tell apart,
        where there are many.
-    4. The network is a ResNet or ViT with random weights, trained by AdamW, and the features before
-       the last layer are evaluated | GoogLeNet, pretrained on ImageNet's labels; the embedding is
-       the result. Epochs, batch and rate of the column `paper` are ours.
+    4. The network is a ResNet or ViT with random weights, trained by AdamW; g has a hidden layer,
+       except in the column `paper`; the features before g are evaluated | GoogLeNet, pretrained on
+       ImageNet's labels, and a linear layer; the embedding is the result. Epochs, batch, rate and
+       crops of the column `paper` are ours.
 """
 
 import math

@@ -11,16 +11,18 @@ holds one embedding per image, a moving average over epochs.
 
 Notation. M training images, N of them in the global batch, n = N / processes on this process;
 I (n, 3, H, W) a view of each, I^t its transformed version: nine patches (n, 9, 3, t, t) in random
-order, or a turned view (n, 3, H, W); h = backbone(.) (., D) representation, kept for later use;
-f = f(h(I)) and g = g(h(I^t)) (n, d) embeddings, L2-normalised, by one head for each kind of view;
-bank (M, d) with rows m_I; tau temperature; lambda weight. Each term of the loss tells the row of
-the own image from those of K others, drawn anew for each step (noise-contrastive estimation, Eq. 4
-and 5). After the step the bank learns the embeddings of the images, not of the transformed ones:
+order, or a turned view (n, 3, H, W). The backbone makes a representation of D numbers of each view
+and each patch, which is kept for later use. One head for each kind of view makes embeddings of
+them, L2-normalised: f (n, d) of the images, g (n, d) of the transformed versions. bank (M, d) has
+rows m_I, one for each image; tau temperature; mu momentum. Each term of the loss, averaged over
+images, tells the row of the own image from those of K others, drawn anew for each step
+(noise-contrastive estimation, Eq. 4); lambda is the weight of the transformed versions (Eq. 5).
+After the step the bank learns the embeddings of the images, not of the transformed ones:
 
-    P(I, v)  = exp(m_I . v / tau) / Z,    h = P / (P + K / M)
-    NCE(I, v)  = -log h(I, v) - sum over K others I' of log(1 - h(I', v))
-    L          = lambda NCE(I, g) + (1 - lambda) NCE(I, f)
-    bank       : m_I <- m m_I + (1 - m) f, back to length 1
+    P(I, v)   = exp(m_I . v / tau) / Z,    h = P / (P + K / M)
+    NCE(I, v) = -log h(I, v) - sum over K others I' of log(1 - h(I', v))
+    L         = lambda NCE(I, g) + (1 - lambda) NCE(I, f)
+    m_I      <- mu m_I + (1 - mu) f,    back to length 1
 
 Run.
     python methods/pirl.py                                    two CPU cores, 4 minutes
@@ -31,14 +33,16 @@ Run.
 Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. Z is a constant, estimated once, from the first batch, as in the official code | paper, Eq.
-       3: h = exp(s) / (exp(s) + sum of exp over the K others), so Z K / M is this sum.
+    1. Z is a constant, estimated once, from the first batch, as in the official code, but from all
+       kinds of views | official code: from the patches. Paper, Eq. 3: h = exp(s) / (exp(s) + sum of
+       exp over the K others), so Z K / M is this sum, another one for each view.
     2. The K others are the same for all images of a step; where one is the image itself, it is
        left out | official code: drawn for each image, from all M.
     3. With --transform both, the terms of the puzzle and of the turned view have half of lambda
        each | paper: combines them, too; official code: has puzzles only.
-    4. The nine patches of a puzzle have the same changes of colour | official code: each its own,
-       and random changes of contrast and sharpness (photometric) on top.
+    4. The nine patches of a puzzle have the same changes of colour and are mirrored together |
+       official code: each by itself, with random changes of contrast and sharpness (photometric)
+       on top.
     5. On emoji the heads end in a batch-norm without scale and offset, as in MoCo v3 | paper, and
        our other columns: none (--no-head-norm).
     6. The cosine schedule ends at 0 and changes at every step | official code: at a thousandth of
@@ -77,8 +81,9 @@ def pirl_loss(image_logits, transformed_logits, Z, M, weight):
 
 
 def nce_loss(logits, Z, M):  # copy of: methods/instance_discrimination.py::nce_loss
-    """Noise-contrastive estimation, Eq. 7, averaged over the n views: is a row of the bank that of
-    the view's own image, or one of K that were drawn at random? Returns a scalar, in nats.
+    """Noise-contrastive estimation (Wu et al. 2018, Eq. 7), averaged over the n views: is a row of
+    the bank that of the view's own image, or one of K that were drawn at random? Returns a scalar,
+    in nats.
 
     logits: (n, 1 + K) products m . v / tau with the own row, then with the K others; Z: the
     constant in P = exp(logit) / Z; M: the number of images, each drawn with probability 1 / M."""
@@ -147,12 +152,12 @@ def compare(v, bank, index, others, tau):
 
 
 @torch.no_grad()
-def update_bank(bank, index, v, m):  # copy of: methods/instance_discrimination.py::update_bank
+def update_bank(bank, index, v, mu):  # copy of: methods/instance_discrimination.py::update_bank
     """The rows `index` (N,) move towards the embeddings v (N, d) of the images of all processes, so
     every process holds the same bank. The file that is read for a broken one may stand twice in a
     batch: its first view counts."""
     first = (index[:, None] == index).int().argmax(1)
-    rows = m * bank[index] + (1 - m) * v[first]
+    rows = mu * bank[index] + (1 - mu) * v[first]
     bank[index] = F.normalize(rows, dim=1)
 
 
@@ -240,7 +245,7 @@ SETTINGS = {
     # e^(1 / tau), by which Z is estimated, must stay finite
     "tau": (0.1, 0.1, 0.07, "temperature of the logits", "[0.02, inf)"),
     "dim": (128, 128, 128, "dimensions of an embedding", "[1, inf)"),
-    "bank_momentum": (0.5, 0.5, 0.5, "m, how much of its row the bank keeps", "[0, 1]"),
+    "bank_momentum": (0.5, 0.5, 0.5, "mu, how much of its row the bank keeps", "[0, 1]"),
     # difference 5
     "head_norm": (True, False, False, "batch-norm at the end of the heads"),
     "min_crop": (0.2, 0.2, 0.08, "smallest crop, share of the image's area", "(0, 1]"),

@@ -5,17 +5,17 @@ Official code: none was published. TensorFlow's triplet_semihard_loss, by the sa
 https://github.com/tensorflow/addons/blob/master/tensorflow_addons/losses/triplet.py
 
 Idea. An image, the anchor, should be nearer to each of its positives than to any negative, by a
-margin. Only distances that are compared matter, so positives need not end in one point, and images
-that are far away exert no force. Most triplets satisfy the margin soon and teach nothing, so in
-each batch the hard ones are searched. The hardest, the negative nearest to the anchor, easily draws
-all images into one point at the beginning. FaceNet takes a negative that is semi-hard: farther away
-than the positive, but not by the margin.
+margin. Only the difference of two distances matters, so positives need not end in one point, and
+images that are far away exert no force. Most triplets satisfy the margin soon and teach nothing, so
+in each batch the hard ones are searched. The hardest, the negative nearest to the anchor, easily
+draws all images into one point at the beginning. FaceNet takes a negative that is semi-hard:
+farther away than the positive, but not by the margin.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
-views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding by a
-linear layer, L2-normalised; d(i, j) = ||z_i - z_j||^2 squared distance, at most 4; m margin. Views
-of the same name, that of their image, its label, or what it draws (--positives), are positives,
-others negatives. P: all ordered pairs (a, p) of positives among the 2N views.
+views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding,
+L2-normalised; d(i, j) = ||z_i - z_j||^2 squared distance, at most 4; m margin. A view has a name:
+the number of its image, or its label, or what it draws (--positives). Views of the same name are
+positives, others negatives. P: all ordered pairs (a, p) of positives among the 2N views.
 
     n(a, p) = argmin of d(a, n) over the negatives n of a with d(a, n) > d(a, p)
     L       = mean over (a, p) in P of  max(0, d(a, p) - d(a, n(a, p)) + m)
@@ -41,9 +41,10 @@ Differs from the paper. (This file | the paper, or TensorFlow's code.)
        takes all semi-hard negatives of a pair, not the nearest.
     3. Where no negative is farther away than the positive, the farthest one is taken, as in
        TensorFlow's code | paper: not mentioned.
-    4. The network is a ResNet or ViT, trained by AdamW, and the features before the last layer are
-       evaluated | networks of their time, trained by AdaGrad; the embedding is the result. Epochs
-       and rates of the column `paper` are ours.
+    4. The network is a ResNet or ViT, trained by AdamW; g has a hidden layer, except in the column
+       `paper`; the features before g are evaluated | networks of their time with a linear layer,
+       trained by AdaGrad; the embedding is the result. Epochs, rates and crops of the column
+       `paper` are ours.
 """
 
 import math
@@ -184,6 +185,7 @@ SETTINGS = {
     "size": (32, 32, 224, "side of a view, pixels"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "head": ("mlp", "mlp", "linear", "g: a linear layer, or two layers", ("linear", "mlp")),
+    # the paper says: around 1,800
     "batch": (256, 512, 1792, "images per step, over all processes"),
     "epochs": (30, 200, 100, "passes over the training images"),
     "warmup": (2.0, 10.0, 0.0, "epochs of linear learning-rate warm-up"),
