@@ -58,6 +58,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
@@ -186,6 +187,7 @@ SETTINGS = {
     "lr": (1e-3, 1e-3, 1e-3, 1e-3, "learning rate per 256 images"),
     "weight_decay": (0.05, 0.05, 0.05, 0.0, "on all parameters"),
     "dim": (128, 2, 128, 2, "dimensions of a point z; with 2 they are drawn", "[1, inf)"),
+    "unit": (False, False, False, False, "points of length 1, on the unit sphere"),
     "margin": (1.0, 1.0, 1.0, 1.0, "distance m at which views no longer repel", "(0, inf)"),
     # the paper's sum has 2N - 2, here 510: so many springs that repel hide the one that attracts
     "repel": (30.0, 30.0, 30.0, 254.0, "weight w of the dissimilar pairs"),
@@ -261,7 +263,10 @@ def main(argv=None):
             # One pass for both views, so that they share the batch statistics.
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = wrapped(torch.cat([x1, x2]))  # (2n, d)
-            z1, z2 = z.float().chunk(2)
+            z = z.float()
+            if args.unit:
+                z = F.normalize(z, dim=1)
+            z1, z2 = z.chunk(2)
 
             # Every process computes the whole loss, from the points of all processes. The gradient
             # runs back through gather, and DistributedDataParallel averages: exactly the gradient

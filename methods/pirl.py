@@ -75,9 +75,20 @@ def pirl_loss(image_logits, transformed_logits, Z, M, weight):
     Returns a scalar, in nats.
 
     image_logits (n, 1 + K), transformed_logits: a list of such, one for each transformation."""
-    of_images = nce_loss(image_logits, Z, M)
-    terms = [nce_loss(logits, Z, M) for logits in transformed_logits]
+    if Z is None:
+        loss = info_nce
+    else:
+        loss = partial(nce_loss, Z=Z, M=M)
+    of_images = loss(image_logits)
+    terms = [loss(logits) for logits in transformed_logits]
     return weight * torch.stack(terms).mean() + (1 - weight) * of_images
+
+
+def info_nce(logits):
+    """-log of the softmax of the own row, the first, among all 1 + K: Z is their sum, another one
+    for each view (vissl's loss_type cross_entropy)."""
+    own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, own)
 
 
 def nce_loss(logits, Z, M):  # copy of: methods/instance_discrimination.py::nce_loss
@@ -241,6 +252,7 @@ SETTINGS = {
     "weight_decay": (1e-4, 1e-4, 1e-4, "on weights, not on biases or batch-norm"),
     # lambda is a word of Python
     "weight": (0.5, 0.5, 0.5, "lambda, weight of the transformed versions", "[0, 1]"),
+    "loss": ("nce", "nce", "nce", "with a constant Z, or a softmax", ("nce", "softmax")),
     "negatives": (1024, 4096, 32000, "K, other images per step", "[1, inf)"),
     # e^(1 / tau), by which Z is estimated, must stay finite
     "tau": (0.1, 0.1, 0.07, "temperature of the logits", "[0.02, inf)"),
@@ -312,7 +324,9 @@ def main(argv=None):
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     # A network that cannot tell images apart: P = 1 / M for each.
     K = args.negatives
-    chance = math.log(K + 1) + K * math.log1p(1 / K)
+    chance = math.log(K + 1)
+    if args.loss == "nce":
+        chance += K * math.log1p(1 / K)
     state = {"optimizer": optimizer}
     pictures = partial(show, args)
     run = Run("pirl", args, data, loader, model, state, ("chance", chance), pictures)
@@ -338,7 +352,8 @@ def main(argv=None):
 
             # The mean over the images of this process; DistributedDataParallel averages the
             # gradients: exactly the gradient of one process with all N images.
-            loss = pirl_loss(logits[0], logits[1:], model.Z, images, args.weight)
+            Z = model.Z if args.loss == "nce" else None
+            loss = pirl_loss(logits[0], logits[1:], Z, images, args.weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
