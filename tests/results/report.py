@@ -174,6 +174,34 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
             "were these three frames filmed in this order?",
             "50.2 % UCF101, 18.1 % HMDB51, fine-tuned",
         ),
+        "odd_one_out": (
+            "in which of six pieces of a video were the frames shuffled?",
+            "60.3 % UCF101, fine-tuned",
+        ),
+        "arrow_of_time": (
+            "does the video run forwards or backwards?",
+            "86.3 % UCF101 from optical flow, fine-tuned",
+        ),
+        "egomotion": (
+            "how did the camera move between two frames?",
+            "54.2 % mAP VOC 2007 classification, 20,000 images",
+        ),
+        "tracking_triplet": (
+            "a tracked patch resembles itself, frames later, more than other patches",
+            "47.4 % mAP VOC 2007 detection, AlexNet",
+        ),
+        "video_colorization": (
+            "which place of an earlier frame has the colour of this one?",
+            "34.6 J, 32.7 F on DAVIS 2017",
+        ),
+        "watching_objects_move": (
+            "which pixels of a still frame would move?",
+            "52.2 % mAP VOC 2007 detection, AlexNet",
+        ),
+        "multitask": (
+            "four pretext tasks at once, one shared trunk",
+            "69.3 % top-5 ImageNet linear, ResNet-101",
+        ),
     },
 }
 
