@@ -4,18 +4,18 @@ Official code (data preparation): https://github.com/pulkitag/learning-to-see-by
 
 Idea. Whoever moves knows how, from muscles, wheels or an odometer, without any label. Show the
 network two frames of a video and ask how the camera moved in between. To answer, it must find the
-same things in both frames, so each frame needs features by which its parts can be recognised. What
-moves by itself must not mislead it. The motion is not a number but a class along each axis, because
-several answers can be likely at once.
+same things in both, so each frame needs features by which its parts can be recognised. The motion
+is a class along each axis, not a number, because several answers can be likely at once.
 
-Notation. N clips in the global batch, n = N / processes on this process; x1, x2 two frames of each
-clip, up to `distance` frames apart, in either order; f(x1), f(x2) (n, D, g, g) maps of the same
-network, whose mean over the places is the representation, kept for later use; s (n, 2) how far the
-camera moves from x1 to x2, to the right and down, in pixels of a frame; y (n, 2) the class of each
-component, of C classes that are equally frequent; logits (n, 2, C), by a network on top of both
-maps that is thrown away after training. Section 3:
+Notation. N clips in the global batch, n = N / processes on this process; x_1, ..., x_K frames of
+each clip; f(x_i) (D, g, g) maps of the network, whose mean over the places is the representation,
+kept for later use; P = K (K - 1) ordered pairs (i, j) of frames, the later one first in half of
+them; s_ij how far the camera moves from x_i to x_j, to the right and down, in pixels of a frame;
+y_ij the class of each component, of C classes that are equally frequent; logits (n, P, 2, C), by a
+network on both maps of a pair that is thrown away after training. Section 3:
 
-    L = mean over clips of  sum over a in {right, down} of  -log softmax(logits[a])[y[a]]
+    L = mean over clips and pairs of  sum over a in {right, down} of
+        -log softmax(logits(f(x_i), f(x_j))[a])[y_ij[a]]
 
 A network that guesses has the loss 2 log C, 3.892 for C = 7.
 
@@ -24,8 +24,8 @@ Run.
     python methods/egomotion.py --arch resnet18 --epochs 100  one GPU
     torchrun --nproc_per_node 8 methods/egomotion.py --recipe paper --data movers
 --batch counts the clips of all processes together.
-The network sees two frames of each. How the camera moves must be known: of the data sets that come
-with this project it is so of movers only.
+The network sees K frames of each. How the camera moves must be known: of the data sets that come
+with this project only movers tells.
 
 Reached. Not run yet.
 
@@ -35,16 +35,18 @@ Differs from the paper. (This file | the paper, or the official code.)
     2. The classes have bounds between which the training pairs are equally frequent | paper: 20
        bins of equal width after dividing by the standard deviation. The official code has 22
        outputs.
-    3. Two frames are 1 to `distance` apart, in both orders | official code: 0 to 7, in both orders.
+    3. A clip shows K frames and all of their pairs, whose maps are computed once | paper: two
+       frames; in the official code 0 to 7 apart, in either order.
     4. The network is a ResNet or ViT | paper: the first five layers of AlexNet. The network on top
        has a 1x1 convolution and a hidden layer, with batch-norm.
-    5. Both frames have the same crop, as in the paper, of a fixed size: enlarging would change the
+    5. All frames have the same crop, as in the paper, of a fixed size: enlarging would change the
        motion | official code: 227 x 227 pixels of a frame of KITTI, which is much larger.
-    6. Half of the clips are mirrored, and the motion with them; the colours of both frames change
+    6. Half of the clips are mirrored, and the motion with them; the colours of all frames change
        alike | neither.
     7. AdamW with warm-up and cosine | official code: SGD, a rate that is halved every 20,000 steps.
 """
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -77,14 +79,14 @@ KIND = "video"  # what it learns from; the tests ask for what is due to each kin
 def motion_loss(logits, classes):
     """Section 3: a softmax for each axis. Returns a scalar, in nats.
 
-    logits: (n, 2, C); classes: (n, 2) y, of the motion to the right and down."""
-    losses = F.cross_entropy(logits.mT, classes, reduction="none")  # (n, 2)
-    return losses.sum(1).mean()
+    logits: (n, P, 2, C); classes: (n, P, 2) y, of the motion to the right and down."""
+    losses = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
+    return losses.view_as(classes).sum(2).mean()
 
 
 def accuracy(logits, classes):
     """Share of right answers, the mean of both axes: guessing has 1 / C. A scalar tensor."""
-    return (logits.argmax(2) == classes).float().mean()
+    return (logits.argmax(3) == classes).float().mean()
 
 
 # The network.
@@ -102,6 +104,11 @@ def last_map(net, x):  # copy of: methods/context_encoder.py::last_map
         return patches.unflatten(2, (net.grid, net.grid))
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
     return net.layer4(net.layer3(net.layer2(net.layer1(x))))
+
+
+def pairs(frames):
+    """All ordered pairs of different frames, (P, 2) int64."""
+    return torch.tensor(list(itertools.permutations(range(frames), 2)))
 
 
 class Egomotion(nn.Module):
@@ -123,68 +130,65 @@ class Egomotion(nn.Module):
         )
 
     def forward(self, x):
-        """Two frames of each clip (n, 2, 3, H, W) -> (n, 2, C)."""
-        maps = last_map(self.backbone, x.flatten(0, 1))  # (2n, D, g, g), one network for both
-        both = maps.unflatten(0, (-1, 2)).flatten(1, 2)  # (n, 2D, g, g)
-        return self.top(both).unflatten(1, (2, -1))
+        """K frames of each clip (n, K, 3, H, W) -> (n, P, 2, C)."""
+        n, K = x.shape[:2]
+        maps = last_map(self.backbone, x.flatten(0, 1))  # (n K, D, g, g), one network for all
+        maps = maps.unflatten(0, (n, K))
+        table = pairs(K).to(x.device)
+        both = maps[:, table].flatten(2, 3)  # (n, P, 2D, g, g)
+        logits = self.top(both.flatten(0, 1))  # (n P, 2 C)
+        return logits.unflatten(1, (2, -1)).unflatten(0, (n, -1))
 
 
 # The views.
 
 
-def draw_pairs(rand, args):
-    """For each clip, on the CPU, (n,) each: how many frames apart the two are, whether the later
-    one comes first, and whether both are mirrored. These are the first numbers that the
-    augmentation draws, so the training loop can draw them again."""
-    gap = 1 + rand.uniform(0, args.distance).long()
-    backwards = rand.uniform() < 0.5
-    mirrored = rand.uniform() < 0.5
-    return gap, backwards, mirrored
+def draw_mirrored(rand):
+    """Which clips are mirrored, (n,) bool on the CPU. This is the first number that the
+    augmentation draws, so the training loop can draw it again."""
+    return rand.uniform() < 0.5
 
 
 def views(args):
-    """One crop of the clip, then two of its frames, in either order, mirrored alike and with the
-    same change of colours."""
+    """One crop of the clip, in half of them mirrored, and one change of colours."""
 
     def augment(x, rand):
-        gap, backwards, mirrored = draw_pairs(rand, args)
-        chosen = torch.stack([gap * backwards, gap * ~backwards], 1)  # (n, 2)
-        clips = torch.arange(len(x), device=x.device)[:, None]
-        x = as_tall(x[clips, chosen.to(x.device)])
+        mirrored = draw_mirrored(rand)
+        x = as_tall(x)  # one draw for all frames of a clip
         x = torch.lerp(x, x.flip(3), column(mirrored, x))
         x = color_jitter(x, rand, 0.4, 0.4, 0.4, 0.0)
-        return as_clips(normalize(x), 2)  # (n, 2, 3, H, W)
+        return as_clips(normalize(x), args.frames)  # (n, K, 3, H, W)
 
     # A crop that was enlarged at random would change the motion that is seen.
     crop = Crop(args.size, scale=(args.crop, args.crop), ratio=(1, 1))
-    return [(ClipCrop(crop, args.distance + 1), augment)]
+    return [(ClipCrop(crop, args.frames, args.stride), augment)]
 
 
-def moved(camera, rand, args):
-    """How far the camera moves between the frames that augment() shows, (n, 2) to the right and
-    down. camera: (n, 2) pixels per frame; rand: the random numbers that augment() was given.
+def moved(camera, mirrored, args):
+    """How far the camera moves between the frames of each pair, (n, P, 2) to the right and down.
+    camera: (n, 2) pixels per frame; mirrored: (n,) bool.
 
-    Backwards it moves the opposite way, and in a mirror left is right."""
-    gap, backwards, mirrored = draw_pairs(rand, args)
-    down = gap * (1 - 2 * backwards.long())
-    right = down * (1 - 2 * mirrored.long())
-    return camera * torch.stack([right, down], 1).to(camera)
+    From a later frame to an earlier one it is the opposite, and in a mirror left is right."""
+    first, second = pairs(args.frames).T
+    down = args.stride * (second - first)  # (P,)
+    right = down * (1 - 2 * mirrored.long()[:, None])  # (n, P)
+    frames = torch.stack([right, down.expand_as(right)], 2)  # (n, P, 2)
+    return camera[:, None] * frames.to(camera)
 
 
 def class_bounds(camera, args):
-    """The bounds between C classes of motions, (2, C - 1), which are equally frequent among pairs
-    of the training clips. camera: (N, 2). A motion and its opposite have opposite classes."""
-    gaps = torch.arange(1, args.distance + 1, device=camera.device)
-    motions = (camera[:, None] * gaps[:, None]).flatten(0, 1)  # (N distance, 2)
-    motions = torch.cat([motions, -motions]).sort(dim=0).values
+    """The bounds between C classes of motions, (2, C - 1), which are equally frequent among the
+    pairs of the training clips. camera: (N, 2). A motion and its opposite have opposite classes."""
+    motions = moved(camera, torch.zeros(len(camera)), args)
+    motions = motions.flatten(0, 1).sort(dim=0).values  # (N P, 2)
     places = torch.arange(1, args.classes, device=camera.device) * len(motions) // args.classes
     bounds = motions[places].T
     return (bounds - bounds.flip(1)) / 2
 
 
 def to_classes(motions, bounds):
-    """(n, 2) pixels -> (n, 2) int64 from 0 to C - 1."""
-    return (motions[:, :, None] > bounds).sum(2)
+    """Pixels (n, P, 2) -> (n, P, 2) int64 from 0 to C - 1."""
+    return (motions[..., None] > bounds).sum(3)
 
 
 # Training.
@@ -193,10 +197,11 @@ SETTINGS = {
     "recipe": ("movers", "paper", "which column gives the defaults"),
     "size": (32, 224, "side of a frame, pixels"),
     "arch": ("resnet14", "resnet18", "the backbone", ARCHS),
-    "distance": (4, 7, "most frames between the two", "[1, inf)"),
+    "frames": (4, 2, "frames K of a clip, of which all pairs are shown", "[2, 16]"),
+    "stride": (2, 7, "one frame in so many, of 12 a second", "[1, inf)"),
     "classes": (7, 20, "classes C of the motion along each axis", "[2, inf)"),
     "batch": (64, 128, "clips per step, over all processes"),
-    "epochs": (30, 100, "passes over the training clips"),
+    "epochs": (20, 100, "passes over the training clips"),
     "warmup": (1.0, 0.0, "epochs of linear learning-rate warm-up"),
     "lr": (4e-3, 2e-3, "learning rate per 256 clips"),
     "weight_decay": (0.05, 5e-4, "on all parameters"),
@@ -218,9 +223,9 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 
 
 def show(views):
-    """For views.png: both frames."""
-    (x,) = views  # (n, 2, 3, H, W)
-    return {"x1": denormalize(x[:, 0]), "x2": denormalize(x[:, 1])}
+    """For views.png: the frames."""
+    (x,) = views  # (n, K, 3, H, W)
+    return {f"x_{i + 1}": denormalize(x[:, i]) for i in range(x.shape[1])}
 
 
 def known_camera(videos, args):
@@ -228,24 +233,26 @@ def known_camera(videos, args):
     truth = getattr(videos, "truth", None)
     if truth is None:
         fail(f"--data {args.data}: how its camera moves is not known; choose --data movers")
-    shortest = min(videos.lengths)
-    if args.distance >= shortest:
-        found = f"--distance {args.distance}: a clip has {shortest} frames"
-        fail(f"{found}; choose 1 to {shortest - 1}")
+    needed = (args.frames - 1) * args.stride + 1
+    if needed > min(videos.lengths):
+        fail(
+            f"--frames {args.frames}, --stride {args.stride}: this needs clips of {needed} frames, "
+            f"and one has {min(videos.lengths)}; choose fewer frames or a smaller stride"
+        )
     return truth.camera
 
 
 def answers(loader, epoch, step, args, bounds):
-    """The classes (n, 2) of the clips that the loader has just shown, by the random numbers with
-    which augment() has chosen their frames."""
+    """The classes (n, P, 2) of the clips that the loader has just shown, by the random numbers with
+    which augment() has mirrored them."""
     camera = loader.reader.truth.camera[loader.index]
-    rand = loader.random(epoch, step % loader.steps, 0, AUGMENT)
-    return to_classes(moved(camera, rand, args), bounds)
+    mirrored = draw_mirrored(loader.random(epoch, step % loader.steps, 0, AUGMENT))
+    return to_classes(moved(camera, mirrored, args), bounds)
 
 
 @torch.no_grad()
 def held_out(model, split, args, bounds, device):
-    """{"held_out": the accuracy on held-out clips}. Every call shows the same pairs."""
+    """{"held_out": the accuracy on held-out clips}. Every call shows the same frames."""
     batch = min(args.batch, len(split.images) // world() * world())
     loader = Loader(split, views(args), batch, args.seed, device)
     model.eval()
@@ -278,7 +285,7 @@ def main(argv=None):
                 group["lr"] = lr
 
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = wrapped(x)  # (n, 2, C)
+                logits = wrapped(x)  # (n, P, 2, C)
             logits = logits.float()
             classes = answers(loader, epoch, step, args, bounds)
 
