@@ -58,32 +58,13 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (
-    ARCHS,
-    Loader,
-    Run,
-    Split,
-    backbone,
-    first_batch,
-    held_out,
-    join_processes,
-    load_data,
-    parse,
-    save_grid,
-)
+from common import (ARCHS, Loader, Run, Split, backbone, fail, first_batch, held_out,
+                    join_processes, load_data, parse, save_grid)
 from kernels.clips import VideosInMemory
-from kernels.collectives import all_reduce_sum, distribute, fail, rank, world
+from kernels.collectives import all_reduce_sum, distribute, rank, world
 from kernels.maps import maps
-from kernels.views import (
-    ClipCrop,
-    Crop,
-    as_clips,
-    as_tall,
-    color_jitter,
-    denormalize,
-    normalize,
-    random_flip,
-)
+from kernels.views import (ClipCrop, Crop, as_clips, as_tall, color_jitter, denormalize, normalize,
+                           random_flip)
 
 KIND = "video"  # what it learns from; the tests ask for what is due to each kind
 
