@@ -155,6 +155,7 @@ SHORT = {
     "jitter": 0,
     "queue": 20,
     "queue_from": 0,
+    "hard_from": 1,
 }
 
 
