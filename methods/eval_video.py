@@ -115,8 +115,8 @@ def boundary(predicted, truth, tolerance=0.008):
 def mask_scores(predicted, truth):
     """Masks (n, T, H, W) bool -> J and F in percent, over all frames after the first."""
     pair = [masks[:, 1:].flatten(0, 1) for masks in (predicted, truth)]
-    j = 100 * region(*pair).double().mean().item()
-    f = 100 * boundary(*pair).double().mean().item()
+    j = 100 * region(*pair).mean().item()
+    f = 100 * boundary(*pair).mean().item()
     return {"J": j, "F": f, "J&F": (j + f) / 2}
 
 

@@ -163,9 +163,9 @@ def k_means(points, count, seed, rounds=30):
     for number in u[1:]:
         distance = torch.cdist(points, centres).amin(1).square()
         total = distance.cumsum(0)
-        place = (total < number * total[-1]).sum()
+        place = (total < number * total[-1]).sum(0, keepdim=True)  # (1,)
         chosen = points[place.clamp(max=len(points) - 1)]
-        centres = torch.cat([centres, chosen[None]])
+        centres = torch.cat([centres, chosen])
 
     # Each centre moves to the mean of the points that are nearest to it, if there are any.
     for _ in range(rounds):

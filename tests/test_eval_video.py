@@ -311,7 +311,8 @@ def read(task, network, *flags):
 
 
 def test_places_are_spaced_from_first_to_last():
-    assert spaced(12, 4) == [0, 4, 7, 11] and spaced(12, 2) == [0, 11] and spaced(8, 8) == [*range(8)]
+    assert spaced(12, 4) == [0, 4, 7, 11] and spaced(12, 2) == [0, 11]
+    assert spaced(8, 8) == [*range(8)]
 
 
 def test_what_the_features_hold_is_read_and_nothing_gives_the_constant():
@@ -336,7 +337,8 @@ def test_shots():
     assert read("subject", Colours())["subject"] == 100
     assert read("subject", None)["subject"] == 50
     assert read("shots", Colours())["shot_r5"] == 100
-    assert read("shots", None) == {"shot_r1": 0, "shot_r5": 0}  # all are as similar as the right one
+    # all are as similar as the right one
+    assert read("shots", None) == {"shot_r1": 0, "shot_r5": 0}
 
 
 def test_shot_scores_by_hand():
@@ -435,8 +437,10 @@ def test_only_clips_whose_object_is_seen_at_first():
 
 
 def run_script(*flags, **patches):
-    """main() on the films of this file, and the lines of results.jsonl."""
+    """main() on the films of this file, and the lines of results.jsonl; without the probe, which
+    takes longest."""
     patches.setdefault("draw_masks", lambda *_: None)
+    patches["linear_probe"] = lambda *_: 50.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_video, "load_data", None, raising=False)  # which call_main replaces
         found = call_main("eval_video", *flags, *FLAGS, "--workers", 0, **patches)
