@@ -400,9 +400,18 @@ def test_picture_shows_truth_lightness_copied_colours_and_references(tmp_path, m
 
 @pytest.mark.thorough
 def test_it_learns_to_copy(train):
-    """Of a few clips: better than the class that the references show most often."""
-    flags = ["--size", 32, "--batch", 12, "--epochs", 30, "--warmup", 2]
+    """A few clips, whose crops differ from step to step: more places are right than if the class
+    that the references show most often were copied everywhere."""
+    flags = ["--size", 32, "--batch", 12, "--epochs", 40, "--warmup", 2, "--lr", 0.04]
     run = train("video_colorization", *flags, data=tiny_clips(24), double=False)
     right = torch.stack([more["accuracy"] for more in run.more])
-    assert run.losses[-6:].mean() < 0.7 * run.losses[:6].mean()
-    assert right[-6:].mean() > right[:6].mean() + 0.1
+
+    # The rule, on the clips of all steps.
+    palette = Palette(run.state["model/palette.centres"], run.args.cell)
+    settings = (video_colorization.views(run.args), 12, 0, CPU)
+    data = tiny_clips(24)
+    rules = video_colorization.rules(
+        SimpleNamespace(palette=palette), data._replace(test=data.train), settings, 16
+    )
+    assert right[-20:].mean() > rules["most_frequent"] + 0.05
+    assert run.losses[-20:].mean() < run.losses[:10].mean() - 0.2
