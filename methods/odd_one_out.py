@@ -1,33 +1,33 @@
 """Odd-One-Out: Self-Supervised Video Representation Learning With Odd-One-Out Networks.
 Fernando, Bilen, Gavves, Gould, CVPR 2017. https://arxiv.org/abs/1611.06646
-Official code: none was published.
+Official code: none is known.
 
 Idea. Show the network six short pieces of one video. In one of them the frames are in a wrong
-order: which one? Nothing but the order tells: all six show the same things before the same
-background. To answer, the network must know how things usually move, and compare the six.
+order: which one? All six show the same things before the same background, so nothing but the order
+tells. To answer, the network must know how things usually move, and compare the six.
 
-Notation. N clips in the global batch, n = N / processes on this process. Each clip has six windows
-of W consecutive frames x_1 ... x_W that begin at different moments; in one of them, the odd one,
-the frames are shuffled. A window is encoded as one image, its sum of differences,
+Notation. N clips in the global batch, n = N / processes on this process. Of each clip six windows
+of W consecutive frames x_1 ... x_W are cut out, which begin at different moments; in one of them,
+the odd one, the frames are shuffled. A window is encoded as one image, its sum of differences,
 
     e = sum over i < j of (x_i - x_j) = sum over t of w_t x_t,    w_t = W + 1 - 2 t
 
-(The sum of the differences between neighbours alone would be x_1 - x_W: nothing would be left of
+(Between neighbours alone the differences would add up to x_1 - x_W, and nothing would be left of
 what happens between.) h = f(e) (n, 6, D) representation, kept for later use; v (n, 6, d) after a
-fully connected layer. The six are fused: each is compared with all others, and a classifier gives
-its logit. The layers after f are thrown away after training.
+fully connected layer. Each window is compared with all others, and a classifier gives its logit.
+The layers after f are thrown away after training.
 
     o_k = sum over l of (v_k - v_l),    L = mean over clips of -log softmax(logits)[the odd one]
 
 Chance is log 6 = 1.792. Nothing but the order of the frames may tell which window is odd:
-    - The odd one of the six is drawn uniformly, and each question is asked six times, with the odd
-      window in each place: no place is a better guess than another.
-    - The shuffle is one of all permutations but two: not the identity, and not the reversal, since
-      much of what moves looks right backwards.
+    - Each question is asked six times, with the odd window in each place: none is a better guess.
+    - The shuffle is any permutation but the identity and the reversal: much looks right backwards.
     - Windows in which something moves are preferred: of a still one, every order is right. All six
       are chosen by this rule before one of them becomes odd, or more motion would tell.
-    - The channels of e are divided by their own root mean square. Shuffled differences often cancel
-      one another: without it, to guess the faintest window would be right in Xs of the cases.
+    - The channels of e are divided by their own root mean square. Shuffled differences cancel one
+      another: without it, to guess the faintest window is right for 80 % of the clips of movers.
+One cue stays: they leave more fine detail. To guess the window with the steepest edges is right for
+78 %. So the task can be solved without knowing what moves.
 
 Run.
     python methods/odd_one_out.py                       two CPU cores, about 6 minutes
@@ -254,7 +254,7 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 def show(views):
     """For views.png: the encoded windows, the odd one first."""
     (x,) = views  # (n, 6, 3, H, W)
-    names = ["odd", *[f"right {i}" for i in range(1, WINDOWS)]]
+    names = ["odd", *[f"in order {i}" for i in range(1, WINDOWS)]]
     return {name: denormalize(x[:, place]) for place, name in enumerate(names)}
 
 
