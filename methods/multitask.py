@@ -1,0 +1,478 @@
+"""Multi-task SSL: Multi-task Self-Supervised Visual Learning.
+Doersch, Zisserman, ICCV 2017. https://arxiv.org/abs/1708.07860
+Official code: none was published for the training.
+
+Idea. Tasks whose answers cost nothing teach different things: where a patch lies next to another
+one, which colours a grey image had, which patches come from the same image, which pixels will
+move. One network, the trunk, learns several of them at once; a small head for each task reads its
+features and is thrown away after the training. With the lasso a head may read any stage of the
+trunk, and a penalty lets it choose few, so that tasks that need different things keep apart.
+Harmonised inputs: patches are grey, like the images to be coloured. Otherwise the trunk would
+first have to learn which task an input belongs to.
+
+Notation. N clips in the global batch, n = N / processes on this process; one frame of each for
+each task t. u_m(x) output of stage m of the trunk, brought to `width` channels of mean 0 and
+variance 1. The head of t reads  r_t = sum over m of alpha_tm u_m,  where |alpha_t|_2 = 1; naive
+heads read the last stage alone. lambda strength of the penalty, 0 for naive heads.
+
+    L = sum over tasks of  (L_t + lambda |alpha_t|_1),  where the L_t are means over
+    position    -log softmax(logits(r_middle, r_k))[k]   the eight neighbours k of the middle patch
+    colour      -log softmax(logits(r))[c]               places, of colour c
+    exemplar    max(0, D(z1, z2) - D(z1, z3) + 1/2)      images; z of two distorted copies of an
+                                                         image and of one of another; D = 1 - cos
+    motion      -log of sigmoid(logit(r)) if it moves, of 1 - that if it rests, 0 if unknown; places
+
+Run.
+    python methods/multitask.py                               two CPU cores, about 6 minutes
+    python methods/multitask.py --tasks position,colour --heads lasso
+    torchrun --nproc_per_node 8 methods/multitask.py --recipe paper --data IMAGENET
+--batch counts the clips of all processes together.
+The network sees nine patches for position, two images for exemplar, and one for each other task.
+
+Reached. Not run.
+
+Differs from the paper. (This file | the paper.)
+    1. Every step trains all tasks, on frames of the same clips | one task per machine, ImageNet for
+       three tasks and videos for motion. The column `paper` leaves out motion, whose labels need
+       optical flow: `movers` has it, a folder does not.
+    2. The lasso chooses among four stages, each with a 1x1 convolution and a batch-norm that all
+       tasks share | among the 23 units of ResNet-101's third stage, where the trunk ends.
+    3. Colours are 15 x 15 steps of red and blue minus grey, those of single pixels | bins of the
+       colour space Lab.
+    4. What moves: the flow differs from its median over the frame by more than --high pixels per
+       frame; it rests below --low | dense trajectories that camera motion does not explain.
+    5. Distorted copies are shifted, scaled, turned and get other colours; the other image is the
+       next one in the batch, in its second copy.
+    6. AdamW on the sum of the losses, with warm-up and cosine | RMSProp.
+"""
+
+import functools
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
+import common
+from common import (ARCHS, VITS, Loader, Run, Split, held_out, join_processes, load_data, parse,
+                    patch_side)
+from kernels.clips import VideosInMemory
+from kernels.collectives import distribute, fail, gather
+from kernels.maps import maps
+from kernels.views import (ClipCrop, Crop, as_clips, as_tall, color_jitter, denormalize, luminance,
+                           normalize, random_flip)
+
+KIND = "video"  # what it learns from; the tests ask for what is due to each kind
+
+# The loss.
+
+
+def total_loss(losses, alpha, strength):
+    """The equation above. losses: a scalar per task; alpha: (tasks, stages), rows of length 1."""
+    return sum(losses) + strength * alpha.abs().sum()
+
+
+# Each task: what its head says, and a picture (n, 3, S, S) in [0, 1] that holds the answer, if one
+# is needed -> its loss, and a score from 0 to 1. Both are scalars.
+
+
+def position(logits, picture):
+    """logits (n, 8, 8): of each neighbour, for each of the eight places. Score: share right."""
+    places = torch.arange(8, device=logits.device).expand(len(logits), -1)  # (n, 8)
+    right = logits.argmax(2) == places
+    return F.cross_entropy(logits.mT, places), right.float().mean()
+
+
+def colour(logits, picture):
+    """logits (n, COLOURS, S/4, S/4). Score: share of places that are right."""
+    answer = colour_classes(picture[:, :, 2::4, 2::4])  # single pixels: a mean invents colours
+    right = logits.argmax(1) == answer
+    return F.cross_entropy(logits, answer), right.float().mean()
+
+
+def exemplar(z, picture, margin=0.5):
+    """z (n, 2, d): of two copies of each image. Score: how often the own copy is the nearer one."""
+    first, second = gather(z).unbind(1)  # (N, d) each: the next image may be another process's
+    to_own = 1 - F.cosine_similarity(first, second)
+    to_other = 1 - F.cosine_similarity(first, second.roll(-1, 0))
+    loss = (to_own - to_other + margin).clamp(min=0).mean()
+    return loss, (to_own < to_other).float().mean()
+
+
+def motion(logits, picture):
+    """logits (n, 1, S/4, S/4); picture: 1 where it moves, 0 where it rests, between them unknown.
+    Score: of the places that move or are said to move, the share where both is so."""
+    label = F.avg_pool2d(picture[:, :1], 4)
+    moves = label > 0.75
+    known = moves | (label < 0.25)
+    losses = F.binary_cross_entropy_with_logits(logits, moves.to(logits), reduction="none")
+    said = (logits > 0) & known
+    overlap = (said & moves).sum() / (said | moves).sum().clamp(min=1)
+    return (losses * known).mean(), overlap
+
+
+TASKS = {"position": position, "colour": colour, "exemplar": exemplar, "motion": motion}
+
+
+def mean_score(tasks, outputs):
+    scores = [TASKS[task](*output)[1] for task, output in zip(tasks, outputs)]
+    return torch.stack(scores).mean()
+
+
+STEP, REACH = 0.1, 7  # of colours: from -0.7 to 0.7
+COLOURS = (2 * REACH + 1) ** 2
+
+
+def colour_classes(x):
+    """Colours (n, 3, h, w) in [0, 1] -> (n, h, w) int64: red and blue minus grey, in steps."""
+    difference = x[:, ::2] - luminance(x)  # (n, 2, h, w)
+    step = (difference / STEP).round().clamp(-REACH, REACH) + REACH
+    red, blue = step.long().unbind(1)
+    return (2 * REACH + 1) * red + blue
+
+
+# The network.
+
+SEEN = {"position": 9, "colour": 1, "exemplar": 2, "motion": 1}  # pictures of a view, the first
+OUTPUTS = {"position": 8, "colour": COLOURS, "exemplar": 128, "motion": 1}  # numbers of a head
+DENSE = ("colour", "motion")  # answered for every place, on a grid of size / 4
+
+
+def backbone(arch, size):  # copy of: methods/context_encoder.py::backbone
+    """common.backbone. The feature of a ViT is the mean of its patches, which are what is used."""
+    return common.backbone(arch, size, pool="mean")
+
+
+def head_of(task, width):
+    """A hidden layer with batch-norm, then the answer; for dense tasks the layer sees 3 x 3 places,
+    for others there is one place."""
+    seen = 2 * width if task == "position" else width
+    side = 3 if task in DENSE else 1
+    first = nn.Conv2d(seen, width, side, padding=side // 2, bias=False)
+    last = nn.Conv2d(width, OUTPUTS[task], 1)
+    return nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), last)
+
+
+def pairs(h):
+    """h (n, 9, width, 1, 1) of a grid of patches -> (8n, 2 width, 1, 1): the middle and each of its
+    neighbours."""
+    neighbours = torch.cat([h[:, :4], h[:, 5:]], 1)
+    middle = h[:, 4:5].expand_as(neighbours)
+    return torch.cat([middle, neighbours], 2).flatten(0, 1)
+
+
+class MultiTask(nn.Module):
+    def __init__(self, arch, size, tasks, heads, width):
+        super().__init__()
+        self.backbone = backbone(arch, size)
+        self.tasks = tasks
+        self.side = size // 4
+        D = self.backbone.out_dim
+        channels = [D] * 4 if arch in VITS else [D // 8, D // 4, D // 2, D]
+        if heads == "naive":
+            channels = [D]
+        self.units = nn.ModuleList()
+        for c in channels:
+            conv = nn.Conv2d(c, width, 1, bias=False)
+            self.units.append(nn.Sequential(conv, nn.BatchNorm2d(width, affine=False)))
+        alpha = torch.ones(len(tasks), len(channels))
+        self.raw_alpha = nn.Parameter(alpha, requires_grad=heads == "lasso")
+        self.heads = nn.ModuleDict({task: head_of(task, width) for task in tasks})
+
+    def alpha(self):
+        """(tasks, stages), rows of length 1. Otherwise the penalty could be had for nothing: by
+        small weights here and large ones in the head."""
+        return F.normalize(self.raw_alpha, dim=1)
+
+    def read(self, x, alpha, dense):
+        """x (m, 3, H, W), alpha (stages,) -> r (m, width, 1, 1), or with a quarter of the image's
+        side if dense."""
+        total = 0
+        stages = maps(self.backbone, x)[-len(self.units) :]
+        for weight, unit, stage in zip(alpha, self.units, stages):
+            u = unit(stage)
+            if dense:
+                size = (self.side, self.side)
+                u = F.interpolate(u, size, mode="bilinear", antialias=True)
+            else:
+                u = u.mean((2, 3), keepdim=True)
+            total = total + weight * u
+        return total
+
+    def forward(self, *views):
+        """A view (n, k, 3, H, W) per task -> per task what its head says, and the view's last
+        picture, where the answer is. Each task goes through the trunk by itself, so that its batch
+        statistics are its own."""
+        outputs = []
+        for task, alpha, x in zip(self.tasks, self.alpha(), views):
+            seen = x[:, : SEEN[task]]
+            r = self.read(seen.flatten(0, 1), alpha, task in DENSE)
+            if task == "position":
+                r = pairs(r.unflatten(0, (-1, 9)))
+            y = self.heads[task](r)
+            if task not in DENSE:
+                y = y.flatten(1).unflatten(0, (len(x), -1))  # (n, 8, 8) or (n, 2, d)
+            outputs.append((y, denormalize(x[:, -1])))
+        return outputs
+
+
+# The views.
+
+
+def grey(x):
+    """Images (n, 3, H, W) without colour, in three equal channels."""
+    return luminance(x).expand_as(x)
+
+
+def cut_patches(x, corners, side):  # copy of: methods/context_prediction.py::cut_patches
+    """Images x (n, 3, S, S), corners (n, 9, 2) -> patches (n, 9, 3, side, side)."""
+    top, left = corners.to(x.device).unbind(2)  # (n, 9) each
+    image = torch.arange(len(x), device=x.device)
+    image = image.view(-1, 1, 1, 1)
+    i = torch.arange(side, device=x.device)
+    rows = (top[..., None] + i)[..., None]  # (n, 9, side, 1)
+    columns = left[..., None] + i  # (n, 9, side)
+    columns = columns[:, :, None]  # (n, 9, 1, side)
+    return x[image, :, rows, columns].movedim(4, 2)
+
+
+def keep_one_channel(x, rand):
+    """Patches (n, 9, 3, t, t): of each one random channel stays, the others become flat, of its
+    mean."""
+    kept = rand.uniform(0, 3, columns=(9,)).long()
+    kept = F.one_hot(kept, 3)[..., None, None].to(x)  # (n, 9, 3, 1, 1)
+    channel = (kept * x).sum(2, keepdim=True)
+    flat = channel.mean((3, 4), keepdim=True)
+    return torch.lerp(flat, x, kept)
+
+
+def view_position(x, rand, args):
+    """Each of nine patches lies at a random place in its cell of a grid of 3 x 3, so that edges
+    seldom continue from one into the next."""
+    cell = args.patch + args.gap
+    k = torch.arange(9)
+    corner = cell * torch.stack([k // 3, k % 3], 1)  # (9, 2)
+    moved = rand.uniform(0, args.gap, columns=(9, 2)).long()
+    x = cut_patches(x, corner + moved, args.patch)  # (n, 9, 3, t, t)
+    if args.harmonize:
+        return grey(x.flatten(0, 1)).unflatten(0, (-1, 9))
+    return keep_one_channel(x, rand)
+
+
+def view_colour(x, rand, args):
+    """The grey image, and the one in colour."""
+    x = random_flip(x, rand)
+    return torch.stack([grey(x), x], 1)
+
+
+def distort(x, rand):
+    """Shifted, scaled, turned, and in other colours."""
+    scale = rand.uniform(0.5, 1.0)  # of the part that is shown, to the image
+    angle = rand.uniform(-0.35, 0.35)  # radians
+    cos = scale * angle.cos()
+    sin = scale * angle.sin()
+    right = (1 - scale) * rand.uniform(-1, 1)
+    down = (1 - scale) * rand.uniform(-1, 1)
+    rows = [cos, -sin, right, sin, cos, down]
+    matrix = torch.stack(rows, 1).view(-1, 2, 3).to(x)
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    return color_jitter(x, rand, 0.4, 0.4, 0.4, 0.1)
+
+
+def view_exemplar(x, rand, args):
+    x = random_flip(x, rand)
+    return torch.stack([distort(x, rand), distort(x, rand)], 1)
+
+
+def view_motion(x, rand, args):
+    """x (n, 2, 3, H, W): labels and frames, cut alike. Flipped alike; the frame comes first."""
+    return as_clips(random_flip(as_tall(x), rand), 2).flip(1)
+
+
+VIEWS = {
+    "position": view_position,
+    "colour": view_colour,
+    "exemplar": view_exemplar,
+    "motion": view_motion,
+}
+
+
+def views(args, stride):
+    """One for each task, of frames of its own. stride: from a label to its frame, in pictures; 0 if
+    the videos have no labels (see labelled)."""
+
+    def augmentation(task):
+        def augment(x, rand):
+            if stride and task != "motion":
+                x = x[:, 1]  # without the label
+            x = VIEWS[task](x, rand, args)
+            return normalize(x.flatten(0, 1)).unflatten(0, (len(x), -1))  # (n, k, 3, h, w)
+
+        return augment
+
+    found = []
+    for task in args.tasks.split(","):
+        side = 3 * (args.patch + args.gap) if task == "position" else args.size
+        crop = Crop(side, scale=(args.min_crop, 1.0))
+        crop = ClipCrop(crop, 2, stride) if stride else crop
+        found.append((crop, augmentation(task)))
+    return found
+
+
+def labelled(split, args):
+    """A split of videos of T frames with labels from their flow. A video begins with T - 1 pictures
+    of labels, then come its first T - 1 frames (the last one has no flow), so that a clip of two
+    pictures, T - 1 apart, is a label and its frame, cut to the same box."""
+    truth = getattr(split.images, "truth", None)
+    if truth is None:
+        fail(
+            f"--data {args.data}, --tasks {args.tasks}: motion needs the flow of the videos, which "
+            "only movers has; choose other --tasks"
+        )
+    films = []
+    for start in range(0, len(split.images), 100):  # the flow of all would take a gigabyte
+        part = truth.part(slice(start, start + 100))
+        label = 255 * motion_labels(part.flow, args.low, args.high)
+        label = label[:, :, None].expand(-1, -1, 3, -1, -1)
+        film = torch.cat([label.byte(), part.frames[:, :-1]], 1)
+        films.append(film.flatten(0, 1))
+    lengths = [film.shape[1]] * len(split.images)
+    return Split(VideosInMemory(torch.cat(films), lengths))
+
+
+def motion_labels(flow, low, high):
+    """Flow (..., 2, H, W) -> (..., H, W): 1 where it moves, 0 where it rests, 1/2 where unknown.
+    The median over the frame is the camera's motion: most pixels show the background."""
+    camera = flow.flatten(-2).median(-1).values
+    speed = (flow - camera[..., None, None]).norm(dim=-3)
+    return 0.5 * (speed > high) + 0.5 * (speed >= low)
+
+
+# Training.
+
+HEADS = ("naive", "lasso")
+SETTINGS = {
+    "recipe": ("movers", "bunny", "paper", "which column gives the defaults"),
+    "tasks": (
+        "position,colour,exemplar,motion",
+        "position,colour,exemplar",
+        "position,colour,exemplar",
+        f"some of {', '.join(TASKS)}, separated by commas",
+    ),
+    "heads": ("naive", "naive", "naive", "what a head reads: the last stage, or any", HEADS),
+    "lasso": (0.01, 0.01, 0.01, "strength lambda of the penalty on alpha"),
+    "harmonize": (True, True, True, "grey patches for position; else one channel of their colour"),
+    "size": (32, 32, 256, "side of an image, pixels; a multiple of 4"),
+    "arch": ("resnet14", "resnet14", "resnet50", "the trunk", ARCHS),
+    "patch": (12, 12, 96, "side of a patch, for position, pixels", "[1, inf)"),
+    "gap": (4, 4, 16, "pixels between two patches on average, for position", "[1, inf)"),
+    "low": (0.5, 0.5, 0.5, "motion below which a pixel rests, pixels per frame"),
+    "high": (1.0, 1.0, 1.0, "motion above which it moves, pixels per frame"),
+    "width": (128, 128, 512, "channels of r, and units of the heads", "[1, inf)"),
+    "batch": (64, 32, 256, "clips per step, over all processes"),
+    "epochs": (15, 100, 100, "passes over the training clips"),
+    "warmup": (1.0, 5.0, 1.0, "epochs of linear learning-rate warm-up"),
+    "lr": (4e-3, 4e-3, 1e-3, "learning rate per 256 clips"),
+    "weight_decay": (0.05, 0.05, 0.05, "on all parameters"),
+    "min_crop": (0.5, 0.5, 0.5, "smallest crop, share of a frame's area", "(0, 1]"),
+}
+
+
+def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::learning_rate
+    """Base rate x batch / 256, linear warm-up, then cosine to 0. `step` counts from 0 over the
+    whole run."""
+    peak = args.lr * args.batch / 256
+    warmup = args.warmup * steps_per_epoch
+    total = args.epochs * steps_per_epoch
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
+
+
+def get_args(argv=None):
+    args = parse(__doc__, SETTINGS, argv)
+    tasks = args.tasks.split(",")
+    if len({*tasks} & {*TASKS}) < len(tasks):
+        fail(f"--tasks {args.tasks}: choose some of {','.join(TASKS)}, each once")
+    if args.size % 4:
+        fail(f"--size {args.size}: choose a multiple of 4, for answers at a quarter of the side")
+    if args.low > args.high:
+        fail(f"--low {args.low:g}, --high {args.high:g}: choose a --low of at most --high")
+    if args.arch in VITS and args.patch % patch_side(args.size):
+        fail(
+            f"--patch {args.patch}: choose a multiple of {patch_side(args.size)}, the side of a "
+            f"token of {args.arch} at --size {args.size}"
+        )
+    return args
+
+
+def show(tasks):
+    """For views.png: the middle patch and the one to its right; of other tasks both pictures, for
+    colour and motion an image and its answer."""
+
+    def pictures(views):
+        shown = {}
+        for task, x in zip(tasks, views):
+            x = denormalize(x[:, -5:-3] if task == "position" else x)
+            shown |= {task: x[:, 0], f"{task} 2": x[:, 1]}
+        return shown
+
+    return pictures
+
+
+def main(argv=None):
+    args = get_args(argv)
+    device = join_processes(args.seed)
+    data = load_data(args.data, args.root, device)
+    tasks = args.tasks.split(",")
+    splits = [data.train, data.test]
+    stride = 0
+    if "motion" in tasks:
+        splits = [labelled(split, args) for split in splits]
+        stride = int(splits[0].images.lengths[0]) // 2
+    train, test = splits
+    settings = (views(args, stride), args.batch, args.seed, device, args.workers)
+    loader = Loader(train, *settings)
+    model = MultiTask(args.arch, args.size, tasks, args.heads, args.width).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
+    state = {"optimizer": optimizer}
+    run = Run("multitask", args, data, loader, model, state, show=show(tasks))
+    wrapped = distribute(model, device, args.compile)
+    penalty = args.lasso if args.heads == "lasso" else 0.0
+    measure = functools.partial(mean_score, tasks)
+
+    # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.
+    for epoch in range(run.step // loader.steps, args.epochs):
+        for step, shown in loader(epoch, run.step):
+            lr = learning_rate(step, args, loader.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                outputs = wrapped(*shown)
+            losses = {}
+            scores = {}
+            for task, (said, picture) in zip(tasks, outputs):
+                losses[task], scores[f"{task}_score"] = TASKS[task](said.float(), picture)
+
+            # Means over the clips of this process, of exemplar over those of all processes;
+            # DistributedDataParallel averages the gradients: exactly the gradient of one process
+            # with all N clips.
+            alpha = model.alpha()
+            loss = total_loss(losses.values(), alpha, penalty)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            read = alpha.abs().sum(1).square().mean()  # 1 if every head reads a single stage
+            run.log(loss, lr, **losses, **scores, stages=read)
+        run.end_epoch(epoch, **held_out(model, test, settings, measure))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
