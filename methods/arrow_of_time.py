@@ -30,7 +30,7 @@ The network sees T differences of each, twice; it is evaluated on pictures, as a
 movers the run also prints `control`, the accuracy on clips in which no energy is lost. Only chance
 can be right about these: more than 50 % would show that something else gives the direction away.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. A moment is the difference of two frames in colour | paper: optical flow of several frames.

@@ -27,7 +27,7 @@ Run.
 The network sees K frames of each. How the camera moves must be known: of the data sets that come
 with this project only movers tells.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The camera looks straight ahead while it pans over a photograph: two degrees of freedom |

@@ -28,7 +28,7 @@ Run.
 The network sees two patches of each. held_out is the share of triplets of test clips in the right
 order, D(a, p) < D(a, negative), over all negatives of a batch; guessing has 0.5.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. A track follows one point by the exact optical flow of synthetic clips (by how many pixels

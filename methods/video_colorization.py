@@ -31,7 +31,7 @@ has held_out, the share of places of held-out clips whose most likely class is r
 that of two rules: the class that the references show most often, and that of the same place in
 the last reference.
 
-Reached. Not run yet.
+Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the reimplementation.)
     1. The network is a ResNet or ViT, which sees each frame by itself. Four of its maps, brought to
