@@ -201,7 +201,7 @@ def show(views):
     """For views.png: the differences of both directions."""
     (x,) = views  # (n, 2, T, 3, H, W)
     found = {}
-    for direction, name in enumerate(("forwards", "backwards")):
+    for direction, name in enumerate(("forwards", "reversed")):
         for moment in range(x.shape[2]):
             found[f"{name} {moment + 1}"] = denormalize(x[:, direction, moment])
     return found

@@ -20,7 +20,7 @@ network on both maps of a pair that is thrown away after training. Section 3:
 A network that guesses has the loss 2 log C, 3.892 for C = 7.
 
 Run.
-    python methods/egomotion.py                               two CPU cores, about 4 minutes
+    python methods/egomotion.py                               two CPU cores, about 6 minutes
     python methods/egomotion.py --arch resnet18 --epochs 100  one GPU
     torchrun --nproc_per_node 8 methods/egomotion.py --recipe paper --data movers
 --batch counts the clips of all processes together.
@@ -201,7 +201,7 @@ SETTINGS = {
     "stride": (2, 7, "one frame in so many, of 12 a second", "[1, inf)"),
     "classes": (7, 20, "classes C of the motion along each axis", "[2, inf)"),
     "batch": (64, 128, "clips per step, over all processes"),
-    "epochs": (20, 100, "passes over the training clips"),
+    "epochs": (18, 100, "passes over the training clips"),
     "warmup": (1.0, 0.0, "epochs of linear learning-rate warm-up"),
     "lr": (4e-3, 2e-3, "learning rate per 256 clips"),
     "weight_decay": (0.05, 5e-4, "on all parameters"),

@@ -1,13 +1,14 @@
 """Arrow of Time: the loss by hand, both directions from the same frames, and clips about which
 nothing but chance can be right."""
 
+import json
 import math
 
 import pytest
 import torch
 from conftest import CPU, arguments, call_main, light, noise, short, tiny_clips
 
-from common import Loader, Split, held_out
+from common import Data, Loader, Split, held_out
 from kernels.clips import VideosInMemory, rendered
 from kernels.views import BatchRandom, denormalize
 from methods import arrow_of_time
@@ -194,6 +195,23 @@ def test_the_control_is_printed_and_kept(tmp_path, monkeypatch):
     rows = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert rows.count('"control": ') == rows.count('"held_out": ') == 2
     assert found.out.count("control 0.") == 2
+
+
+@pytest.mark.thorough
+def test_training_learns_the_direction_where_there_is_one(tmp_path, monkeypatch):
+    """Five epochs of 400 clips: on 200 held-out ones at least 70 % are right, of those without
+    losses half, within three standard errors."""
+    monkeypatch.setattr("common.evaluate", lambda *_, **more: {"knn20": 1.0, "linear": 1.0})
+    monkeypatch.setattr("common.draw_curve", lambda *_: None)
+    monkeypatch.setattr("common.draw_neighbours", lambda *_: None)
+    train, test = [Split(*rendered(s, n, CPU)) for s, n in (("train", 400), ("test", 200))]
+    data = Data("movers", train, train, test)
+    flags = ["--epochs", 5, "--batch", 50, "--workers", 0, "--out", tmp_path / "run"]
+    found = call_main("arrow_of_time", *flags, data=data)
+    assert found.code == 0, found.err
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["held_out"] > 0.7
+    assert abs(last["control"] - 0.5) < 3 * 0.5 / 200**0.5
 
 
 # -------- What is refused -------------------------------------------------------------------------
