@@ -63,7 +63,7 @@ def test_the_first_place_is_on_the_thing():
     "flow",
     [
         blob([(0.0, 0.0)] * 2),
-        blob([(0.0, 0.0)] * 2, camera=(3.0, 1.0)) * 0 + 3.0,
+        torch.full((1, 2, 2, 16, 16), 3.0),
         blob([(4.0, 0.0)] * 3),
         blob([(0.0, -3.0)] * 2),
     ],
@@ -128,7 +128,6 @@ def test_pairs_are_the_patches_at_both_ends():
     mined = tracking.mine(split, args).images
     pairs = mined.frames.unflatten(0, (-1, 2))
     assert mined.lengths.tolist() == [2, 2]
-    # boxes around (5.5, 5.5), of even side: rounded to even
     first = tracking.cut(frames[[0, 2], 0], torch.tensor([[5.5, 5.5]] * 2), 4)
     last = tracking.cut(frames[[0, 2], 2], torch.tensor([[9.5, 7.5], [11.5, 5.5]]), 4)
     assert torch.equal(pairs[:, 0], first) and torch.equal(pairs[:, 1], last)
