@@ -36,9 +36,9 @@ over all frames after the first (DAVIS leaves out the last frame, too):
     shot_r1   the last frame of a test shot is the question: how often the most similar of the first
     shot_r5   frames of all shots, or one of the five most similar, is that of the same shot
 
-Beside them stand, as "no network", the first mask left in its place and the best constant answers;
-raw pixels (for masks the colours of 7 x 7 pixels around, else the frame averaged to 16 x 16); and
-the same network before training.
+Beside them stand, as "no network", the first mask left in its place and the best constant answers
+(for shots 0: all are equally similar); raw pixels (for masks the colours of 7 x 7 pixels around,
+else the frame averaged to 16 x 16); and the same network before training.
 
 Run.
     python methods/eval_video.py runs/video_colorization-movers-0
@@ -407,7 +407,8 @@ def main(argv=None):
     if "masks" in tasks:
         clips = visible("test", args.test_clips, args.mask_clips)
         draw_masks(folder / "masks.png", shown, clips.part(slice(SHOWN)))
-    print0(f"\n{table(measured)}\n\n{folder}: masks, masks.png, results.jsonl")
+    print0(f"\n{table(measured)}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
 if __name__ == "__main__":
