@@ -230,7 +230,7 @@ SETTINGS = {
     "encoding": ("sum", "sum", "sum", "how a window becomes an image", ENCODINGS),
     "fusion": ("each", "each", "sum", "how six windows are compared", FUSIONS),
     "batch": (32, 32, 64, "clips per step, over all processes; six windows of each"),
-    "epochs": (14, 100, 200, "passes over the training clips"),
+    "epochs": (12, 100, 200, "passes over the training clips"),
     "warmup": (1.0, 5.0, 5.0, "epochs of linear learning-rate warm-up"),
     "lr": (8e-3, 8e-3, 2e-3, "learning rate per 256 clips"),
     "weight_decay": (0.05, 0.05, 5e-4, "on all parameters"),

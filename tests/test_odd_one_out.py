@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from conftest import CPU, arguments, call_main, noise, tiny_clips
+from conftest import CPU, Recorder, arguments, call_main, noise, tiny_clips
 
-from common import Loader
+from common import Loader, held_out
 from kernels.views import BatchRandom
 from methods import odd_one_out
 
@@ -116,6 +116,19 @@ def test_equal_windows_cannot_be_told(fusion):
     assert loss >= math.log(6) - 1e-6
     if fusion == "each":
         assert loss == pytest.approx(math.log(6))
+
+
+@pytest.mark.thorough
+def test_a_short_training_answers_better_than_guesses(train):
+    """On clips of other emoji before other photographs, where guesses are right for 17 %. In one
+    run 50 % were right, with a loss of 1.51 at the end."""
+    data = tiny_clips(96, 48)
+    flags = ["--size", 16, "--batch", 24, "--epochs", 15, "--hidden", 64]
+    result = train("odd_one_out", *flags, data=data, double=False)
+    settings = (odd_one_out.views(result.args), 24, 1, CPU)
+    found = held_out(Recorder.latest.model, data.test, settings, odd_one_out.accuracy)
+    assert result.losses[-4:].mean() < math.log(6) - 0.2
+    assert found["held_out"] > 0.35
 
 
 # -------- Encoded images --------------------------------------------------------------------------
