@@ -8,7 +8,7 @@ so a method for images can learn from videos, too. Of each video one clip is sho
 random moment on. All its frames are cut to the same box: if each had its own, the boxes would tell
 the order of the frames.
 
-load_videos(name) reads an embedded set.
+load_film(name) reads an embedded set.
 """
 
 
