@@ -122,7 +122,8 @@ def mean_score(tasks, outputs):
     return torch.stack(scores).mean()
 
 
-STEP, REACH = 0.1, 7  # of colours: from -0.7 to 0.7
+STEP = 0.1  # between two colours
+REACH = 7  # steps to each side of grey
 COLOURS = (2 * REACH + 1) ** 2
 
 
@@ -455,21 +456,23 @@ def main(argv=None):
 
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 outputs = wrapped(*shown)
-            losses = {}
-            scores = {}
+            losses = []
+            logged = {}
             for task, (said, picture) in zip(tasks, outputs):
-                losses[task], scores[f"{task}_score"] = TASKS[task](said.float(), picture)
+                part, score = TASKS[task](said.float(), picture)
+                losses.append(part)
+                logged |= {task: part.detach(), f"{task}_score": score}
 
             # Means over the clips of this process, of exemplar over those of all processes;
             # DistributedDataParallel averages the gradients: exactly the gradient of one process
             # with all N clips.
             alpha = model.alpha()
-            loss = total_loss(losses.values(), alpha, penalty)
+            loss = total_loss(losses, alpha, penalty)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            read = alpha.abs().sum(1).square().mean()  # 1 if every head reads a single stage
-            run.log(loss, lr, **losses, **scores, stages=read)
+            stages = alpha.detach().abs().sum(1).square().mean()  # 1: every head reads one
+            run.log(loss, lr, **logged, stages=stages)
         run.end_epoch(epoch, **held_out(model, test, settings, measure))
     run.finish()
 

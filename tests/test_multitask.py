@@ -149,7 +149,7 @@ def test_the_run_sums_its_tasks(train):
     flags = [*short("multitask", epochs=1), "--heads", "lasso", "--lasso", 0.25]
     run = train("multitask", *flags, **LIGHT)
     # at first all stages are read alike: rows of four times 1/2
-    penalty = run.losses[0] - sum(run.more[0][task].detach() for task in ALL)
+    penalty = run.losses[0] - sum(run.more[0][task] for task in ALL)
     assert penalty.item() == pytest.approx(0.25 * 4 * 2, rel=1e-9)
     assert run.more[0]["stages"].item() == pytest.approx(4, rel=1e-9)
 
