@@ -17,8 +17,9 @@ negatives of each anchor. Both patches of a track are anchors a, the other one i
     L = mean over anchors a and their K negatives of  max(0, D(a, p) - D(a, negative) + M)
 
 Negatives are patches of other clips of the batch: at first random ones, the same for both anchors
-of a track; from epoch `hard_from` on those with the largest loss, which are the nearest to the
-anchor. If all embeddings are the same, the loss is M.
+of a track; from epoch `hard_from` on, `hard` of the K are those with the largest loss, which are
+the nearest to the anchor. If all embeddings are the same, the loss is M. Hard negatives from the
+start, or no others, may lead there.
 
 Run.
     python methods/tracking_triplet.py                        two CPU cores, about 5 minutes
@@ -35,9 +36,9 @@ Differs from the paper. (This file | the paper, or the official code.)
        each pixel moves until the next frame), for 11 steps. It begins in the middle of what moves
        against the camera | paper: in videos, a box with most moving points (trajectories of SURF
        features, motion above half a pixel), followed by a tracker (KCF) for 30 frames.
-    2. The hard negatives of an anchor are the K nearest to it | code: they are chosen by the first
-       patch of a track and used for both; two of the four nearest, and two at random of the others
-       that have a loss.
+    2. By default two negatives are the nearest to the anchor and two are random | paper: the four
+       nearest (column `paper`); code: two of the four that are nearest to the first patch of a
+       track, and two at random of the others that have a loss, for both patches.
     3. M = 0.5 as in the paper | code: 1.
     4. Each patch has its own crop and flip, as in the code, and its own colours: otherwise the
        colours of a clip would tell which patches belong together | paper: colours as they are.
@@ -232,7 +233,8 @@ SETTINGS = {
     "dim": (128, 1024, "dimensions of the embedding z", "[1, inf)"),
     "margin": (0.5, 0.5, "margin M between cosine distances", "(0, 2]"),
     "negatives": (4, 4, "negatives K of an anchor", "[1, inf)"),
-    "hard_from": (7, 10, "first epoch, from 0, whose negatives are the hardest"),
+    "hard": (2, 4, "how many of them are the hardest, from epoch hard_from on"),
+    "hard_from": (10, 10, "first epoch, from 0, with hard negatives"),
     "strength": (0.5, 0.0, "strength s of the colour jitter", "[0, 1.25]"),
     "grey": (0.2, 0.0, "share of patches without colour", "[0, 1]"),
     "min_crop": (0.5, 0.95, "smallest crop, share of the patch's area", "(0, 1]"),
@@ -244,6 +246,8 @@ def get_args(argv=None):
     most = 2 * args.batch - 2
     if args.negatives > most:
         fail(f"--negatives {args.negatives}: choose at most {most}, the patches of other clips")
+    if args.hard > args.negatives:
+        fail(f"--hard {args.hard}: choose at most {args.negatives}, the negatives of an anchor")
     return args
 
 
@@ -296,12 +300,13 @@ def main(argv=None):
             z1, z2 = z.chunk(2)
             everyone = torch.cat([gather(z1), gather(z2)])  # (2N, d)
 
-            if epoch < args.hard_from:
-                rand = loader.random(epoch, step % loader.steps, 0, METHOD)
-                u = rand.uniform(columns=(args.negatives,)).to(device)
-                chosen = random_negatives(u, own, args.batch).repeat(2, 1)  # (2n, K)
-            else:
-                chosen = hardest_negatives(z, everyone, own.repeat(2), args.negatives)
+            # Which negatives: random ones, and later some that are the hardest.
+            hard = args.hard if epoch >= args.hard_from else 0
+            rand = loader.random(epoch, step % loader.steps, 0, METHOD)
+            u = rand.uniform(columns=(args.negatives - hard,)).to(device)
+            easy = random_negatives(u, own, args.batch).repeat(2, 1)  # (2n, K - hard)
+            hardest = hardest_negatives(z, everyone, own.repeat(2), hard)  # (2n, hard)
+            chosen = torch.cat([easy, hardest], 1)  # (2n, K)
 
             # The mean over the anchors of this process; DistributedDataParallel averages the
             # gradients, and gather passes them back: exactly that of one process with all tracks.

@@ -285,11 +285,14 @@ def test_negatives_are_random_first_and_the_hardest_later(train, monkeypatch):
             return seen[-1][1]
 
         monkeypatch.setattr(tracking, name, see)
-    flags = ["--size", 16, "--patch", 4, "--batch", 12, "--epochs", 2, "--hard-from", 1]
+    flags = ["--size", 16, "--patch", 4, "--batch", 12, "--epochs", 2]
+    flags += ["--hard", 1, "--hard-from", 1]
     train("tracking_triplet", *flags)
-    assert [name.split("_")[0] for name, _ in seen] == ["random"] * 2 + ["hardest"] * 2
-    assert [tuple(rows.shape) for _, rows in seen] == [(12, 4)] * 2 + [(24, 4)] * 2
-    assert not torch.equal(seen[0][1], seen[1][1])
+    random = [rows for name, rows in seen if name == "random_negatives"]
+    hardest = [rows for name, rows in seen if name == "hardest_negatives"]
+    assert [tuple(rows.shape) for rows in random] == [(12, 4)] * 2 + [(12, 3)] * 2
+    assert [tuple(rows.shape) for rows in hardest] == [(24, 0)] * 2 + [(24, 1)] * 2
+    assert not torch.equal(random[0], random[1])
 
 
 @pytest.mark.parametrize(
@@ -297,6 +300,7 @@ def test_negatives_are_random_first_and_the_hardest_later(train, monkeypatch):
     [
         (("--patch", 49), "--patch 49: choose at most 48, the side of a frame"),
         (("--speed", 99), "--speed 99: nothing moves so fast; choose a lower speed"),
+        (("--hard", 5), "--hard 5: choose at most 4, the negatives of an anchor"),
         (("--batch", 3, "--negatives", 5), "--negatives 5: choose at most 4, the patches of other"),
     ],
 )
