@@ -126,12 +126,13 @@ def test_exemplar_does_not_see_lengths():
 
 
 def test_motion_by_hand():
-    """Four places: one moves, one rests, two are unknown: they have no loss and no gradient."""
+    """Four places: one moves and counts eight times, one rests, two are unknown: they have no loss
+    and no gradient."""
     label = torch.tensor([[1.0, 0.0], [0.5, 0.3]], dtype=torch.float64)
     picture = label.kron(torch.ones(4, 4)).expand(1, 3, 8, 8)
     logits = torch.tensor([[[[2.0, 1.0], [-3, 9]]]], dtype=torch.float64, requires_grad=True)
     loss, score = multitask.motion(logits, picture)
-    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 4
+    expected = (8 * math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 4
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     assert score == 0.5  # both are said to move, one does
     loss.backward()
