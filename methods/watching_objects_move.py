@@ -44,8 +44,9 @@ Differs from the paper. (This file | the paper, or the official code.)
        paper: they fill a large part of the box.
     4. Only frames without a moving object are left out | paper: also those in which more than 80 %
        moves, or in which the frame's border does.
-    5. The network is a ResNet or ViT, and the mask has half the side of the frame | paper: AlexNet;
-       code: a linear layer from all places of its last map to the mask, as here.
+    5. The network is a ResNet or ViT, and the mask has half the side of the frame, at most 56, from
+       at most 7 x 7 places | paper: AlexNet; code: a linear layer from all places of its last map to
+       the mask, as here.
     6. AdamW with warm-up and cosine | paper: SGD with momentum.
 """
 
@@ -116,7 +117,7 @@ class MotionMasks(nn.Module):
         super().__init__()
         # the feature of a ViT is the mean of its patches, because they make the mask
         self.backbone = backbone(arch, size, pool="mean")
-        self.side = size // 2
+        self.side = min(size // 2, 56)  # of a mask, in pixels
         self.reduce = nn.Sequential(
             nn.Conv2d(self.backbone.out_dim, width, 1, bias=False),
             nn.BatchNorm2d(width),
@@ -130,16 +131,22 @@ class MotionMasks(nn.Module):
         """How many places the last map has, found with an empty image."""
         weight = self.backbone.first_layer.weight
         empty = weight.new_zeros(1, 3, size, size)
-        last = maps(self.backbone.eval(), empty)[-1]
+        self.backbone.eval()
+        last = self.last_map(empty)
         self.backbone.train()
         return last[0, 0].numel()
+
+    def last_map(self, x):
+        """(n, D, h, w), averaged to at most 7 x 7 places: the layer after it grows with each."""
+        last = maps(self.backbone, x)[-1]
+        return F.adaptive_avg_pool2d(last, 7) if last.shape[3] > 7 else last
 
     def forward(self, x):
         """Frames, each after its label, x (n, 2, 3, H, W) -> logits (n, S, S) of the frame alone;
         and for the loss label and exact mask, (n, 2, S, S)."""
         label, frame = x.unbind(1)
         answers = F.adaptive_avg_pool2d(label[:, :2], self.side)
-        last = maps(self.backbone, frame)[-1]  # (n, D, h, w)
+        last = self.last_map(frame)
         logits = self.mask(self.reduce(last).flatten(1))  # (n, S S)
         return logits.unflatten(1, (self.side, self.side)), answers
 
