@@ -26,7 +26,8 @@ Run.
 --batch counts the clips of all processes together.
 The network sees five frames of each.
 
-Reached. Not run.
+Reached. On movers after 20 epochs, 1922 seconds on one busy CPU core: kNN 35.8 % (untrained 33.6,
+raw pixels 34.4); linear 45.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Clips of a second, 12 frames | paper: frames up to 60 apart (two seconds and a half) with a

@@ -45,8 +45,8 @@ Differs from the paper. (This file | the paper, or the official code.)
     4. Only frames without a moving object are left out | paper: also those in which more than 80 %
        moves, or in which the frame's border does.
     5. The network is a ResNet or ViT, and the mask has half the side of the frame, at most 56, from
-       at most 7 x 7 places | paper: AlexNet; code: a linear layer from all places of its last map to
-       the mask, as here.
+       at most 7 x 7 places | paper: AlexNet; code: a linear layer from all places of its last map
+       to the mask, as here.
     6. AdamW with warm-up and cosine | paper: SGD with momentum.
 """
 
