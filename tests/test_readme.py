@@ -124,7 +124,7 @@ def test_sentences_about_the_results(report):
     assert f"but for {', '.join(sorted(behind))}" in text
     assert f"Only {' and '.join(sorted(reach))} reach" in text
     assert f"{len(below)} methods are below their own untrained network" in text
-    for row in rows:
+    for row in [row for row in rows if kind_of(row["method"]) != "video"]:
         for key in ("feature_std", "rankme"):
             assert row["evaluation"][key] > row["random_init"][key], row["command"]
 
