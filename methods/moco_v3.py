@@ -33,7 +33,8 @@ paper. --train-patches trains the patch projection, too. If the first layer is t
 metrics.jsonl has its largest gradient in each step, first_gradient, whose peaks come before the
 dips in the paper (Figure 4).
 
-Reached. Not run.
+Reached. On emoji after 36 epochs, 663 seconds on one busy CPU core: kNN 54.8 % (untrained 51.8, raw
+pixels 53.9); linear 57.6 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. vit_small has 6 attention heads, as in DeiT and DINO | 12.

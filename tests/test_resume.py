@@ -27,6 +27,7 @@ from conftest import (
     light,
     method,
     short,
+    tiny,
     tiny_data,
     write_images,
 )
@@ -249,6 +250,7 @@ def stopping(after):
 
 
 def run_until(name, flags, after, double=False):
+    tiny(name)  # made before the numbers become float64
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
         try:
