@@ -588,11 +588,13 @@ def share(function, *args):
 
 @torch.no_grad()
 def held_out(network, split, settings, measure):
-    """{"held_out": the mean of measure(network(*views)), a scalar tensor, over batches of held-out
-    images or clips}; {} where there are none. settings: those of a Loader; views, batch, seed and
-    device are used. Every call shows the same. The network is in eval mode, and left as it was."""
-    if not split:
+    """{"held_out": the mean of measure(network(*views)), a scalar tensor, over batches of at most
+    1,000 held-out images or clips}; {} where there are not two for each process. settings: those of
+    a Loader; views, batch, seed and device are used. Every call shows the same. The network is in
+    eval mode, and left as it was."""
+    if not split or len(split.images) < 2 * world():
         return {}
+    split = thin(split, 1000)
     views, batch, seed, device, *_ = settings
     batch = min(batch, len(split.images) // world() * world())
     training = network.training

@@ -11,7 +11,6 @@ the order of the frames.
 load_film(name) reads an embedded set.
 """
 
-
 import io
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ from kernels.views import MOMENT, ClipCrop, resized_crop
 class VideosInMemory:
     """Reader of N videos in memory. frames: (F, 3, H, W) uint8 on the device of the training, all
     videos one after the other. lengths: (N,) int, frames of each. truth: what else is known of the
-    videos, of `movers` a MoverClips, else None; truth.part(index) is that of some of them."""
+    videos, of `movers` the Clips of kernels/movers.py, else None."""
 
     def __init__(self, frames, lengths, truth=None):
         self.frames = frames.contiguous()

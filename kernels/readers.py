@@ -89,20 +89,26 @@ class Files:
         return len(self.paths)
 
     def part(self, indices):
-        return Files([self.paths[i] for i in indices.tolist()], self.broken)
+        return type(self)([self.paths[i] for i in indices.tolist()], self.broken)
+
+    def keys(self, plan):
+        return Keys(plan)
+
+    def decoder(self, crops=None, size=None):
+        refuse_clips(crops or ())
+        return Decoder(self.paths, crops, size)
 
     def batches(self, plan, crops, device, workers):
         """As InMemory.batches. The index is that of the file which was read for a broken one."""
-        refuse_clips(crops)
         if self.stream is None or self.stream.batch_sampler.plan is not plan:
             share = plan.rows.stop - plan.rows.start
-            numbers = share * sum(3 * crop.size**2 for crop in crops)
+            numbers = share * sum(math.prod(shape_of(crop)) for crop in crops)
             self.stream = decoding(
-                Decoder(self.paths, crops=crops),
+                self.decoder(crops=crops),
                 workers,
                 share,
                 numbers,
-                batch_sampler=Keys(plan),
+                batch_sampler=self.keys(plan),
                 persistent_workers=min(workers, CORES) > 0,
                 pin_memory=device.type == "cuda",
             )
@@ -115,9 +121,8 @@ class Files:
         """As InMemory.whole: the shorter side becomes 256/224 of `size`, as ImageNet models are
         evaluated, then the centre is cut out. A broken file gives a black image."""
         batch = 256 if size <= 64 else 64
-        decoder = Decoder(self.paths, size=size)
         options = {"batch_size": batch, "sampler": indices.tolist()}
-        batches = decoding(decoder, workers, batch, batch * 3 * size**2, **options)
+        batches = decoding(self.decoder(size=size), workers, batch, batch * 3 * size**2, **options)
         for _, (images,), broken in decoded(batches):
             self.broken.add(broken)
             yield images, [index for index, _, _ in broken]
@@ -129,6 +134,12 @@ class Files:
             dist.all_gather_object(everyone, self.broken.met)
             self.broken.met.update(*everyone)
             self.broken.add([])
+
+
+def shape_of(crop):
+    """The shape of a view of one image or video."""
+    frame = (3, crop.size, crop.size)
+    return (crop.frames, *frame) if isinstance(crop, ClipCrop) else frame
 
 
 def refuse_clips(crops):
@@ -154,7 +165,7 @@ class BrokenFiles:
         count = len(self.met)
         if count > max(9, self.total / 100) or 0 < self.total == count:
             fail(
-                f"{count} of {self.total} images cannot be read, more than 1 in 100: remove them, "
+                f"{count} of {self.total} files cannot be read, more than 1 in 100: remove them, "
                 f"for example {min(self.met)}",
                 only_first=False,
             )

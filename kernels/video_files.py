@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from kernels.collectives import fail
-from kernels.readers import CORES, Files, decoded, decoding
+from kernels.readers import Files, shape_of
 from kernels.views import BICUBIC, MOMENT, ClipCrop
 
 try:
@@ -60,46 +60,20 @@ UPRIGHT = {  # rotation in degrees, against the clock -> what the stored picture
 
 
 class VideoFiles(Files):
-    """Reader of video files. paths: a list of N files. broken: a BrokenFiles, shared by the splits
-    of a data set. No file is opened before it is shown."""
+    """Reader of video files: of each a clip (T, 3, size, size) for a ClipCrop, a frame (3, size,
+    size) for a Crop, and the middle frame as the whole. Otherwise as Files. No file is opened
+    before it is shown."""
 
     def __init__(self, paths, broken=None):
         super().__init__(paths, broken)
         if not all(is_animation(path) for path in paths):
             require_av()
 
-    def part(self, indices):
-        return VideoFiles([self.paths[i] for i in indices.tolist()], self.broken)
+    def keys(self, plan):
+        return ClipKeys(plan)
 
-    def batches(self, plan, crops, device, workers):
-        """For each step of the plan: (n,) indices, and per view float clips (n, T, 3, size, size)
-        of a ClipCrop, or frames (n, 3, size, size) of a Crop. See Files."""
-        if self.stream is None or self.stream.batch_sampler.plan is not plan:
-            share = plan.rows.stop - plan.rows.start
-            numbers = share * sum(math.prod(shape_of(crop)) for crop in crops)
-            self.stream = decoding(
-                ClipDecoder(self.paths, crops=crops),
-                workers,
-                share,
-                numbers,
-                batch_sampler=ClipKeys(plan),
-                persistent_workers=min(workers, CORES) > 0,
-                pin_memory=device.type == "cuda",
-            )
-        for index, views, broken in decoded(self.stream):
-            self.broken.add(broken)
-            views = [x.to(device, non_blocking=True).float().div_(255) for x in views]
-            yield index.to(device, non_blocking=True), views
-
-    def whole(self, indices, size, workers=0):
-        """As Files.whole: of each video its middle frame."""
-        batch = 256 if size <= 64 else 64
-        decoder = ClipDecoder(self.paths, size=size)
-        options = {"batch_size": batch, "sampler": indices.tolist()}
-        batches = decoding(decoder, workers, batch, batch * 3 * size**2, **options)
-        for _, (images,), broken in decoded(batches):
-            self.broken.add(broken)
-            yield images, [index for index, _, _ in broken]
+    def decoder(self, crops=None, size=None):
+        return ClipDecoder(self.paths, crops, size)
 
 
 def require_av():
@@ -111,12 +85,6 @@ def require_av():
             f"videos are decoded by PyAV {OLDEST} or newer, and {version} is installed: "
             f'pip install "av>={OLDEST}" (GIF and animated WebP need none)'
         )
-
-
-def shape_of(crop):
-    """The shape of a view of one video."""
-    frame = (3, crop.size, crop.size)
-    return (crop.frames, *frame) if isinstance(crop, ClipCrop) else frame
 
 
 class ClipKeys:

@@ -60,8 +60,9 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, Loader, Run, Split, backbone, fail, first_batch, held_out,
-                    join_processes, load_data, parse, save_grid)
+import common
+from common import (ARCHS, Loader, Run, Split, fail, first_batch, held_out, join_processes,
+                    load_data, parse, save_grid)
 from kernels.clips import VideosInMemory
 from kernels.collectives import all_reduce_sum, distribute, rank, world
 from kernels.maps import maps
@@ -113,11 +114,15 @@ def overlap(output):
 # The network.
 
 
+def backbone(arch, size):  # copy of: methods/context_encoder.py::backbone
+    """common.backbone. The feature of a ViT is the mean of its patches, which are what is used."""
+    return common.backbone(arch, size, pool="mean")
+
+
 class MotionMasks(nn.Module):
     def __init__(self, arch, size, width=128):
         super().__init__()
-        # the feature of a ViT is the mean of its patches, because they make the mask
-        self.backbone = backbone(arch, size, pool="mean")
+        self.backbone = backbone(arch, size)
         self.side = min(size // 2, 56)  # of a mask, in pixels
         self.reduce = nn.Sequential(
             nn.Conv2d(self.backbone.out_dim, width, 1, bias=False),
