@@ -410,40 +410,47 @@ def rectangle(x, y, **style):
 
 def draw_curves(rows, path):
     """kNN accuracy against training time on emoji: for each method at its defaults the mean of its
-    runs on the fastest device, labelled at its end."""
+    runs on the fastest device, labelled at its end; dashed if that was one busy core."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure((9, 4.6), dpi=110, layout="constrained")
+    figure = Figure((10, 7), dpi=100)
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.07, right=0.8, top=0.94, bottom=0.08)
     axes.set(
-        xlabel="training time, seconds on two CPU cores",
+        xlabel="training time, seconds on two CPU cores; dashed: on one busy core",
         ylabel="kNN accuracy, % (k = 20)",
         title="emoji, from scratch, at the defaults of each file",
     )
     ends = []
-    runs = [e for e in entries(rows) if e[0]["settings"]["data"] == "emoji" and is_default(e[0])]
-    for i, e in enumerate(runs):
-        color = colormaps["tab20"](2 * i % 20 + i // 10)
+    best = headline(rows)
+    for i, (method, e) in enumerate(best.items()):
+        color = colormaps["tab20"](2 * i % 20 + i // 10 % 2)
         curves = [run["curve"] for run in next(iter(by_device(e).values()))]
-        mean = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
-        axes.plot(*zip(*mean), color=color, linewidth=1.6, marker="o", markersize=3)
-        ends.append((mean[-1][1], mean[-1][0], e[0]["method"], color))
-    if runs:
-        pixels = runs[0][0]["pixels"]["knn20"]
-        axes.axhline(pixels, color="gray", linestyle="--")
-        axes.text(0, pixels, " raw pixels", color="gray", va="bottom")
-
-    # Labels at the right border, pushed apart, each with a thin line to its curve's end.
-    low, high = axes.get_ylim()
-    right = axes.get_xlim()[1]
-    above = -1e9
-    for y, x, name, color in sorted(ends):
-        above = max(y, above + (high - low) / 22)
-        axes.plot([x, 1.03 * right], [y, above], color=color, linewidth=0.5, alpha=0.6)
-        axes.text(1.04 * right, above, name, color=color, va="center")
-    axes.set_xlim(0, 1.22 * right)
+        points = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
+        style = "--" if on_one_core(e) else "-"
+        axes.plot(*zip(*points), style, color=color, linewidth=1.6, marker="o", markersize=3)
+        ends.append((*points[-1], method, color))
+    if best:
+        pixels = mean(next(iter(best.values())), "pixels", "knn20")
+        axes.axhline(pixels, color="gray", linestyle=":")
+        axes.text(axes.get_xlim()[1], pixels, "raw pixels ", color="gray", ha="right", va="bottom")
+    name_points(axes, ends)
     figure.savefig(path)
+
+
+def name_points(axes, points):
+    """Writes the names of points beside the axes, evenly spaced and in the order of their heights,
+    each with a thin line to its point. points: [(x, y, name, color), ...]."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    space = 0.03 * (right - left)
+    for rank, (x, y, name, color) in enumerate(sorted(points, key=lambda point: point[1])):
+        height = low + (high - low) * (rank + 0.5) / len(points)
+        line = [x, right, right + space], [y, height, height]
+        axes.plot(*line, color=color, linewidth=0.5, alpha=0.6, clip_on=False)
+        axes.text(right + 1.3 * space, height, name, color=color, va="center", fontsize=9)
+    axes.set(xlim=(left, right), ylim=(low, high))
 
 
 COMPARE_VIEWS = ("Metric learning", "Contrastive", "Clustering and decorrelation", "Distillation")
@@ -489,8 +496,9 @@ def draw_plane(rows, path):
     methods = [m for family in COMPARE_VIEWS for m in FAMILIES[family] if m in best]
     runs = [run for method in methods for run in best[method]]
 
-    figure = Figure((9, 5), dpi=110, layout="constrained")
+    figure = Figure((10, 5), dpi=100)
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.07, right=0.68, top=0.92, bottom=0.11)
     axes.set(
         xlabel="uniformity; further left: images are spread more evenly over the sphere",
         ylabel="alignment; further down: views of an image are nearer",
@@ -504,10 +512,10 @@ def draw_plane(rows, path):
         axes.plot(*places(runs, part), "k" + marker, label=name)
     colors = [run["evaluation"]["linear"] for run in runs]
     dots = axes.scatter(*places(runs, "evaluation"), c=colors, s=20)
-    figure.colorbar(dots, label="linear accuracy, %")
-    for method in methods:
-        x, y = map(statistics.mean, places(best[method], "evaluation"))
-        axes.annotate(method, (x, y), fontsize=8, xytext=(5, 3), textcoords="offset points")
+    beside = figure.add_axes((0.9, 0.11, 0.02, 0.81))
+    figure.colorbar(dots, beside, label="linear accuracy, %")
+    means = [map(statistics.mean, places(best[method], "evaluation")) for method in methods]
+    name_points(axes, [(*point, method, "black") for point, method in zip(means, methods)])
     axes.legend(loc="lower left")
     figure.savefig(path)
 
