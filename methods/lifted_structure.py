@@ -54,14 +54,14 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import ARCHS, Loader, Run, backbone, join_processes, load_data, parse
-from kernels.collectives import distribute, fail, gather, world
-from kernels.views import METHOD, Crop, color_jitter, normalize, random_flip, random_grayscale
+from common import (ARCHS, PairLoader, Run, backbone, join_processes, load_data, parse,
+                    positive_names)
+from kernels.collectives import distribute, gather
+from kernels.views import Crop, color_jitter, normalize, random_flip, random_grayscale
 
 KIND = "metric"  # what it learns from; the tests ask for what is due to each kind
 
@@ -127,54 +127,6 @@ def views(args):  # copy of: methods/drlim.py::views
     return [(crop, augment), (crop, augment)]
 
 
-def names(positives, split):  # copy of: methods/drlim.py::names
-    """A name for each of the M images of a split: (M,) int64. Images, and views, of the same name
-    are positives: they should be near each other."""
-    known = {
-        "views": torch.arange(len(split.images)),  # only the two views of an image
-        "labels": split.labels,
-        "drawings": split.emoji,  # the same emoji, by any artist
-    }
-    if known[positives] is None:
-        fail(f"--positives {positives}: not known of these images; choose views or other --data")
-    return known[positives]
-
-
-class PairLoader(Loader):  # copy of: methods/drlim.py::PairLoader
-    """A Loader whose batches hold pairs: the second, fourth, ... image has the name of the one
-    before it, if another image has that name. Else a batch might have hardly any positives. The
-    images are drawn at random, so some are shown twice in an epoch and others not."""
-
-    def __init__(self, name, *settings):
-        super().__init__(*settings)
-        self.name = name.cpu().numpy()  # (M,)
-        self.sorted = np.argsort(self.name, kind="stable")  # images of one name are neighbours
-        self.place = np.argsort(self.sorted)  # of each image in `sorted`
-        share = self.batch // world()
-        if share % 2 and len(np.unique(self.name)) < len(self.name):
-            fail(f"--batch {self.batch}: choose a multiple of {2 * world()}, pairs of images")
-
-    def __iter__(self):
-        for step, (index, draws) in enumerate(super().__iter__(), self.first):
-            u = self.random(self.epoch, step, 0, METHOD).uniform().numpy()
-            index = index.copy()
-            even = slice(0, len(index) // 2 * 2, 2)  # the first image of each pair
-            partner, exists = self.partners(index[even], u[even])
-            index[1::2] = np.where(exists, partner, index[1::2])
-            yield index, draws
-
-    def partners(self, index, u):
-        """For each image another one of the same name, and whether there is one. u: uniform
-        numbers, one per image."""
-        ordered = self.name[self.sorted]
-        begin = np.searchsorted(ordered, self.name[index])
-        count = np.searchsorted(ordered, self.name[index], side="right") - begin
-        # one of the count - 1 others, counted from the image itself
-        hop = 1 + (u * (count - 1)).astype(int)
-        place = self.place[index] - begin
-        return self.sorted[begin + (place + hop) % count], count > 1
-
-
 # Training.
 
 POSITIVES = ("views", "labels", "drawings")
@@ -213,7 +165,7 @@ def main(argv=None):
     args = parse(__doc__, SETTINGS, argv)
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
-    name = names(args.positives, data.train)  # (M,)
+    name = positive_names(args.positives, data.train)  # (M,)
     settings = (data.train, views(args), args.batch, args.seed, device, args.workers)
     loader = PairLoader(name, *settings)
     name = name.to(device)

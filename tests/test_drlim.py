@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import CPU, arguments, assert_close_states, call_main, light, noise, short, tiny_data
 
-from common import Data, InMemory, Loader, Split
+from common import Data, InMemory, Loader, PairLoader, Split, positive_names
 from methods import drlim
-from methods.drlim import PairLoader, contrastive_loss, names
+from methods.drlim import contrastive_loss
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 MARGIN = 1.5
@@ -141,9 +141,9 @@ def test_contrastive_loss_against_pytorch_metric_learning():
 
 def test_names():
     split = tiny_data().train
-    assert names("views", split).tolist() == list(range(24))
-    assert torch.equal(names("labels", split), split.labels)
-    assert torch.equal(names("drawings", split), split.emoji)
+    assert positive_names("views", split).tolist() == list(range(24))
+    assert torch.equal(positive_names("labels", split), split.labels)
+    assert torch.equal(positive_names("drawings", split), split.emoji)
 
 
 def loader_of(name, batch=12, seed=0):

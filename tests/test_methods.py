@@ -493,7 +493,7 @@ READS_VALUES = {
     "count_colours": lambda loader, bins: torch.ones(len(bins), device=META),
     "refuse_grey": lambda loader: None,
     "held_out": lambda *_: {},
-    "names": lambda positives, split: torch.arange(len(split.images)),
+    "positive_names": lambda positives, split: torch.arange(len(split.images)),
     "assign": lambda z, c: torch.arange(len(z), device=META),
     "mine": lambda split, args: split,
 }
