@@ -82,6 +82,21 @@ TABLES = {
         "AP75": ("detection, frozen", "ap75", ".1f"),
         "fine-tuned: AP": ("detection, fine-tuned", "ap", ".1f"),
     },
+    "video": {
+        "J": ("masks", "J", ".1f"),
+        "F": ("masks", "F", ".1f"),
+        "motion": ("motion", "motion", ".1f"),
+        "category": ("category", "category", ".1f"),
+        "position, pixels": ("pose", "position", ".2f"),
+        "angle, degrees": ("pose", "angle", ".1f"),
+        "subject": ("subject", "subject", ".1f"),
+        "shot R@1": ("shots", "shot_r1", ".1f"),
+    },
+}
+DATA = {  # table: the data sets of its rows, where that is not emoji
+    "dense": ("solids",),
+    "detection": ("solids",),
+    "video": ("movers", "bunny"),
 }
 PREDICTORS = {  # what may tell good features without labels -> where it is
     "kNN accuracy": ("features", "knn20"),
@@ -209,12 +224,15 @@ def predictors(networks):
 
 def blocks(markdown):
     """{block of EVALUATIONS.md: its lines}. markdown: (heads, lines) -> a table."""
-    networks = collect([row for row in read_rows() if row["data"] == "emoji"])
+
+    def networks(data):
+        return collect([row for row in read_rows() if row["data"] in data])
+
     found = {}
     for name, columns in TABLES.items():
-        lines = table(networks, columns)
+        lines = table(networks(DATA.get(name, ("emoji",))), columns)
         found[f"eval_{name}"] = markdown(["network", *columns], lines) if lines else ["Not run."]
-    lines = predictors(networks)
+    lines = predictors(networks(("emoji",)))
     heads = ["measure", "rank correlation with linear accuracy", "95 % interval", "methods"]
     found["eval_predictors"] = markdown(heads, lines) if lines else ["Not run."]
     return found
