@@ -134,7 +134,9 @@ def test_sentences_about_the_evaluations(report):
     text = (ROOT / "README.md").read_text()
     section = text[text.index("## Evaluate") : text.index("## Read a file")]
     evaluations = report.evaluations
-    networks = evaluations.collect(evaluations.read_rows())
+    rows = evaluations.read_rows()
+    networks = evaluations.collect([row for row in rows if row["data"] == "emoji"])
+    of_videos = evaluations.collect([row for row in rows if row["data"] == "movers"])
     untrained, raw = "untrained resnet14, 32 px", "raw pixels, 32 px"
     quoted = {
         ("robustness", "artist_new.mean"): ("**moco**", "**simclr**", untrained, raw),
@@ -148,6 +150,11 @@ def test_sentences_about_the_evaluations(report):
     for (protocol, path), names in quoted.items():
         for name in names:
             (number,) = evaluations.numbers(networks[name][protocol], path)
+            assert f"{number:.1f}" in section, (name, protocol)
+    for protocol in ("motion", "masks"):
+        for name in ("**watching_objects_move**", "**shuffle_and_learn**", untrained, raw):
+            part = "J" if protocol == "masks" else protocol
+            (number,) = evaluations.numbers(of_videos[name][protocol], part)
             assert f"{number:.1f}" in section, (name, protocol)
 
     linear = {}
