@@ -24,6 +24,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  before anything that an older Pyt
     sys.exit(f"error: this project needs Python 3.11 or newer, not {sys.version.split()[0]}")
 
 import argparse
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -34,7 +35,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -1392,18 +1395,35 @@ def save_tensors(path, content):
 
 def replace_file(path, write):
     """write(file) to a file beside path, then rename it: path is the old file or the new one, never
-    half of it."""
+    half of it. Ctrl-C counts afterwards: torch.save would make another error of it."""
     part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
+        with later_ctrl_c():
+            with open(part, "wb") as file:
+                write(file)
+            os.replace(part, path)
     except Exception as error:  # torch.save raises a RuntimeError of its own on a full disk
         reason = getattr(error, "strerror", None) or f"{error} ".splitlines()[0].strip()
         if shutil.disk_usage(path.parent).free < 2**20:
             reason = "no space left on the disk"
         part.unlink(missing_ok=True)  # makes space
         fail(f"{path} cannot be written ({reason}); what was saved before is kept")
+
+
+@contextlib.contextmanager
+def later_ctrl_c():
+    """A Ctrl-C inside the block is raised at its end."""
+    if threading.current_thread() is not threading.main_thread():  # which gets all signals
+        yield
+        return
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def peak_memory(device):

@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,8 +210,11 @@ def decoded(batches):
 
 
 def ignore_ctrl_c(worker):
-    """Ctrl-C reaches all processes; the main one says what there is to say and ends the others."""
+    """Ctrl-C reaches all processes; the main one says what there is to say and ends the others. The
+    thread of a worker that hands over batches then loses its connection, which nobody must know;
+    what goes wrong with a file is said by the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
 
 
 class Keys:

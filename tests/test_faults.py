@@ -548,6 +548,20 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path, mounting):
     assert torch.load(tmp_path / "kept.pt", weights_only=True)["step"] == 0
 
 
+def test_ctrl_c_while_a_file_is_written_counts_afterwards(tmp_path):
+    """torch.save would turn it into an error of its own. The file is whole when it ends."""
+    path = tmp_path / "last.pt"
+
+    def write(file):
+        os.kill(os.getpid(), signal.SIGINT)
+        file.write(b"all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, write)
+    assert path.read_bytes() == b"all of it" and list(tmp_path.iterdir()) == [path]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.thorough
 def test_ctrl_c_of_a_run_with_workers(tmp_path):
     """SIGINT to all processes of the terminal: one line, and nobody is left."""
