@@ -30,7 +30,7 @@ One cue stays: they leave more fine detail. To guess the window with the steepes
 78 %. So the task can be solved without knowing what moves.
 
 Run.
-    python methods/odd_one_out.py                       two CPU cores, about 6 minutes
+    python methods/odd_one_out.py                       two CPU cores, about 4 minutes
     python methods/odd_one_out.py --data bunny          the embedded film
     torchrun --nproc_per_node 8 methods/odd_one_out.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
@@ -38,7 +38,8 @@ The network sees six images of each: differences, of both signs, shown around a 
 The evaluation shows it single frames, of a kind that it has never seen. What it knows of motion is
 not asked for there, and whether its features fit photographs is by no means sure.
 
-Reached. Not run.
+Reached. On movers after 12 epochs, 357 seconds on one busy CPU core: kNN 28.9 % (untrained 33.6,
+raw pixels 34.4); linear 34.7 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
     1. Clips of a second, 12 frames, windows of five | paper: windows of six frames from anywhere in

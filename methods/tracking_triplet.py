@@ -22,14 +22,15 @@ the nearest to the anchor. If all embeddings are the same, the loss is M. Hard n
 start, or no others, may lead there.
 
 Run.
-    python methods/tracking_triplet.py                        two CPU cores, about 5 minutes
+    python methods/tracking_triplet.py                        two CPU cores, about 3 minutes
     python methods/tracking_triplet.py --hard-from 20         random negatives to the end
     torchrun --nproc_per_node 8 methods/tracking_triplet.py --recipe paper --data movers
 --batch counts the clips of all processes together.
 The network sees two patches of each. held_out is the share of triplets of test clips in the right
 order, D(a, p) < D(a, negative), over all negatives of a batch; guessing has 0.5.
 
-Reached. Not run.
+Reached. On movers after 20 epochs, 210 seconds on one busy CPU core: kNN 34.2 % (untrained 33.6,
+raw pixels 34.4); linear 42.3 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. A track follows one point by the exact optical flow of synthetic clips (by how many pixels
