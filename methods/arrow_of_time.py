@@ -19,16 +19,19 @@ network on the T maps together (late fusion) that is thrown away after training:
 
     L = mean over clips of  1/2 log(1 + exp(-a(x+))) + 1/2 log(1 + exp(a(x-)))
 
-A network that guesses has the loss log 2 = 0.693; so has the best one where nothing moves.
+A network that guesses has the loss log 2 = 0.693; so has the best one where nothing moves. In
+movers motion dies away: to say that the film begins where its differences are larger is right for
+three clips in four. Only what is above that needs to know how things move.
 
 Run.
     python methods/arrow_of_time.py                           two CPU cores, about 6 minutes
     python methods/arrow_of_time.py --data bunny              the embedded film
     torchrun --nproc_per_node 8 methods/arrow_of_time.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
-The network sees T differences of each, twice; it is evaluated on pictures, as all others are. With
-movers the run also prints `control`, the accuracy on clips in which no energy is lost. Only chance
-can be right about these: more than 50 % would show that something else gives the direction away.
+The network sees T differences of each, twice; it is evaluated on pictures, as all others are, which
+it has never seen. With movers the run also prints `control`, the accuracy on clips in which no
+energy is lost. Only chance can be right about these: more than 50 % would show that something else
+gives the direction away.
 
 Reached. Not run.
 
@@ -39,7 +42,8 @@ Differs from the paper. (This file | the paper, or the official code.)
        mean over the places and a linear layer end it, so an answer can be traced to places.
     3. Each clip is shown in both directions in the same step | official code: in one of them.
     4. Nothing is cut off and no camera is stabilised | paper: black borders are cut off and motions
-       of the camera removed, because they would give the direction away.
+       of the camera removed, because they would give the direction away. So does the end of a video
+       of fewer than --frames frames, whose last one is shown again: leave such videos out.
     5. Crops have random sizes, and colours change a little, all frames alike | official code: crops
        of one size at five places.
     6. AdamW with warm-up and cosine | official code: SGD, with the rate 0.01 in the first epoch and

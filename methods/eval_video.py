@@ -1,6 +1,6 @@
 """Videos: what a network knows of what moves, and whether it finds a thing again in later frames.
 Mask propagation: Jabri, Owens, Efros, NeurIPS 2020. https://arxiv.org/abs/2006.14613
-The settings are those of DINO's: Caron et al., ICCV 2021. https://arxiv.org/abs/2104.14294
+Its settings are near those of DINO: Caron et al., ICCV 2021. https://arxiv.org/abs/2104.14294
 J and F: Pont-Tuset et al., the 2017 DAVIS challenge. https://arxiv.org/abs/1704.00675
 Their code: https://github.com/davisvideochallenge/davis2017-evaluation
 
@@ -19,13 +19,17 @@ of their features. Over the --nearest largest s, with i a place of an earlier fr
     value(place) = sum over i of  softmax(s_i / temperature)  value(i)
 
 A pixel belongs to the object if its value is above the middle between the least and the greatest of
-its frame. The map is the one with the best J on --choose training clips. The columns, for masks
-over all frames after the first (DAVIS leaves out the last frame, too):
+its frame. The map is the one with the best J on --choose training clips. --nearest, --temperature
+and the rule of the middle are those of DINO's code. Its frames are ten times as large and its
+videos longer: the 7 last frames, places up to 12 away, the last block's map, and in the first frame
+the object or not instead of the share of a place that it covers. The columns, for masks over all
+frames after the first (DAVIS leaves out the last frame, too):
 
     J         region: intersection / union of mask and truth, in percent
     F         boundary: 2 P R / (P + R), in percent. P is the share of the mask's boundary that is
-              at most 0.8 % of the diagonal, rounded up (one pixel), from the true one, R the share
-              of the true one that is as near to the mask's
+              at most 0.8 % of the diagonal, rounded up (here to one pixel, 1.5 %: more lenient
+              than for large frames), from the true one, R the share of the true one that is as
+              near to the mask's
     motion    one of 8: accuracy of a linear probe on the features of --frames frames of a clip,
               side by side
     category  of the emoji, one of 9: as above, on the mean of these features

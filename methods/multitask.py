@@ -1,6 +1,6 @@
 """Multi-task SSL: Multi-task Self-Supervised Visual Learning.
 Doersch, Zisserman, ICCV 2017. https://arxiv.org/abs/1708.07860
-Official code: none was published for the training.
+Official code (how to load a trained network): https://github.com/google-deepmind/multiself
 
 Idea. Tasks whose answers cost nothing teach different things: where a patch lies next to another
 one, which colours a grey image had, which patches come from the same image, which pixels will
@@ -36,8 +36,9 @@ Differs from the paper. (This file | the paper.)
     1. Every step trains all tasks, on frames of the same clips | one task per machine, ImageNet for
        three tasks and videos for motion. The column `paper` leaves out motion, whose labels need
        optical flow: `movers` has it, a folder does not.
-    2. The lasso chooses among four stages, each with a 1x1 convolution and a batch-norm that all
-       tasks share | among the 23 units of ResNet-101's third stage, where the trunk ends.
+    2. The trunk is a whole ResNet or ViT, and the lasso chooses among four stages, each with a 1x1
+       convolution and a batch-norm that all tasks share | ResNet-101 up to its third stage, among
+       the 23 units of that stage. Column `paper`: ResNet-50.
     3. Colours are 15 x 15 steps of red and blue minus grey, those of single pixels | bins of the
        colour space Lab.
     4. What moves: the flow differs from its median over the frame by more than --high pixels per

@@ -11,13 +11,18 @@ Notation. N clips in the global batch, n = N / processes on this process. Of eac
 a < b < c < d < e are chosen. The tuple (b, c, d) is in order, y = 1; (b, a, d) and (b, e, d) are
 not, y = 0: only the middle frame differs. Read backwards, a tuple keeps its answer. h = f(x) (n, 5,
 D) representation of each frame, kept for later use; logits (n, 3, 2), from the three h of a tuple,
-by a classifier that is thrown away after training. With p the share of ordered tuples, p = 1/4
-(section 3.1):
+by a classifier that is thrown away after training. With p the share of ordered tuples, p = 1/4 (the
+best in the paper's Table 1):
 
     L = mean over clips of  p l(b, c, d) + (1 - p) / 2 (l(b, a, d) + l(b, e, d)),
     l(tuple) = -log softmax(logits(tuple))[y]
 
 A network that always answers by the shares has the loss 0.562 for p = 1/4.
+
+One cue needs no knowledge of the things that move: in movers the camera pans evenly, so the
+background tells the order, too. To say "in order" where the middle frame differs less from both
+others than they do from each other is right for 92 % of the tuples, both answers counted alike, and
+for 95 % if the emoji are painted over.
 
 Run.
     python methods/shuffle_and_learn.py                       two CPU cores, about 6 minutes
@@ -30,8 +35,8 @@ Reached. On movers after 20 epochs, 1922 seconds on one busy CPU core: kNN 35.8 
 raw pixels 34.4); linear 45.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. Clips of a second, 12 frames | paper: frames up to 60 apart (two seconds and a half) with a
-       and e at least 15 away from b and d. The ratio of the two is the same.
+    1. Clips of a second, 12 frames: b and d at most 6 apart, a and e at least 2 away from them |
+       paper: 60 and 15 frames, 2.4 and 0.6 seconds of UCF101. Column `paper`: nearly these times.
     2. Of the five frames that a clip allows, each choice has a probability proportional to the
        least difference between its frames | paper: proportional to the optical flow, and choices
        are refused where c resembles a or e too much.
@@ -72,7 +77,7 @@ KIND = "video"  # what it learns from; the tests ask for what is due to each kin
 
 
 def order_loss(logits, share):
-    """Section 3.1. Returns a scalar, in nats.
+    """The equation above. Returns a scalar, in nats.
 
     logits: (n, 3, 2), of the tuples (b, c, d), (b, a, d), (b, e, d); the answer 1 is "in order".
     share: p, of ordered tuples."""
@@ -176,14 +181,14 @@ SETTINGS = {
     "recipe": ("movers", "bunny", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a frame, pixels"),
     "arch": ("resnet14", "resnet14", "resnet18", "the backbone", ARCHS),
-    "frames": (12, 12, 31, "frames of a clip, of which five are chosen", "[5, 48]"),
-    "stride": (1, 1, 3, "one frame in so many, of 12 a second", "[1, inf)"),
-    "longest": (6, 6, 20, "most frames from b to d", "[2, inf)"),
-    "gap": (2, 2, 5, "fewest frames from a to b and from d to e", "[1, inf)"),
+    "frames": (12, 12, 23, "frames of a clip, of which five are chosen", "[5, 48]"),
+    "stride": (1, 1, 2, "one frame in so many, of 12 a second", "[1, inf)"),
+    "longest": (6, 6, 14, "most frames from b to d", "[2, inf)"),
+    "gap": (2, 2, 4, "fewest frames from a to b and from d to e", "[1, inf)"),
     "batch": (64, 32, 128, "clips per step, over all processes"),
     "epochs": (20, 100, 100, "passes over the training clips"),
     "warmup": (1.0, 5.0, 0.0, "epochs of linear learning-rate warm-up"),
-    "lr": (4e-3, 4e-3, 1e-3, "learning rate per 256 clips"),
+    "lr": (4e-3, 4e-3, 2e-3, "learning rate per 256 clips"),
     "weight_decay": (0.05, 0.05, 5e-4, "on all parameters"),
     "ordered": (0.25, 0.25, 0.25, "share p of ordered tuples in the loss", "(0, 1)"),
     "hidden": (512, 512, 4096, "units of the classifier's hidden layer", "[1, inf)"),

@@ -42,7 +42,8 @@ Differs from the paper. (This file | the paper, or the official code.)
        track, and two at random of the others that have a loss, for both patches.
     3. M = 0.5 as in the paper | code: 1.
     4. Each patch has its own crop and flip, as in the code, and its own colours: otherwise the
-       colours of a clip would tell which patches belong together | paper: colours as they are.
+       colours of a clip would tell which patches belong together | paper: colours as they are. In
+       both, the background around the thing is of the same video, and can be recognised instead.
     5. The network is a ResNet or ViT with a small head, trained by AdamW with warm-up and cosine |
        paper: AlexNet with two more layers, SGD whose rate falls in steps. A batch of the column
        `paper` has 48 tracks, a multiple of 8 processes | paper: 50.

@@ -36,7 +36,8 @@ Reached. Not run.
 Differs from the paper. (This file | the paper, or the reimplementation.)
     1. The network is a ResNet or ViT, which sees each frame by itself. Four of its maps, brought to
        one place per --cell pixels, are added (a hypercolumn), and two convolutions give f | paper:
-       ResNet-18 at a resolution of an eighth, then five 3-D convolutions over all four frames.
+       ResNet-18 at a resolution of an eighth, then five 3-D convolutions over all four frames,
+       which are also given x and y of each place.
     2. backbone(...) turns its input into L, so the evaluation sees lightness alone, also for the
        untrained baseline; the raw pixels are in colour.
     3. The colour of a place is the mean of its pixels; the centres are those of 256 training clips.
