@@ -131,7 +131,7 @@ class Data(NamedTuple):
 
 
 def load_data(name, root, device):
-    """An embedded data set (emoji, fashion; of videos movers, bunny), one that torchvision
+    """An embedded data set (emoji, fashion; of videos movers, tripod, bunny), one that torchvision
     downloads into `root` (fashion-mnist, cifar10, cifar100, stl10), or a folder of images or
     videos. Exits with a one-line message if it cannot be loaded."""
     if name in FILMS:

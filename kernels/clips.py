@@ -28,7 +28,7 @@ from kernels.views import MOMENT, ClipCrop, resized_crop
 class VideosInMemory:
     """Reader of N videos in memory. frames: (F, 3, H, W) uint8 on the device of the training, all
     videos one after the other. lengths: (N,) int, frames of each. truth: what else is known of the
-    videos, of `movers` the Clips of kernels/movers.py, else None."""
+    videos, of `movers` and `tripod` the Clips of kernels/movers.py, else None."""
 
     def __init__(self, frames, lengths, truth=None):
         self.frames = frames.contiguous()
@@ -84,8 +84,9 @@ class VideosInMemory:
         yield from self.middle().whole(indices, size, workers)
 
 
-FILMS = ("movers", "bunny")  # the embedded data sets of videos
-MOVERS = {"train": 4000, "test": 1000}  # clips that are rendered, in about 20 seconds of one core
+# The embedded data sets of videos; tripod is movers, filmed by a camera that stands still.
+FILMS = ("movers", "tripod", "bunny")
+CLIPS = {"train": 4000, "test": 1000}  # that are rendered, in about 20 seconds of one core
 
 
 def load_film(name, device):
@@ -94,14 +95,15 @@ def load_film(name, device):
 
 
 def read_film(name, split, device):
-    if name == "movers":
-        return rendered(split, MOVERS[split], device)
-    return pieces(load_bunny(split), device)
+    if name == "bunny":
+        return pieces(load_bunny(split), device)
+    return rendered(split, CLIPS[split], device, tripod=name == "tripod")
 
 
-def rendered(split, count, device):
-    """The first `count` clips of a split of `movers`: a reader, and the category of each emoji."""
-    clips = render(load_movers(split, device), range(count))
+def rendered(split, count, device, tripod=False):
+    """The first `count` clips of a split of `movers` or `tripod`: a reader, and the category of
+    each emoji."""
+    clips = render(load_movers(split, device), range(count), tripod=tripod)
     lengths = [clips.frames.shape[1]] * count
     reader = VideosInMemory(clips.frames.flatten(0, 1), lengths, clips)
     return reader, clips.category[:, 0]

@@ -7,7 +7,8 @@
 
 A clip lasts 12 frames, 12 per second. Its background is a crop of a photograph that moves evenly:
 the camera pans. Before it one or two emoji move in one of eight ways (MOTIONS). They move relative
-to the frame, not to the photograph, as if the camera went with them.
+to the frame, not to the photograph, as if the camera went with them. With tripod=True the camera
+stands still: otherwise the background alone tells in which order frames were filmed.
 
 A seed is a clip: it has the same content on every machine, in every batch and on every device. The
 pixels may differ by one grey level between kinds of processors, which round differently.
@@ -283,7 +284,7 @@ class Script(NamedTuple):
     pose: torch.Tensor  # (n, T, objects, 4)
 
 
-def write_script(ingredients, seeds, objects, still, lossless):
+def write_script(ingredients, seeds, objects, still, lossless, tripod):
     """All of it is computed on the CPU, so that every device gets the same."""
     count = OF_CAMERA + objects * OF_OBJECT
     numbers = [np.random.default_rng(int(seed)).random(count) for seed in seeds]
@@ -291,7 +292,7 @@ def write_script(ingredients, seeds, objects, still, lossless):
 
     # The camera moves evenly, and never leaves the photograph.
     photo = (of_clip[:, 0] * len(ingredients.photos)).astype(int)
-    camera = PAN * (2 * of_clip[:, 1:3] - 1)
+    camera = (0 if tripod else PAN) * (2 * of_clip[:, 1:3] - 1)
     way = camera * (FRAMES - 1)
     size = ingredients.sizes.numpy()[photo]
     space = size - SIDE - np.abs(way)
@@ -370,16 +371,17 @@ class Clips(NamedTuple):
 
 
 @torch.no_grad()
-def render(ingredients, seeds, objects=1, still=False, lossless=False):
+def render(ingredients, seeds, objects=1, still=False, lossless=False, tripod=False):
     """Clips, one for each of the seeds (numbers from 0 on), on the device of the ingredients.
 
     objects: emoji per clip; later ones are before earlier ones. still: the emoji themselves do not
-    move, so that the flow is all of the motion. lossless: no energy is lost. With other settings a
-    seed still has the same emoji, motions and camera."""
+    move, so that the flow is all of the motion. lossless: no energy is lost. tripod: the camera
+    stands still. With other settings a seed still has the same emoji, motions and photograph."""
     few = 16 if ingredients.photos.device.type == "cpu" else 512  # what fits into a CPU's cache
     parts = []
     for start in range(0, len(seeds), few):
-        script = write_script(ingredients, seeds[start : start + few], objects, still, lossless)
+        some = seeds[start : start + few]
+        script = write_script(ingredients, some, objects, still, lossless, tripod)
         parts.append(draw(ingredients, script))
     return Clips(*(torch.cat(values) for values in zip(*parts)))
 

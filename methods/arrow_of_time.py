@@ -21,7 +21,8 @@ network on the T maps together (late fusion) that is thrown away after training:
 
 A network that guesses has the loss log 2 = 0.693; so has the best one where nothing moves. In
 movers motion dies away: to say that the film begins where its differences are larger is right for
-three clips in four. Only what is above that needs to know how things move.
+three clips in four. Only what is above that needs to know how things move. The default is the same
+film from a camera that stands still, tripod, where all that is seen of the background is removed.
 
 Run.
     python methods/arrow_of_time.py                           two CPU cores, about 6 minutes
@@ -29,7 +30,7 @@ Run.
     torchrun --nproc_per_node 8 methods/arrow_of_time.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
 The network sees T differences of each, twice; it is evaluated on pictures, as all others are, which
-it has never seen. With movers the run also prints `control`, the accuracy on clips in which no
+it has never seen. With these two the run also prints `control`, the accuracy on clips in which no
 energy is lost. Only chance can be right about these: more than 50 % would show that something else
 gives the direction away.
 
@@ -41,9 +42,10 @@ Differs from the paper. (This file | the paper, or the official code.)
        code: VGG-16 with batch-norm up to conv5, then two 3x3 convolutions with dropout. In both a
        mean over the places and a linear layer end it, so an answer can be traced to places.
     3. Each clip is shown in both directions in the same step | official code: in one of them.
-    4. Nothing is cut off and no camera is stabilised | paper: black borders are cut off and motions
-       of the camera removed, because they would give the direction away. So does the end of a video
-       of fewer than --frames frames, whose last one is shown again: leave such videos out.
+    4. Nothing is cut off and no camera is stabilised (that of tripod stands still) | paper: black
+       borders are cut off and motions of the camera removed, because they would give the direction
+       away. So does the end of a video of fewer than --frames frames, whose last one is shown
+       again: leave such videos out.
     5. Crops have random sizes, and colours change a little, all frames alike | official code: crops
        of one size at five places.
     6. AdamW with warm-up and cosine | official code: SGD, with the rate 0.01 in the first epoch and
@@ -173,7 +175,7 @@ def views(args):
 # Training.
 
 SETTINGS = {
-    "recipe": ("movers", "bunny", "paper", "which column gives the defaults"),
+    "recipe": ("tripod", "bunny", "paper", "which column gives the defaults"),
     "size": (32, 32, 224, "side of a frame, pixels"),
     "arch": ("resnet14", "resnet14", "resnet18", "the backbone", ARCHS),
     "frames": (10, 10, 21, "frames of a clip, from which the moments are taken", "[2, 48]"),
@@ -211,10 +213,11 @@ def show(views):
     return found
 
 
-def reversible_clips(count, device):
-    """Held-out clips of `movers` in which no energy is lost and no emoji changes by itself: played
-    backwards they are as likely. A Split without labels."""
-    clips = render(load_movers("test", device), range(count), still=True, lossless=True)
+def reversible_clips(name, count, device):
+    """Held-out clips of `movers` or `tripod` in which no energy is lost and no emoji changes by
+    itself: played backwards they are as likely. A Split without labels."""
+    how = {"still": True, "lossless": True, "tripod": name == "tripod"}
+    clips = render(load_movers("test", device), range(count), **how)
     return Split(VideosInMemory(clips.frames.flatten(0, 1), [FRAMES] * count))
 
 
@@ -241,8 +244,8 @@ def main(argv=None):
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
     control = None
-    if data.name == "movers":
-        control = reversible_clips(len(data.test.images), device)
+    if data.name in ("movers", "tripod"):
+        control = reversible_clips(data.name, len(data.test.images), device)
     settings = (views(args), args.batch, args.seed, device, args.workers)
     loader = Loader(data.train, *settings)
     model = ArrowOfTime(args.arch, args.size, args.moments, args.hidden).to(device)

@@ -234,6 +234,8 @@ def known_camera(videos, args):
     truth = getattr(videos, "truth", None)
     if truth is None:
         fail(f"--data {args.data}: how its camera moves is not known; choose --data movers")
+    if not truth.camera.any():
+        fail(f"--data {args.data}: its camera stands still; choose --data movers")
     needed = (args.frames - 1) * args.stride + 1
     if needed > min(videos.lengths):
         fail(

@@ -1,6 +1,7 @@
 """Egomotion: the loss by hand, the motion of the camera against the pixels that are shown, and the
 classes."""
 
+import copy
 import math
 
 import pytest
@@ -250,6 +251,18 @@ def test_data_without_the_motion_of_the_camera(tmp_path):
         assert found.code == 1
         words = "error: --data bunny: how its camera moves is not known; choose --data movers"
         assert found.err.strip() == words
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_camera_that_stands_still(tmp_path):
+    data = tiny_clips()
+    reader = copy.copy(data.train.images)
+    reader.truth = reader.truth._replace(camera=torch.zeros_like(reader.truth.camera))
+    data = data._replace(train=data.train._replace(images=reader))
+    found = call_main("egomotion", "--data", "tripod", "--out", tmp_path / "run", data=data)
+    assert found.code == 1
+    words = "error: --data tripod: its camera stands still; choose --data movers"
+    assert found.err.strip() == words
     assert not list(tmp_path.iterdir())
 
 

@@ -319,7 +319,7 @@ def test_a_seed_has_the_same_content_with_any_settings(ramps):
 
 @pytest.fixture(scope="module")
 def scripts(ramps):
-    return movers.write_script(ramps, range(3000), 1, still=False, lossless=False)
+    return movers.write_script(ramps, range(3000), 1, still=False, lossless=False, tripod=False)
 
 
 def test_everything_is_equally_likely(scripts):
@@ -365,7 +365,7 @@ def interior(masks):
 def test_pictures_and_masks_are_where_poses_and_camera_say(ramps):
     """The colours of the ramps tell which place of an emoji or photograph is shown."""
     clips = render(ramps, range(24), objects=2)
-    script = movers.write_script(ramps, range(24), 2, still=False, lossless=False)
+    script = movers.write_script(ramps, range(24), 2, still=False, lossless=False, tripod=False)
     frames = clips.frames.double().numpy()
     masks = clips.masks.numpy()
     inner = interior(clips.masks).numpy()
@@ -467,3 +467,18 @@ def test_still_emoji_do_not_change_by_themselves(stored, scripts):
         return (area.std(1) / area.mean(1)).mean()
 
     assert spread(still) < 0.7 * spread(animated)
+
+
+def test_a_camera_on_a_tripod_stands_still(ramps):
+    """Only then; emoji and motions are the same, and what no emoji covers does not change."""
+    panning = render(ramps, range(16))
+    clips = render(ramps, range(16), tripod=True)
+    assert panning.camera.abs().min() > 0 and not clips.camera.any()
+    assert torch.equal(clips.pose, panning.pose)
+    assert torch.equal(clips.identity, panning.identity)
+
+    background = F.max_pool2d((clips.masks > 0).float().amax(1), 5, 1, 2) == 0  # (n, 48, 48)
+    changes = clips.frames.float().diff(dim=1).abs().amax((1, 2))
+    assert background.any() and not changes[background].any()
+    assert not clips.flow.abs().amax((1, 2))[background].any()
+    assert changes[~background].any()

@@ -40,6 +40,7 @@ PAGES = dict.fromkeys(  # pages with blocks, and the root of their paths
     ("README.md", "tests/results/README.md", "tests/results/EVALUATIONS.md"), ROOT
 )
 FREE = {"data", "arch", "batch", "epochs", "seed", "eval_every"}  # have columns, or change nothing
+FILMS = ("movers", "tripod")
 FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own number)}
     "Pretext tasks": {
         "exemplar": (
@@ -547,6 +548,14 @@ def headline(rows, data="emoji"):
     return {e[0]["method"]: e for e in runs if home(e[0]["method"]) == data}
 
 
+def at_home(rows):
+    """{method: its runs at the defaults}, of all methods."""
+    found = headline(rows)
+    for film in FILMS:
+        found |= headline(rows, film)
+    return found
+
+
 def about(method):
     """Name, year and link of a method's paper, from its docstring."""
     source = (ROOT / "methods" / f"{method}.py").read_text()
@@ -557,16 +566,26 @@ def about(method):
     return lines[0].split(":")[0], year, link
 
 
+def about_films(files, best):
+    """Lines above a table of methods that learn from videos: from which, and how raw pixels do."""
+    parts = []
+    for film in FILMS:
+        runs = [run for m in files if home(m) == film for run in best.get(m, [])]
+        if runs:
+            pixels = f"{mean(runs, 'pixels', 'linear'):.1f}"
+            names = ", ".join(m for m in files if home(m) == film)
+            parts.append(f"of `{film}` for {names} (raw pixels: {pixels})")
+    text = f"Numbers of single frames, {'; '.join(parts)}."
+    return [*textwrap.wrap(text, 100), ""] if parts else []
+
+
 def method_table(rows):
     """One block per family: what the network is shown, the file, the idea, how far it came."""
-    best = headline(rows) | headline(rows, "movers")
+    best = at_home(rows)
     lines = []
     for family, files in FAMILIES.items():
         lines += ["", f"**{family}**", ""]
-        videos = [run for m in files if home(m) == "movers" for run in best.get(m, [])]
-        if videos:
-            pixels = f"{mean(videos, 'pixels', 'linear'):.1f}"
-            lines += [f"Numbers of single frames of `movers`, where raw pixels have {pixels}.", ""]
+        lines += about_films(files, best)
         cells = []
         for method, (idea, _) in files.items():
             name, year, link = about(method)
@@ -640,9 +659,11 @@ def full_table(rows, data):
         other.append([name, *numbers, size, where, commits])
 
     done = {e[0]["method"] for e in runs}
-    of_videos = data == "movers"
     missing = [m for files in FAMILIES.values() for m in files if m not in done]
-    missing = [m for m in missing if (home(m) == "movers") == of_videos]
+    if data in FILMS:
+        missing = [m for m in missing if home(m) == data]
+    else:
+        missing = [m for m in missing if home(m) not in FILMS]
     return [
         *markdown(["features", *heads.values(), "seeds"], trained),
         *(["", f"Not run: {', '.join(sorted(missing))}."] if missing else []),
@@ -725,6 +746,7 @@ def pages(rows):
         "emoji": full_table(rows, "emoji"),
         "fashion": full_table(rows, "fashion"),
         "movers": full_table(rows, "movers"),
+        "tripod": full_table(rows, "tripod"),
         "ranking": ranking_table(rows),
         "papers": papers_table(),
         "kernels": kernel_table(),
@@ -743,7 +765,7 @@ def pages(rows):
     if sorted(used) != sorted(blocks):
         common.fail(f"each of {', '.join(blocks)} must be one block <!-- NAME --> on a page")
 
-    best = headline(rows) | headline(rows, "movers")
+    best = at_home(rows)
     for method in [m for files in FAMILIES.values() for m in files]:
         path = ROOT / "methods" / f"{method}.py"
         lines = textwrap.fill(reached(best.get(method)), 100, break_on_hyphens=False)
