@@ -179,7 +179,7 @@ SETTINGS = {
     "size": (32, 32, 224, "side of a frame, pixels"),
     "arch": ("resnet14", "resnet14", "resnet18", "the backbone", ARCHS),
     "frames": (10, 10, 21, "frames of a clip, from which the moments are taken", "[2, 48]"),
-    "stride": (1, 1, 1, "one frame in so many, of 12 a second", "[1, inf)"),
+    "stride": (1, 1, 1, "show every n-th frame, of 12 per second", "[1, inf)"),
     "moments": (3, 3, 2, "moments T of a clip at which the network looks", "[1, inf)"),
     "batch": (64, 32, 96, "clips per step, over all processes; each in both directions"),
     "epochs": (16, 80, 20, "passes over the training clips"),

@@ -16,8 +16,8 @@ of the batch (InfoNCE, a loss that this paper introduced; SimCLR and MoCo took i
 Notation. N images in the global batch, n = N / processes on this process; x (n, G, G, 3, t, t) the
 patches of each; z = f(x) (n, G, G, D) encodings, whose mean over the grid is the representation
 that is kept for later use; c_ij context, computed from rows 1 to i of z; W_k c_ij (d) prediction of
-k rows below, by a linear map for each k; u = V z (d) what is predicted, a linear map of z. With l
-over all patches of the global batch (Eq. 4):
+the patch k rows below, by a linear map for each k; u = V z (d) what is predicted, a linear map of
+z. With l over all patches of the global batch (Eq. 4):
 
     p_ijk = exp(u_(i+k)j . W_k c_ij) / sum over l of exp(u_l . W_k c_ij)
     L     = mean over images, i, j and k of  -log p_ijk
@@ -80,8 +80,8 @@ KIND = "image"  # what it learns from; the tests ask for what is due to each kin
 def info_nce(predicted, candidates, positive):
     """-log p, averaged over all R predictions. Returns a scalar, in nats.
 
-    predicted: (R, d); candidates: (C, d), the patches of all images; positive: (R,) which of the
-    candidates each prediction is of."""
+    predicted: (R, d); candidates: (C, d), the patches of all images; positive: (R,) for each
+    prediction, the row of its true patch among the candidates."""
     logits = predicted @ candidates.T  # (R, C)
     return F.cross_entropy(logits, positive)
 
@@ -133,12 +133,14 @@ def replace_norms(module, norm):
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             channels = child.num_features
+            # One group: layer-norm over all channels and places.
             new = nn.GroupNorm(1, channels) if norm == "layer" else Affine(channels)
             setattr(module, name, new)
         else:
             replace_norms(child, norm)
 
-    # Without normalisation, each block would double the variance.
+    # Without normalisation, each residual block (only blocks have a conv2) would double the
+    # variance. So the last scale of its branch starts at 0.
     if norm == "none" and hasattr(module, "conv2"):
         last = module.bn3 if hasattr(module, "bn3") else module.bn2
         nn.init.zeros_(last.weight)
@@ -149,7 +151,7 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, arch, size):
         super().__init__()
-        arch, _, norm = arch.partition("-")
+        arch, _, norm = arch.partition("-")  # "resnet14-layer" -> "resnet14", "layer"
         self.net = common.backbone(arch, size)
         self.out_dim = self.net.out_dim
         if norm:
@@ -161,7 +163,8 @@ class PatchEncoder(nn.Module):
         return z.unflatten(0, x.shape[:3])
 
     def forward(self, x):
-        return self.encode(cut_patches(x)).mean((1, 2))
+        z = self.encode(cut_patches(x))  # (n, G, G, D)
+        return z.mean((1, 2))
 
 
 def backbone(arch, size):
@@ -207,8 +210,9 @@ class Reader(nn.Module):
         c = self.context(z)  # (n, hidden, G, G)
         predicted = []
         for k, linear in zip(self.steps, self.maps):
+            # The last k rows have nothing k rows below them.
             rows = linear(c[:, :, :-k])  # (n, d, G - k, G)
-            predicted.append(rows.flatten(2).mT)
+            predicted.append(rows.flatten(2).mT)  # (n, (G - k) G, d)
         return torch.cat(predicted, 1)
 
 
@@ -230,6 +234,7 @@ class CPC(nn.Module):
         z = self.backbone.encode(x)  # (n, G, G, D)
         predicted = []
         for turn, reader in enumerate(self.readers):
+            # Turned, so that the side from which this reader begins is at the top.
             turned = torch.rot90(z, turn, dims=(1, 2))
             predicted.append(reader(turned.permute(0, 3, 1, 2)))
         return self.scale * torch.cat(predicted, 1), self.target(z)
@@ -241,8 +246,9 @@ class CPC(nn.Module):
 # Each of these takes patches x (n, G, G, 3, t, t) in [0, 1] and draws for every patch by itself.
 
 
-def beside(values, x):
-    """A number per patch, (n, G, G) on the CPU -> (n, G, G, 1, 1, 1) beside x."""
+def per_patch(values, x):
+    """One number for each patch, (n, G, G) on the CPU -> (n, G, G, 1, 1, 1), of the type and on the
+    device of the patches x."""
     return values.to(x, non_blocking=True)[..., None, None, None]
 
 
@@ -251,26 +257,31 @@ def drop_colors(x, rand, p):
     not tell which patches belong together."""
     dropped = rand.uniform(columns=x.shape[1:3]) < p
     kept = rand.uniform(0, 3, columns=x.shape[1:3]).long()  # (n, G, G)
-    kept = beside(kept, x).long()
+    kept = per_patch(kept, x).long()
     channel = torch.take_along_dim(x, kept, dim=3)  # (n, G, G, 1, t, t)
-    return torch.lerp(x, channel.expand_as(x), beside(dropped, x))
+    return torch.lerp(x, channel.expand_as(x), per_patch(dropped, x))  # channel where dropped
 
 
 def flip_patches(x, rand, p):
     """Mirrored with probability p."""
     flipped = rand.uniform(columns=x.shape[1:3]) < p
-    return torch.lerp(x, x.flip(5), beside(flipped, x))
+    return torch.lerp(x, x.flip(5), per_patch(flipped, x))
 
 
 def shift_patches(x, rand, margin):
-    """A random square of each, `margin` pixels smaller, with black around it (v1: 60 of 64)."""
+    """Of each patch a random square that is `margin` pixels smaller, with black around it, so that
+    the size stays (v1: 60 of 64 pixels)."""
     grid = x.shape[1:3]
     start = rand.uniform(0, margin + 1, columns=(2, *grid)).long()
     start = start.to(x.device, non_blocking=True)[..., None]  # (n, 2, G, G, 1)
     place = start + torch.arange(x.shape[5] - margin, device=x.device)
     rows, columns = place.unbind(1)  # (n, G, G, t - margin) each
-    x = torch.take_along_dim(x, rows[:, :, :, None, :, None], dim=4)
-    x = torch.take_along_dim(x, columns[:, :, :, None, None], dim=5)
+    rows = rows[:, :, :, None, :, None]  # (n, G, G, 1, t - margin, 1)
+    columns = columns[:, :, :, None, None]  # (n, G, G, 1, 1, t - margin)
+    x = torch.take_along_dim(x, rows, dim=4)
+    x = torch.take_along_dim(x, columns, dim=5)
+
+    # Black all around; an odd margin has one more pixel below and to the right.
     before = margin // 2
     after = margin - before
     return F.pad(x, (before, after, before, after))
@@ -320,6 +331,7 @@ SETTINGS = {
 
 
 def steps_of(args):
+    """All k: by how many rows a predicted patch lies below its context."""
     return range(args.nearest, args.furthest + 1)
 
 
@@ -372,13 +384,14 @@ def draw_predictions(path, run):
     the patches, of 64 images, that the network thinks likeliest there."""
     size = run.args.size
     split = run.data.test or run.data.bank
-    view = whole_image(size, lambda x, rand: x)
+    view = whole_image(size, lambda x, rand: x)  # without augmentation
     count = 64 * world()
     (images,) = first_batch(split, [view], count, run.args.seed, run.device)
     patches = cut_patches(normalize(images))  # (n, G, G, 3, t, t)
     predicted, targets = run.model.eval()(patches)
 
-    # From the top to `row`, in the middle column. The order is that of true_patches.
+    # One prediction of each image: by the reader from the top, of the patch k rows below `row`, in
+    # the middle column. The first ones of the model are those of the least k, row by row.
     count, stride, side = grid_of(size)
     k = run.args.nearest
     row = (count - k) // 2
@@ -386,17 +399,17 @@ def draw_predictions(path, run):
     predicted = predicted[:10, row * count + column]  # (10, d)
     scores = predicted @ targets.flatten(0, 2).T  # (10, n G G)
     likeliest = scores.topk(6).indices.cpu()  # (10, 6)
-    first = count**2 * torch.arange(len(scores))  # of each image
+    first = count**2 * torch.arange(len(scores))  # (10,) the first patch of each image
     true = first[:, None] + (row + k) * count + column
 
     read = images[:10].clone()
-    read[:, :, row * stride + side :] = 0.6  # grey
+    read[:, :, row * stride + side :] = 0.6  # grey where nothing has been read
     shown = torch.cat([true, likeliest], 1)  # (10, 7)
     patches = denormalize(patches.flatten(0, 2)).cpu()
     rows = [[image, *patches[some]] for image, some in zip(read, shown)]
     guesses = [f"guess {i}" for i in range(1, 7)]
     columns = ["read", "true", *guesses]
-    green = F.pad(likeliest == true, (2, 0))
+    green = F.pad(likeliest == true, (2, 0))  # guesses that are right; not the first two columns
     note = f"{run.name}: the true patch, {k} rows below what is read, and the likeliest ones"
     save_grid(path, rows, columns, green, note)
 
@@ -414,8 +427,12 @@ def main(argv=None):
     shape = (args.batch // world(), count, count)
     first = rank() * math.prod(shape)
     number = first + torch.arange(math.prod(shape), device=device).view(shape)
-    turns = range(len(model.readers))
-    positive = torch.cat([true_patches(number, turn, steps_of(args)) for turn in turns], 1)
+
+    # Which candidate each prediction is of: the same in every step.
+    positive = []
+    for turn in range(len(model.readers)):
+        positive.append(true_patches(number, turn, steps_of(args)))
+    positive = torch.cat(positive, 1)  # (n, R)
 
     chance = math.log(args.batch * count**2)
     state = {"optimizer": optimizer}

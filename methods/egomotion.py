@@ -199,7 +199,7 @@ SETTINGS = {
     "size": (32, 224, "side of a frame, pixels"),
     "arch": ("resnet14", "resnet18", "the backbone", ARCHS),
     "frames": (4, 2, "frames K of a clip, of which all pairs are shown", "[2, 16]"),
-    "stride": (2, 7, "one frame in so many, of 12 a second", "[1, inf)"),
+    "stride": (2, 7, "show every n-th frame, of 12 per second", "[1, inf)"),
     "classes": (7, 20, "classes C of the motion along each axis", "[2, inf)"),
     "batch": (64, 128, "clips per step, over all processes"),
     "epochs": (18, 100, "passes over the training clips"),

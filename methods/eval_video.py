@@ -8,28 +8,29 @@ Idea. In the film `movers` all is known of a clip: the mask of its emoji in ever
 moves, where it is and how far it is turned. As in the benchmark DAVIS, the mask of the first frame
 is given and is copied to the later ones: each place of a frame takes the values of those places of
 earlier frames that have the most similar features. This needs no training at all. The answers to
-the other questions are read off the frozen features by linear rules. The shots of the film `bunny`
-have known subjects.
+the other questions are read from the frozen features by linear rules. For the film `bunny` it is
+known which animals each shot shows.
 
 Notation. The features of places are one of the maps of a network (kernels/maps.py) for frames of
 --mask-size pixels, brought to g x g places and set to length 1. A place of frame t is compared with
-the places within --radius of it in the first frame and the --previous last ones, by the product s
-of their features. Over the --nearest largest s, with i a place of an earlier frame:
+the places within --radius of it, in the first frame and in the --previous frames before t. s_i is
+the product of its features with those of place i. The sum is over the --nearest places i with the
+largest s_i:
 
     value(place) = sum over i of  softmax(s_i / temperature)  value(i)
 
 A pixel belongs to the object if its value is above the middle between the least and the greatest of
-its frame. The map is the one with the best J on --choose training clips. --nearest, --temperature
-and the rule of the middle are those of DINO's code. Its frames are ten times as large and its
-videos longer: the 7 last frames, places up to 12 away, the last block's map, and in the first frame
-the object or not instead of the share of a place that it covers. The columns, for masks over all
-frames after the first (DAVIS leaves out the last frame, too):
+its frame. Each network uses the map with the best J on --choose training clips. --nearest,
+--temperature and the rule of the middle are those of DINO's code. Its frames are ten times as large
+and its videos longer: it looks at the 7 last frames, at places up to 12 away, in the last block's
+map, and the first mask has whole places instead of the share that is covered. J and F are means
+over all frames after the first (DAVIS leaves out the last frame, too). The columns of the results:
 
     J         region: intersection / union of mask and truth, in percent
-    F         boundary: 2 P R / (P + R), in percent. P is the share of the mask's boundary that is
-              at most 0.8 % of the diagonal, rounded up (here to one pixel, 1.5 %: more lenient
-              than for large frames), from the true one, R the share of the true one that is as
-              near to the mask's
+    F         boundary: 2 P R / (P + R), in percent. A pixel of one boundary is right if the other
+              boundary is at most 0.8 % of the diagonal away, rounded up (here to one pixel, 1.5 %:
+              more lenient than for large frames). P is the share of right pixels of the mask's
+              boundary, R that of the true one
     motion    one of 8: accuracy of a linear probe on the features of --frames frames of a clip,
               side by side
     category  of the emoji, one of 9: as above, on the mean of these features
@@ -37,21 +38,21 @@ frames after the first (DAVIS leaves out the last frame, too):
               frame by ridge regression (linear, with weight decay)
     angle     mean error of how far the emoji is turned, in degrees: as above, from sine and cosine
     subject   rabbit, rodents, neither or mixed: a linear probe on frames of the shots of bunny
-    shot_r1   the last frame of a test shot is the question: how often the most similar of the first
-    shot_r5   frames of all shots, or one of the five most similar, is that of the same shot
+    shot_r1   how often the last frame of a test shot finds its first frame, in percent: it is the
+    shot_r5   most similar of the first frames of all shots, or one of the five most similar
 
-Beside them stand, as "no network", the first mask left in its place and the best constant answers
-(for shots 0: all are equally similar); raw pixels (for masks the colours of 7 x 7 pixels around,
-else the frame averaged to 16 x 16); and the same network before training.
+Three baselines stand beside the networks. "no network" leaves the first mask in its place and gives
+the best constant answers (for shots 0: all are equally similar). Raw pixels are the colours of 7 x
+7 pixels around a place for masks, else the frame averaged to 16 x 16. The third is the same network
+before training.
 
 Run.
     python methods/eval_video.py runs/video_colorization-movers-0
     python methods/eval_video.py runs/* --only masks
     python methods/eval_video.py runs/* --only shots
-It writes results.jsonl and masks.png into --out, by default runs/eval_video, and the folder masks,
-the masks of the clips that are shown. What is in results.jsonl is not measured again. A run should
-take five minutes at most, so 1,500 of the training clips and 500 of the test clips are used, and
-for masks 60 of these; flags change that.
+It writes results.jsonl, masks.png and the folder masks (the masks in this picture) into --out, by
+default runs/eval_video. What is in results.jsonl is not measured again. To take five minutes at
+most, it uses 1,500 training clips and 500 test clips, and for masks 60 of these; flags change that.
 """
 
 import functools
@@ -84,14 +85,14 @@ def region(predicted, truth):
 
 
 def share(part, whole):
-    """What share of the pixels of a mask (N, H, W) are in a part of it, (N,); 1 if it is empty."""
+    """How much of each mask `whole` (N, H, W) its `part` covers, (N,); 1 if the mask is empty."""
     total = whole.sum((1, 2))
     return torch.where(total > 0, part.sum((1, 2)) / total, 1.0)
 
 
 def contour(mask):
     """The boundary of masks (N, H, W) bool, as in the code of DAVIS: the pixels that differ from
-    their neighbour to the right, the one below, or the one between the two."""
+    their neighbour to the right, the one below, or the one diagonally between these two."""
     padded = F.pad(mask.float(), (0, 1, 0, 1), mode="replicate")
     mean = F.avg_pool2d(padded, 2, stride=1)  # of a pixel and these three
     return (mean > 0) & (mean < 1)
@@ -134,29 +135,34 @@ def propagate(features, first, radius, previous, nearest, temperature):
     places = torch.cartesian_prod(line, line)  # (P, 2)
     far = (places[:, None] - places).abs().amax(2) > radius  # (P, P)
 
-    values = [first.flatten(1)]
+    values = [first.flatten(1)]  # (n, P) of each frame
     for t in range(1, f.shape[1]):
+        # Similarities to the places of the first frame and of the previous ones.
         earlier = sorted({0, *range(max(0, t - previous), t)})
         s = [f[:, t].mT @ f[:, frame] for frame in earlier]  # (n, P, P) each
-        s = torch.cat([x.masked_fill(far, -torch.inf) for x in s], 2)
+        s = torch.cat([x.masked_fill(far, -torch.inf) for x in s], 2)  # (n, P, all their places)
+
+        # The weighted mean of the values of the most similar places.
         best, index = s.topk(nearest, 2)  # (n, P, nearest)
         weight = (best / temperature).softmax(2)
         known = torch.cat([values[frame] for frame in earlier], 1)
         known = known[:, None].expand(s.shape).gather(2, index)
         values.append((weight * known).sum(2))
+
     return torch.stack(values, 1).unflatten(2, (side, side))
 
 
 def as_masks(values, side):
     """Values (n, T, g, g) -> masks (n, T, side, side) bool."""
     wide = F.interpolate(values, (side, side), mode="bilinear")
-    middle = wide.amax((2, 3), True) + wide.amin((2, 3), True)
-    return wide > middle / 2
+    ends = wide.amax((2, 3), True) + wide.amin((2, 3), True)
+    return wide > ends / 2  # above the middle between the two ends
 
 
 def ridge(x, y, test):
     """Linear regression with weight decay, features (N, D), answers (N, K) -> answers for the test
-    features. The decay of each answer has the least error on training rows that are left out."""
+    features. For each answer the decay is chosen that has the least error on training rows that are
+    left out."""
     from sklearn.linear_model import RidgeCV  # here, so --help need not wait for it
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -174,15 +180,17 @@ def pose_scores(predicted, truth):
     angle = torch.atan2(predicted[:, 2], predicted[:, 3])
     turn = angle - torch.atan2(truth[:, 2], truth[:, 3])
     turn = turn.remainder(2 * math.pi)
+    # The shorter way round.
     apart = torch.minimum(turn, 2 * math.pi - turn).rad2deg()
     return {"position": distance.mean().item(), "angle": apart.mean().item()}
 
 
 def shot_scores(last, first):
-    """last (n, D), first (N, D): features, of the same shots where the row is the same. In percent,
-    how often fewer than k others are at least as similar as that of the same shot."""
+    """last (n, D), first (N, D): features of frames; the same row is the same shot. In percent, how
+    often the first frame of the same shot is one of the k most similar. If another one is equally
+    similar, it ranks before it."""
     similar = F.normalize(last, dim=1) @ F.normalize(first, dim=1).T  # (n, N)
-    rank = (similar >= similar.diag()[:, None]).sum(1).double()  # 1 is best
+    rank = (similar >= similar.diag()[:, None]).sum(1).double()  # 1 is best: itself alone
     scores = {}
     for k in (1, 5):
         scores[f"shot_r{k}"] = 100 * (rank <= k).double().mean().item()
@@ -191,7 +199,7 @@ def shot_scores(last, first):
 
 # The evaluation.
 
-TASKS = {  # and their films
+TASKS = {  # {task: the film that it is asked of}
     "masks": "movers", "motion": "movers", "category": "movers", "pose": "movers",
     "subject": "bunny", "shots": "bunny",
 }  # fmt: skip
@@ -252,7 +260,9 @@ def read(task, network, size, args, device):
     for split, count in (("train", args.train_clips), ("test", args.test_clips)):
         found = features(network, film, split, count, args.frames, size, device)
         known += [found, film_of(film, split, count)]
-    x, train, z, test = known  # features (N, T, D) and what is known of the clips
+
+    # x, z: features (N, T, D) of training and of test clips; train, test: what is known of these.
+    x, train, z, test = known
     if task == "shots":
         first = torch.cat([z, x])[:, 0]
         return shot_scores(z[:, -1], first)
@@ -261,7 +271,7 @@ def read(task, network, size, args, device):
         found = ridge(x.flatten(0, 1), answers[0], z.flatten(0, 1))
         return pose_scores(found, answers[1])
 
-    # groups: near copies, which stay together when the weight decay is chosen
+    # groups: near copies, which stay together when the probe chooses its weight decay
     groups = None
     if task == "motion":
         x, z = x.flatten(1), z.flatten(1)
@@ -274,6 +284,7 @@ def read(task, network, size, args, device):
         x, z = x.flatten(0, 1), z.flatten(0, 1)
         labels = [shots.labels.repeat_interleave(args.frames) for shots in (train, test)]
         groups = train.blocks.repeat_interleave(args.frames)
+    # The probe overwrites its features, but the next task uses them, too.
     score = linear_probe(x.clone(), labels[0], z.clone(), labels[1], groups)
     return {task: score}
 
@@ -300,12 +311,14 @@ def copied(network, clips, args, device, only=None):
     grid = (args.grid, args.grid)
     how = args.radius, args.previous, args.nearest, args.temperature
     predicted = {}
-    for some in torch.arange(len(truth)).split(6):
+    for some in torch.arange(len(truth)).split(6):  # six clips at a time, to save memory
         first = F.adaptive_avg_pool2d(truth[some, 0].float(), grid).to(device)
         frames = clips.frames[some].flatten(0, 1).to(device)
         for number, x in enumerate(maps(network, prepare(frames, args.mask_size))):
             if only not in (None, number):
                 continue
+
+            # To g x g places: a small map is enlarged, a large one is averaged.
             if x.shape[2] < args.grid:
                 x = F.interpolate(x, grid, mode="bilinear")
             x = F.adaptive_avg_pool2d(x, grid).unflatten(0, (len(some), -1))
@@ -316,18 +329,20 @@ def copied(network, clips, args, device, only=None):
 
 
 def masks(network, args, device):
-    """Predicted masks of the test clips, and scores."""
+    """Predicted masks of the test clips (n, T, H, W), and their scores."""
     test = visible("test", args.test_clips, args.mask_clips)
     truth = test.masks > 0
     if network is None:  # the first mask stays where it is
         predicted = truth[:, :1].expand_as(truth)
         return predicted, mask_scores(predicted, truth)
 
+    # The map of the network that is best on training clips.
     train = visible("train", args.train_clips, args.choose)
     on_train = {}
     for number, predicted in copied(network, train, args, device).items():
         on_train[number] = mask_scores(predicted, train.masks > 0)["J"]
     best = max(on_train, key=on_train.get)
+
     predicted = copied(network, test, args, device, best)[best]
     about = {"map": best, "J_on_train": [*on_train.values()]}
     return predicted, mask_scores(predicted, truth) | about
@@ -345,8 +360,8 @@ def table(results):  # copy of: methods/eval_dense.py::table
 
 
 def draw_masks(path, predicted, clips):
-    """Frames of some clips, and below the object as each network finds it. predicted: {heading:
-    masks (SHOWN, T, H, W)}."""
+    """One row for the truth and one for each network: frames of some clips, in which all but the
+    object is pale. predicted: {heading: masks (SHOWN, T, H, W)}."""
     from matplotlib.figure import Figure
 
     times = spaced(clips.frames.shape[1], 6)
@@ -378,7 +393,7 @@ def main(argv=None):
     if world() > 1:
         fail("this script runs in one process: start it with python, not with torchrun")
     tasks = TASKS if args.only == "all" else [args.only]
-    found = [Candidate("no network", None, args.data, args.size, {}), *candidates(args)]
+    networks = [Candidate("no network", None, args.data, args.size, {}), *candidates(args)]
     results = Results("eval_video", args, device)
     folder = results.folder
     (folder / "masks").mkdir(exist_ok=True)
@@ -386,7 +401,7 @@ def main(argv=None):
 
     measured = {}  # {name: scores}
     shown = {}  # {name: masks of the first clips}
-    for candidate in found:
+    for candidate in networks:
         name = candidate.name
         network = candidate.network
         if network is not None:
@@ -401,6 +416,7 @@ def main(argv=None):
             replace_file(file, lambda part: np.save(part, predicted[:SHOWN].numpy()))
             return scores
 
+        # results.measure calls measure, unless results.jsonl has the result already.
         for task in tasks:
             job = candidate._replace(data=TASKS[task])
             function = functools.partial(measure, task)

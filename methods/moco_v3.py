@@ -4,18 +4,20 @@ Official code: https://github.com/facebookresearch/moco-v3
 
 Idea. Two random views of an image (crops with changed colours) are encoded: one as a query, the
 other as a key. The query must pick out its key among the keys of all images of the batch. Batches
-are large, so the queue of the first two versions of MoCo is not needed. The keys come from the
-momentum encoder, a slowly moving average of the query encoder that gets no gradient; only the
-queries pass a further small network, the predictor. The paper is about vision transformers (ViT: an
-image is cut into patches that attend to each other). Their training seems to go well, but at times
-the accuracy dips and recovers, and ends lower. The dips begin with a sudden large gradient in the
-first layer, which projects each patch of pixels to a token. So this layer keeps its random weights.
+are large, so the queue of old keys that the first two versions of MoCo kept is not needed. The keys
+come from the momentum encoder, a slowly moving average of the query encoder that gets no gradient.
+Only the queries pass through a further small network, the predictor.
+The paper is about vision transformers (ViT: an image is cut into patches that attend to each
+other). Their training seems to go well, but at times the accuracy dips and recovers, and in the end
+it is lower. The dips begin with a sudden large gradient in the first layer, which projects each
+patch of pixels to a token. So this layer keeps its random weights.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; query q = predictor(projector(h))
-(n, d); key k (n, d), from the momentum encoder, which has a backbone and a projector; both
-L2-normalised; tau temperature. q1 and k1 come from x1, q2 and k2 from x2. L is averaged over images
-(Eq. 1 and Algorithm 1). m is the momentum; s counts the steps, S of them:
+(n, d); key k (n, d), from the momentum encoder, which has a backbone and a projector. q and k are
+L2-normalised; tau is the temperature. q1 and k1 come from x1, q2 and k2 from x2. L is averaged over
+the images i (Eq. 1 and Algorithm 1). theta_q and theta_k are the weights of the two encoders; m is
+the momentum, m_0 at the start; s counts the steps from 0, S is the number of all steps:
 
     ctr(q, k) = -2 tau log  exp(q_i . k_i / tau) / sum over j = 1 .. N of exp(q_i . k_j / tau)
     L         = ctr(q1, k2) + ctr(q2, k1)
@@ -30,15 +32,16 @@ Run.
     torchrun --nproc_per_node 8 methods/moco_v3.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together. `--recipe paper-resnet` is the ResNet-50 of the
 paper. --train-patches trains the patch projection, too. If the first layer is trained,
-metrics.jsonl has its largest gradient in each step, first_gradient, whose peaks come before the
-dips in the paper (Figure 4).
+metrics.jsonl has its largest gradient in each step as first_gradient. In the paper its peaks come
+before the dips (Figure 4).
 
 Reached. On emoji after 36 epochs, 663 seconds on one busy CPU core: kNN 54.8 % (untrained 51.8, raw
 pixels 53.9); linear 57.6 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. vit_small has 6 attention heads, as in DeiT and DINO | 12.
-    2. Patches have 4 pixels for images up to 48, 8 up to 96 | 16.
+    1. vit_small has 6 attention heads, as in DeiT and DINO | paper: 12.
+    2. The side of a patch is 4 pixels for images of up to 48 pixels, 8 up to 96, else 16 | paper:
+       16.
     3. Residual branches of a ResNet do not start at zero, so that all methods start from the same
        network | official code: at zero.
     4. The predictor of a ResNet ends without batch-norm, as in the official code | paper: all
@@ -46,8 +49,8 @@ Differs from the paper. (This file | the paper, or the official code.)
     5. The first step of the warm-up has a rate above 0 | official code: 0.
     6. Crops: bicubic with antialiasing | official code: bilinear. Blur: a kernel of a tenth of the
        side | official code: PIL's approximation of a Gaussian.
-    7. In the columns emoji and cifar10: no blur, whose kernel would have only 3 taps at 32 pixels.
-       On emoji AdamW trains a ResNet | LARS.
+    7. In the columns emoji and cifar10 there is no blur: at 32 pixels its kernel would have only 3
+       values. On emoji AdamW trains a ResNet | paper: LARS does.
 """
 
 import copy
@@ -77,8 +80,8 @@ def ctr(q, k, own, tau):
     q (n, d), k (N, d): L2-normalised; k are the keys of all processes and get no gradient. own
     (n,): the row of k that belongs to each query. The factor 2 tau keeps the size of the gradient
     about the same for any tau."""
-    # Small beside the network: no fused kernel is needed. moco_loss of kernels/infonce.py would
-    # count the own key twice, since here it is one of the N.
+    # The cost is small beside the network's, so no fused kernel is needed. moco_loss of
+    # kernels/infonce.py would count the own key twice, because it is one of the N keys.
     logits = q @ k.detach().T / tau  # (n, N)
     return 2 * tau * F.cross_entropy(logits, own)
 
@@ -88,8 +91,9 @@ def ctr(q, k, own, tau):
 
 @torch.no_grad()
 def backbone(arch, size):
-    """common.backbone. A ViT has fixed positions and the official initial weights: a class token
-    close to 0, and Xavier's for queries, keys and values, each as a matrix of its own."""
+    """common.backbone. A ViT has fixed positions and the initial weights of the official code: a
+    class token close to 0, and Xavier's for the three matrices that make queries, keys and values.
+    """
     if arch not in VITS:
         return common.backbone(arch, size)
     net = common.backbone(arch, size, positions="sincos")
@@ -101,13 +105,13 @@ def backbone(arch, size):
 
 
 def mlp(widths, last_norm=True):
-    """Projector and predictor: linear layers from width to width, batch-norm and ReLU between them,
-    and at the end a batch-norm without scale and offset, if last_norm."""
+    """A projector or predictor: linear layers from width to width, with batch-norm and ReLU between
+    them. If last_norm, a batch-norm without scale and offset comes at the end."""
     layers = []
     for before, after in zip(widths, widths[1:]):
         layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after)]
         layers.append(nn.ReLU())
-    layers = layers[:-2]  # nothing after the last linear layer
+    layers = layers[:-2]  # no batch-norm and ReLU after the last linear layer
     if last_norm:
         layers.append(nn.BatchNorm1d(widths[-1], affine=False))
     return nn.Sequential(*layers)
@@ -126,6 +130,7 @@ class MoCoV3(nn.Module):
         encoder = nn.Sequential(self.backbone, self.projector)
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         if vit and not train_patches:
+            # The patch projection keeps its random weights.
             self.backbone.first_layer.requires_grad_(False)
 
     def forward(self, x1, x2):
@@ -264,7 +269,7 @@ def main(argv=None):
     weights = [w for w in model.parameters() if w.requires_grad]
     kind = LARS if args.optimizer == "lars" else torch.optim.AdamW
     optimizer = kind(weights, lr=0.0, weight_decay=args.weight_decay)
-    # If all embeddings are the same, each key is one of N equal candidates, in both directions.
+    # If all embeddings are the same, each key is one of N equal candidates: 2 tau log N, twice.
     collapsed = 4 * args.tau * math.log(args.batch)
     state = {"optimizer": optimizer}
     run = Run("moco_v3", args, data, loader, model, state, ("collapsed", collapsed))

@@ -5,13 +5,14 @@ Official code (how to load a trained network): https://github.com/google-deepmin
 Idea. Tasks whose answers cost nothing teach different things: where a patch lies next to another
 one, which colours a grey image had, which patches come from the same image, which pixels will
 move. One network, the trunk, learns several of them at once; a small head for each task reads its
-features and is thrown away after the training. With the lasso a head may read any stage of the
-trunk, and a penalty lets it choose few, so that tasks that need different things keep apart.
-Harmonised inputs: patches are grey, like the images to be coloured. Otherwise the trunk would
-first have to learn which task an input belongs to.
+features and is thrown away after the training. With --heads lasso a head may read every stage of
+the trunk, but a penalty on the absolute values of its weights (a lasso) makes it choose few. So
+tasks that need different things can use different stages. The inputs are harmonised: the patches of
+position are grey, like the images to be coloured. Otherwise the trunk would first have to learn
+which task an input belongs to.
 
-Notation. N clips in the global batch, n = N / processes on this process; one frame of each for
-each task t. u_m(x) output of stage m of the trunk, brought to `width` channels of mean 0 and
+Notation. N clips in the global batch, n = N / processes on this process; each task t is shown one
+frame of each clip. u_m(x) output of stage m of the trunk, brought to `width` channels of mean 0 and
 variance 1. The head of t reads  r_t = sum over m of alpha_tm u_m,  where |alpha_t|_2 = 1; naive
 heads read the last stage alone. lambda strength of the penalty, 0 for naive heads.
 
@@ -43,7 +44,7 @@ Differs from the paper. (This file | the paper.)
        colour space Lab.
     4. What moves: the flow differs from its median over the frame by more than --high pixels per
        frame; it rests below --low | dense trajectories that camera motion does not explain. Places
-       that move, about one in ten, count eight times, or the answer would be "nothing moves".
+       that move are about one in ten and count eight times, so "nothing moves" is no good answer.
     5. Distorted copies are shifted, scaled, turned and get other colours; the other image is the
        next one in the batch, in its second copy.
     6. With --no-harmonize the channels that are dropped become flat | noise, as in the paper of
@@ -80,8 +81,8 @@ def total_loss(losses, alpha, strength):
     return sum(losses) + strength * alpha.abs().sum()
 
 
-# Each task: what its head says, and a picture (n, 3, S, S) in [0, 1] that holds the answer, if one
-# is needed -> its loss, and a score from 0 to 1. Both are scalars.
+# One function for each task. It takes what the head says, and a picture (n, 3, S, S) in [0, 1] that
+# holds the answer, if one is needed. It returns two scalars: the loss, and a score from 0 to 1.
 
 
 def position(logits, picture):
@@ -93,7 +94,7 @@ def position(logits, picture):
 
 def colour(logits, picture):
     """logits (n, COLOURS, S/4, S/4). Score: share of places that are right."""
-    answer = colour_classes(picture[:, :, 2::4, 2::4])  # single pixels: a mean invents colours
+    answer = colour_classes(picture[:, :, 2::4, 2::4])  # single pixels: a mean would invent colours
     right = logits.argmax(1) == answer
     return F.cross_entropy(logits, answer), right.float().mean()
 
@@ -109,14 +110,14 @@ def exemplar(z, picture, margin=0.5):
 
 def motion(logits, picture):
     """logits (n, 1, S/4, S/4); picture: 1 where it moves, 0 where it rests, between them unknown.
-    Score: of the places that move or are said to move, the share where both is so."""
+    Score: of the places that move or are said to move, the share of those that do both."""
     label = F.avg_pool2d(picture[:, :1], 4)
     moves = label > 0.75
     known = moves | (label < 0.25)
     losses = F.binary_cross_entropy_with_logits(logits, moves.to(logits), reduction="none")
     said = (logits > 0) & known
     overlap = (said & moves).sum() / (said | moves).sum().clamp(min=1)
-    weight = known + 7 * moves  # moving places count eight times: they are few
+    weight = known + 7 * moves  # 0 if unknown, 1 if it rests, 8 if it moves: such places are few
     return (weight * losses).mean(), overlap
 
 
@@ -124,18 +125,19 @@ TASKS = {"position": position, "colour": colour, "exemplar": exemplar, "motion":
 
 
 def mean_score(tasks, outputs):
+    """For held-out clips. outputs: what the head says, and the picture, for each task."""
     scores = [TASKS[task](*output)[1] for task, output in zip(tasks, outputs)]
     return torch.stack(scores).mean()
 
 
 STEP = 0.1  # between two colours
 REACH = 7  # steps to each side of grey
-COLOURS = (2 * REACH + 1) ** 2
+COLOURS = (2 * REACH + 1) ** 2  # classes: red and blue have 15 steps each
 
 
 def colour_classes(x):
     """Colours (n, 3, h, w) in [0, 1] -> (n, h, w) int64: red and blue minus grey, in steps."""
-    difference = x[:, ::2] - luminance(x)  # (n, 2, h, w)
+    difference = x[:, ::2] - luminance(x)  # (n, 2, h, w): of channels 0 and 2, red and blue
     step = (difference / STEP).round().clamp(-REACH, REACH) + REACH
     red, blue = step.long().unbind(1)
     return (2 * REACH + 1) * red + blue
@@ -143,9 +145,9 @@ def colour_classes(x):
 
 # The network.
 
-SEEN = {"position": 9, "colour": 1, "exemplar": 2, "motion": 1}  # pictures of a view, the first
-OUTPUTS = {"position": 8, "colour": COLOURS, "exemplar": 128, "motion": 1}  # numbers of a head
-DENSE = ("colour", "motion")  # answered for every place, on a grid of size / 4
+SEEN = {"position": 9, "colour": 1, "exemplar": 2, "motion": 1}  # pictures that the trunk sees
+OUTPUTS = {"position": 8, "colour": COLOURS, "exemplar": 128, "motion": 1}  # of a head
+DENSE = ("colour", "motion")  # with an answer for each place of a grid, size / 4 places wide
 
 
 def backbone(arch, size):  # copy of: methods/context_encoder.py::backbone
@@ -177,28 +179,31 @@ class MultiTask(nn.Module):
         self.backbone = backbone(arch, size)
         self.tasks = tasks
         self.side = size // 4
+
+        # Each stage that is read gets a unit, which makes u_m of it.
         D = self.backbone.out_dim
         channels = [D] * 4 if arch in VITS else [D // 8, D // 4, D // 2, D]
         if heads == "naive":
-            channels = [D]
+            channels = [D]  # the last stage alone
         self.units = nn.ModuleList()
         for c in channels:
             conv = nn.Conv2d(c, width, 1, bias=False)
             self.units.append(nn.Sequential(conv, nn.BatchNorm2d(width, affine=False)))
+
         alpha = torch.ones(len(tasks), len(channels))
         self.raw_alpha = nn.Parameter(alpha, requires_grad=heads == "lasso")
         self.heads = nn.ModuleDict({task: head_of(task, width) for task in tasks})
 
     def alpha(self):
-        """(tasks, stages), rows of length 1. Otherwise the penalty could be had for nothing: by
-        small weights here and large ones in the head."""
+        """(tasks, stages), rows of length 1. Otherwise the penalty could be avoided, by small
+        weights here and large ones in the head."""
         return F.normalize(self.raw_alpha, dim=1)
 
     def read(self, x, alpha, dense):
         """x (m, 3, H, W), alpha (stages,) -> r (m, width, 1, 1), or with a quarter of the image's
         side if dense."""
         total = 0
-        stages = maps(self.backbone, x)[-len(self.units) :]
+        stages = maps(self.backbone, x)[-len(self.units) :]  # one for each unit
         for weight, unit, stage in zip(alpha, self.units, stages):
             u = unit(stage)
             if dense:
@@ -247,8 +252,8 @@ def cut_patches(x, corners, side):  # copy of: methods/context_prediction.py::cu
 
 
 def keep_one_channel(x, rand):
-    """Patches (n, 9, 3, t, t): of each one random channel stays, the others become flat, of its
-    mean."""
+    """Patches (n, 9, 3, t, t): of each, one random channel stays. The other two become flat, with
+    the mean of the one that stays."""
     kept = rand.uniform(0, 3, columns=(9,)).long()
     kept = F.one_hot(kept, 3)[..., None, None].to(x)  # (n, 9, 3, 1, 1)
     channel = (kept * x).sum(2, keepdim=True)
@@ -277,12 +282,15 @@ def view_colour(x, rand, args):
 
 def distort(x, rand):
     """Shifted, scaled, turned, and in other colours."""
-    scale = rand.uniform(0.5, 1.0)  # of the part that is shown, to the image
+    # The part that is shown: its side as a share of the image's, its angle, and its middle.
+    scale = rand.uniform(0.5, 1.0)
     angle = rand.uniform(-0.35, 0.35)  # radians
     cos = scale * angle.cos()
     sin = scale * angle.sin()
     right = (1 - scale) * rand.uniform(-1, 1)
     down = (1 - scale) * rand.uniform(-1, 1)
+
+    # Each is a number per image, (n,). Together they are affine matrices, (n, 2, 3).
     rows = [cos, -sin, right, sin, cos, down]
     matrix = torch.stack(rows, 1).view(-1, 2, 3).to(x)
     grid = F.affine_grid(matrix, x.shape, align_corners=False)
@@ -296,8 +304,10 @@ def view_exemplar(x, rand, args):
 
 
 def view_motion(x, rand, args):
-    """x (n, 2, 3, H, W): labels and frames, cut alike. Flipped alike; the frame comes first."""
-    return as_clips(random_flip(as_tall(x), rand), 2).flip(1)
+    """x (n, 2, 3, H, W): labels and frames, cut to the same box. Both get the same flip; then the
+    frame comes first."""
+    x = as_clips(random_flip(as_tall(x), rand), 2)
+    return x.flip(1)
 
 
 VIEWS = {
@@ -309,8 +319,8 @@ VIEWS = {
 
 
 def views(args, stride):
-    """One for each task, of frames of its own. stride: from a label to its frame, in pictures; 0 if
-    the videos have no labels (see labelled)."""
+    """One view for each task, with frames of its own. stride: how many pictures after a label its
+    frame comes (see labelled); 0 if the videos have no labels."""
 
     def augmentation(task):
         def augment(x, rand):
@@ -325,16 +335,18 @@ def views(args, stride):
     for task in args.tasks.split(","):
         side = 3 * (args.patch + args.gap) if task == "position" else args.size
         crop = Crop(side, scale=(args.min_crop, 1.0))
-        crop = ClipCrop(crop, 2, stride) if stride else crop
+        if stride:
+            crop = ClipCrop(crop, 2, stride)  # a label and its frame
         found.append((crop, augmentation(task)))
     return found
 
 
 def labelled(split, args):
-    """A split of videos of T frames with labels from their flow. A video begins with T - 1 pictures
-    of labels, then come its first T - 1 frames (the last one has no flow), so that a clip of two
-    pictures, T - 1 apart, is a label and its frame, cut to the same box."""
-    truth = getattr(split.images, "truth", None)
+    """A split of videos of T frames, with labels that are made from their flow. A new video begins
+    with T - 1 pictures of labels. Then come its first T - 1 frames (the last one has no flow). So
+    two pictures that are T - 1 apart are a label and its frame; a clip of them is cut to the same
+    box."""
+    truth = getattr(split.images, "truth", None)  # images and files have none
     if truth is None:
         fail(
             f"--data {args.data}, --tasks {args.tasks}: motion needs the flow of the videos, which "
@@ -419,8 +431,8 @@ def get_args(argv=None):
 
 
 def show(tasks):
-    """For views.png: two pictures for each task: neighbouring patches, an image and its answer, two
-    copies of an image."""
+    """For views.png, two pictures for each task: neighbouring patches, an image and its answer, or
+    two copies of an image."""
 
     def pictures(views):
         shown = {}
@@ -441,7 +453,7 @@ def main(argv=None):
     stride = 0
     if "motion" in tasks:
         splits = [labelled(split, args) for split in splits]
-        stride = int(splits[0].images.lengths[0]) // 2
+        stride = int(splits[0].images.lengths[0]) // 2  # half of a video are labels
     train, test = splits
     settings = (views(args, stride), args.batch, args.seed, device, args.workers)
     loader = Loader(train, *settings)
@@ -462,14 +474,16 @@ def main(argv=None):
 
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 outputs = wrapped(*shown)
+
             losses = []
             logged = {}
             for task, (said, picture) in zip(tasks, outputs):
                 part, score = TASKS[task](said.float(), picture)
                 losses.append(part)
-                logged |= {task: part.detach(), f"{task}_score": score}
+                logged[task] = part.detach()
+                logged[f"{task}_score"] = score
 
-            # Means over the clips of this process, of exemplar over those of all processes;
+            # Each loss is a mean over the clips of this process (exemplar: of all processes);
             # DistributedDataParallel averages the gradients: exactly the gradient of one process
             # with all N clips.
             alpha = model.alpha()
@@ -477,7 +491,9 @@ def main(argv=None):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            stages = alpha.detach().abs().sum(1).square().mean()  # 1: every head reads one
+
+            # About how many stages a head reads: 1 if it reads one alone.
+            stages = alpha.detach().abs().sum(1).square().mean()
             run.log(loss, lr, **logged, stages=stages)
         run.end_epoch(epoch, **held_out(model, test, settings, measure))
     run.finish()

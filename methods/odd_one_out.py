@@ -3,42 +3,43 @@ Fernando, Bilen, Gavves, Gould, CVPR 2017. https://arxiv.org/abs/1611.06646
 Official code: none is known.
 
 Idea. Show the network six short pieces of one video. In one of them the frames are in a wrong
-order: which one? All six show the same things before the same background, so nothing but the order
-tells. To answer, the network must know how things usually move, and compare the six.
+order: which one? All six show the same things before the same background, so only the order of the
+frames tells. To answer, the network must know how things usually move, and compare the six.
 
 Notation. N clips in the global batch, n = N / processes on this process. Of each clip six windows
-of W consecutive frames x_1 ... x_W are cut out, which begin at different moments; in one of them,
-the odd one, the frames are shuffled. A window is encoded as one image, its sum of differences,
+of W consecutive frames x_1 ... x_W are cut out, which begin at different moments. In one of them,
+the odd one, the frames are shuffled. A window is encoded as one image, its sum of differences:
 
     e = sum over i < j of (x_i - x_j) = sum over t of w_t x_t,    w_t = W + 1 - 2 t
 
-(Between neighbours alone the differences would add up to x_1 - x_W, and nothing would be left of
-what happens between.) h = f(e) (n, 6, D) representation, kept for later use; v (n, 6, d) after a
-fully connected layer. Each window is compared with all others, and a classifier gives its logit.
-The layers after f are thrown away after training.
+(The differences of neighbours alone would add up to x_1 - x_W, and nothing would be left of what
+happens between.) h = f(e) (n, 6, D) representation, kept for later use; v (n, 6, d) features after
+a fully connected layer. Each window is compared with all others, and a classifier turns its o_k
+into a logit. The layers after f are thrown away after training.
 
     o_k = sum over l of (v_k - v_l),    L = mean over clips of -log softmax(logits)[the odd one]
 
 Chance is log 6 = 1.792. Nothing but the order of the frames may tell which window is odd:
-    - Each question is asked six times, with the odd window in each place: none is a better guess.
+    - Each question is asked six times, with the odd window in each place: no place is likelier.
     - The shuffle is any permutation but the identity and the reversal: much looks right backwards.
-    - Windows in which something moves are preferred: of a still one, every order is right. All six
-      are chosen by this rule before one of them becomes odd, or more motion would tell.
-    - The channels of e are divided by their own root mean square. Shuffled differences cancel one
-      another: without it, to guess the faintest window is right for 80 % of the clips of movers.
-One cue stays: they leave more fine detail. In movers, whose camera pans, to guess the window with
-the steepest edges is right for 78 %, and hardly less often if the emoji are painted over: it needs
-no knowledge of what moves. So the default is the same film from a camera that stands still, tripod,
-where it is right for 42 %.
+    - Windows in which something moves are preferred: in a still one, every order is right. All six
+      are chosen before one of them becomes odd. Otherwise more motion would tell.
+    - The channels of e are divided by their own root mean square. Differences of shuffled frames
+      partly cancel, so e is faint: without the division, the faintest window is odd in 80 % of the
+      clips of movers.
+One cue stays: shuffled windows have more fine detail. In movers, whose camera pans, the window with
+the steepest edges is odd in 78 % of the clips, and hardly less often if the emoji are painted over:
+this needs no knowledge of what moves. So the default is the same film from a camera that stands
+still, tripod, where it is odd in 42 %.
 
 Run.
     python methods/odd_one_out.py                       two CPU cores, about 4 minutes
     python methods/odd_one_out.py --data bunny          the embedded film
     torchrun --nproc_per_node 8 methods/odd_one_out.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
-The network sees six images of each: differences, of both signs, shown around a medium grey.
-The evaluation shows it single frames, of a kind that it has never seen. What it knows of motion is
-not asked for there, and whether its features fit photographs is by no means sure.
+The network sees six images of each clip: differences, positive or negative, drawn around grey.
+The evaluation shows it single frames, a kind of image that it has never seen. It does not ask what
+the network knows of motion, and the features may not fit photographs.
 
 Reached. Not run.
 
@@ -47,10 +48,10 @@ Differs from the paper. (This file | the paper.)
        a video; it compares three ways of choosing them.
     2. The network sees images of three channels. --encoding stack shows the differences between
        four grey neighbours, --encoding dynamic a dynamic image (approximate rank pooling) | paper:
-       the same three encodings; a stack has as many channels as it needs.
-    3. --fusion each, o_k above, treats all places alike: if the windows change places, so do the
-       logits | paper: all windows together, concatenated (--fusion concat) or as one sum over
-       k < l of (v_k - v_l) (--fusion sum), followed by six logits.
+       the same three encodings, a stack with as many channels as it needs.
+    3. --fusion each, o_k above, treats all places alike: if two windows change places, so do their
+       logits | paper: six logits of all windows together, concatenated (--fusion concat) or as one
+       sum over k < l of (v_k - v_l) (--fusion sum).
     4. The odd window stands in every place in turn | paper: in one random place.
     5. Encoded images are standardised | paper: not known.
     6. The network is a ResNet or ViT | paper: AlexNet.
@@ -82,7 +83,8 @@ def odd_loss(logits):
 
     logits: (n, 6, 6), six questions per clip; in question k the odd window is in place k."""
     answers = torch.arange(WINDOWS, device=logits.device)
-    return F.cross_entropy(logits.flatten(0, 1), answers.repeat(len(logits)))
+    answers = answers.repeat(len(logits))  # (6n,): 0 1 2 3 4 5 0 1 ...
+    return F.cross_entropy(logits.flatten(0, 1), answers)
 
 
 def accuracy(logits):
@@ -99,13 +101,15 @@ def fuse(v, fusion):
     if fusion == "each":
         return WINDOWS * v - v.sum(1, keepdim=True)  # the sum over l of v_k - v_l
     if fusion == "sum":
-        # In the sum over k < l of v_k - v_l, window k comes first 5 - k times, and last k times.
+        # In the sum over k < l of v_k - v_l, window k (counted from 0) is added 5 - k times and
+        # subtracted k times.
         weights = WINDOWS - 1 - 2 * torch.arange(WINDOWS, device=v.device)
         return (weights[:, None] * v).sum(1)
     return v.flatten(1)
 
 
 def dense(inputs, outputs):
+    """A fully connected layer."""
     return nn.Sequential(
         nn.Linear(inputs, outputs, bias=False),
         nn.BatchNorm1d(outputs),
@@ -120,14 +124,16 @@ class OddOneOut(nn.Module):
         self.backbone = backbone(arch, size)
         self.fc = dense(self.backbone.out_dim, hidden)
         self.classifier = dense(WINDOWS * hidden if fusion == "concat" else hidden, hidden)
-        # No bias: all places are equally likely.
+        # No bias, which could favour a place: all are equally likely.
         self.logits = nn.Linear(hidden, 1 if fusion == "each" else WINDOWS, bias=False)
 
     def forward(self, x):
         """Windows (n, 6, 3, H, W), the odd one first -> logits (n, 6, 6) of six questions per clip;
         in question k the odd window is in place k."""
-        h = self.backbone(x.flatten(0, 1))  # one network for all
+        h = self.backbone(x.flatten(0, 1))  # (6n, D)
         v = self.fc(h).unflatten(0, (-1, WINDOWS))  # (n, 6, d)
+
+        # Question k: the windows moved on by k places, so that the odd one is in place k.
         questions = [v.roll(place, dims=1) for place in range(WINDOWS)]
         questions = torch.stack(questions, 1)  # (n, 6, 6, d)
 
@@ -140,7 +146,7 @@ class OddOneOut(nn.Module):
 
 
 def shuffles(length):
-    """All orders of so many frames but the right one and the reverse: (K, length) int64."""
+    """All orders of `length` frames except the right one and its reverse: (K, length) int64."""
     right = list(range(length))
     orders = [list(order) for order in itertools.permutations(right)]
     orders.remove(right)
@@ -149,12 +155,12 @@ def shuffles(length):
 
 
 def encoder(encoding, length):
-    """What each frame of a window counts for: (1, length), or (3, length) of a stack. The positive
-    weights of a row add up to 1, the negative ones to -1."""
+    """The weight w_t of each frame of a window: (1, length), or (length - 1, length) of a stack. In
+    each row the positive weights add up to 1, the negative ones to -1."""
     t = torch.arange(1, length + 1)
     if encoding == "stack":
         one = torch.eye(length)
-        return one[:-1] - one[1:]  # neighbours
+        return one[:-1] - one[1:]  # row t: frame t minus frame t + 1
     if encoding == "sum":
         weights = length + 1.0 - 2 * t
     else:
@@ -168,29 +174,33 @@ def choose(x, length, rand):
     """Where the six windows of each clip begin, the odd one first: (n, 6) int64. x: clips (n, T, C,
     H, W) in [0, 1].
 
-    Six different windows are drawn, with probabilities proportional to the least difference between
-    neighbours in a window. Which of them is odd does not depend on what they show."""
+    Six different windows are drawn. A window's probability is proportional to the least difference
+    between two neighbours in it. Which of the six is odd does not depend on what they show."""
     difference = x.diff(dim=1).abs().mean((2, 3, 4))  # (n, T - 1)
     motion = difference.unfold(1, length - 1, 1).amin(2)  # (n, T - length + 1)
-    motion = motion + 1e-6  # a clip without motion: all windows alike
+    motion = motion + 1e-6  # in a clip without motion all windows are equally likely
 
-    # The largest of log p + Gumbel noise are a draw without replacement.
+    # To draw without replacement, add Gumbel noise to log p and take the six largest sums.
     u = rand.uniform(columns=motion.shape[1:]).to(x.device)
     gumbel = -(-u.log()).log()
-    begins = (motion.log() + gumbel).topk(WINDOWS).indices  # (n, 6), the most likely first
+    begins = (motion.log() + gumbel).topk(WINDOWS).indices  # (n, 6)
 
+    # Windows that move much tend to come first here, so shuffle the six.
     order = rand.uniform(columns=(WINDOWS,)).argsort(1)
     return begins.gather(1, order.to(x.device))
 
 
 def encode(x, frames, rows, eps=0.01):
-    """Clips x (n, T, C, H, W), the frames of each window (n, 6, W), and an encoder (R, W) -> images
-    (n, 6, R C, H, W), of which each channel has a mean square of 1. One without motion stays faint.
-    """
+    """Clips x (n, T, C, H, W), the frames of each window (n, 6, W), and the weights of an encoder
+    (R, W) -> images (n, 6, R C, H, W). Each channel has a mean square of 1, but one without motion
+    stays faint."""
     n, T = x.shape[:2]
-    frames = frames[:, :, None].expand(-1, -1, len(rows), -1)
+
+    # The weight of every frame of the clip in every window, 0 outside the window.
+    frames = frames[:, :, None].expand(-1, -1, len(rows), -1)  # (n, 6, R, W)
     matrix = x.new_zeros(n, WINDOWS, len(rows), T)
     matrix = matrix.scatter(3, frames, rows.to(x).expand(frames.shape))
+
     e = torch.einsum("nkrt,ntchw->nkrchw", matrix, x).flatten(2, 3)
     size = e.square().mean((3, 4), keepdim=True).sqrt()
     return e / size.clamp(min=eps)
@@ -209,6 +219,8 @@ def views(args):
 
         begins = choose(x, args.length, rand)
         frames = begins[:, :, None] + torch.arange(args.length, device=x.device)  # (n, 6, W)
+
+        # The first window is the odd one.
         shuffle = table[rand.uniform(0, len(table)).long()]  # (n, W)
         odd = frames[:, 0].gather(1, shuffle.to(x.device))
         frames = torch.cat([odd[:, None], frames[:, 1:]], 1)
@@ -227,7 +239,7 @@ SETTINGS = {
     "size": (32, 32, 224, "side of a frame, pixels"),
     "arch": ("resnet14", "resnet14", "resnet18", "the backbone", ARCHS),
     "frames": (12, 12, 36, "frames of a clip, in which the windows lie", "[8, 64]"),
-    "stride": (1, 1, 1, "one frame in so many, of 12 a second", "[1, inf)"),
+    "stride": (1, 1, 1, "show every n-th frame, of 12 per second", "[1, inf)"),
     "length": (5, 5, 6, "frames of a window, W; 4 for a stack", "[3, 7]"),
     "encoding": ("sum", "sum", "sum", "how a window becomes an image", ENCODINGS),
     "fusion": ("each", "each", "sum", "how six windows are compared", FUSIONS),

@@ -2,22 +2,24 @@
 Misra, van der Maaten, CVPR 2020. https://arxiv.org/abs/1912.01991
 Official code: https://github.com/facebookresearch/vissl (configs/config/pretrain/pirl)
 
-Idea. Pretext tasks such as jigsaw.py and rotnet.py transform an image and ask how, so the features
-that they learn must keep track of the transformation. PIRL asks for the opposite: an image and its
-transformed version, a shuffled puzzle of nine patches or a turned picture, should have the same
-embedding, different from those of other images. What an image shows does not change with such a
-transformation, so the features should not either. The other images come from a memory bank, which
-holds one embedding per image, a moving average over epochs.
+Idea. Pretext tasks such as jigsaw.py and rotnet.py transform an image and ask what was done to it,
+so the features that they learn must keep track of the transformation. PIRL asks for the opposite.
+An image and its transformed version, a shuffled puzzle of nine patches or a turned picture, should
+have the same embedding, different from those of other images. What an image shows does not change
+with such a transformation, so the features should not change either. The other images come from a
+memory bank. It holds one embedding of each training image, a moving average over epochs.
 
 Notation. M training images, N of them in the global batch, n = N / processes on this process;
 I (n, 3, H, W) a view of each, I^t its transformed version: nine patches (n, 9, 3, t, t) in random
 order, or a turned view (n, 3, H, W). The backbone makes a representation of D numbers of each view
 and each patch, which is kept for later use. One head for each kind of view makes embeddings of
 them, L2-normalised: f (n, d) of the images, g (n, d) of the transformed versions. bank (M, d) has
-rows m_I, one for each image; tau temperature; mu momentum. Each term of the loss, averaged over
-images, tells the row of the own image from those of K others, drawn anew for each step
-(noise-contrastive estimation, Eq. 4); lambda is the weight of the transformed versions (Eq. 5).
-After the step the bank learns the embeddings of the images, not of the transformed ones:
+rows m_I, one for each image; tau temperature; mu momentum.
+The loss is noise-contrastive estimation (NCE, Eq. 4 and 5), averaged over images. An embedding v is
+compared with the row of its own image and with those of K others, drawn anew for each step. P is a
+softmax over all rows of the bank, whose sum Z is held constant. h is the probability that a row is
+that of the own image, not one of the K. lambda is the weight of the transformed versions. After the
+step the bank learns the embeddings of the images, not of the transformed versions:
 
     P(I, v)   = exp(m_I . v / tau) / Z,    h = P / (P + K / M)
     NCE(I, v) = -log h(I, v) - sum over K others I' of log(1 - h(I', v))
@@ -33,20 +35,20 @@ Run.
 Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. Z is a constant, estimated once, from the first batch, as in the official code, but from all
-       kinds of views | official code: from the patches. Paper, Eq. 3: h = exp(s) / (exp(s) + sum of
-       exp over the K others), so Z K / M is this sum, another one for each view.
+    1. The constant Z is estimated once, from the first batch, from all kinds of views | official
+       code: from the patches. Paper, Eq. 3: in the place of Z K / M stands the sum of
+       exp(m . v / tau) over the K others, so each view has a sum of its own.
     2. The K others are the same for all images of a step; where one is the image itself, it is
        left out | official code: drawn for each image, from all M.
     3. With --transform both, the terms of the puzzle and of the turned view have half of lambda
-       each | paper: combines them, too; official code: has puzzles only.
+       each | paper: combines both, too; official code: puzzles only.
     4. The nine patches of a puzzle have the same changes of colour and are mirrored together |
        official code: each by itself, with random changes of contrast and sharpness (photometric)
        on top.
     5. On emoji the heads end in a batch-norm without scale and offset, as in MoCo v3 | paper, and
        our other columns: none (--no-head-norm).
-    6. The cosine schedule ends at 0 and changes at every step | official code: at a thousandth of
-       the first rate; once per epoch.
+    6. The cosine schedule ends at 0 and changes at every step | official code: ends at a thousandth
+       of the first rate and changes once per epoch.
 """
 
 import math
@@ -74,7 +76,8 @@ def pirl_loss(image_logits, transformed_logits, Z, M, weight):
     """Eq. 5: both terms, the transformed versions with `weight`, the images with 1 - weight.
     Returns a scalar, in nats.
 
-    image_logits (n, 1 + K), transformed_logits: a list of such, one for each transformation."""
+    image_logits (n, 1 + K), transformed_logits: a list of such, one for each transformation; Z: the
+    constant, or None for a softmax over the 1 + K rows; M: the number of training images."""
     if Z is None:
         loss = info_nce
     else:
@@ -85,8 +88,8 @@ def pirl_loss(image_logits, transformed_logits, Z, M, weight):
 
 
 def info_nce(logits):
-    """-log of the softmax of the own row, the first, among all 1 + K: Z is their sum, another one
-    for each view (vissl's loss_type cross_entropy)."""
+    """-log softmax of the own row, which comes first, among all 1 + K rows. Each view has a sum of
+    its own instead of the constant Z (loss_type cross_entropy in the official code)."""
     own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, own)
 
@@ -119,7 +122,8 @@ class JigsawHead(nn.Module):
 
     def forward(self, h):
         h = self.patch(h)  # (9n, d)
-        return self.join(h.view(-1, self.join.in_features))  # (n, d)
+        h = h.view(-1, self.join.in_features)  # (n, 9 d): the nine of an image side by side
+        return self.join(h)  # (n, d)
 
 
 class PIRL(nn.Module):
@@ -142,6 +146,7 @@ class PIRL(nn.Module):
         """
         embeddings = []
         for x, head in zip(shown, self.heads.values()):
+            # One image per row: each patch of a puzzle is an image of its own.
             h = self.backbone(x.flatten(0, -4))  # (n, D); of puzzles (9n, D)
             embeddings.append(F.normalize(head(h).float(), dim=1))
         return embeddings
@@ -154,8 +159,8 @@ def draw_others(rand, count, images):
 
 def compare(v, bank, index, others, tau):
     """Logits (n, 1 + K) of the embeddings v (n, d): with the row of the own image, then with those
-    of the others (K,). Where one of these is the image itself, -inf: it then adds nothing to the
-    loss."""
+    of the others (K,). If one of the others is the image itself, its logit is -inf, which adds
+    nothing to the loss."""
     own = (v * bank[index]).sum(1, keepdim=True)  # (n, 1)
     rest = v @ bank[others].T  # (n, K)
     rest = rest.masked_fill(others == index[:, None], -torch.inf)
@@ -198,39 +203,44 @@ def views(args):
     """A view of the image, and its transformed versions: nine patches of a crop that shows most of
     the image, or a turned view, or both."""
 
-    def recolour(x, rand):
+    def flip_and_recolour(x, rand):
         x = random_flip(x, rand)
         x = color_jitter(x, rand, brightness=0.4, contrast=0.4, saturation=0.4, hue=args.hue)
         return random_grayscale(x, rand, p=0.2)
 
-    def plain(x, rand):
-        return normalize(recolour(x, rand))
+    def untransformed(x, rand):
+        return normalize(flip_and_recolour(x, rand))
 
     def puzzle(x, rand):
-        x = normalize(recolour(x, rand))
+        x = untransformed(x, rand)
 
         # Nine patches in random order, each at a random place inside its cell.
         cell = args.puzzle // 3
         order = rand.uniform(columns=(9,)).argsort(1)  # (n, 9): which cell is shown at each place
         corner = cell * torch.stack([order // 3, order % 3], 1)  # (n, 2, 9): top and left
-        room = cell - args.tile
+        room = cell - args.tile  # by so many pixels a patch can move inside its cell
         corner = corner + rand.uniform(0, room + 1, columns=(2, 9)).long()
         corner = corner[..., None].expand(-1, -1, -1, 3)  # the same for the three channels
         top, left = corner.to(x.device).unbind(1)  # (n, 9, 3) each
         return cut_tiles(x, top, left, args.tile)  # (n, 9, 3, t, t)
 
     def turned(x, rand):
-        x = plain(x, rand)
+        x = untransformed(x, rand)
 
-        # By 0, 90, 180 or 270 degrees, one for each image.
-        turns = rand.uniform(0, 4).long().to(x.device)
+        # Turn all images by 0, 90, 180 and 270 degrees, then choose one turn of each.
+        turns = rand.uniform(0, 4).long().to(x.device)  # (n,)
         every = [torch.rot90(x, k, dims=(2, 3)) for k in range(4)]
+        every = torch.stack(every)  # (4, n, 3, H, W)
         image = torch.arange(len(x), device=x.device)
-        return torch.stack(every)[turns, image]
+        return every[turns, image]
 
     crop = Crop(args.size, scale=(args.min_crop, 1.0))
     most_of_it = Crop(args.puzzle, scale=(0.6, 1.0))
-    recipes = {"image": (crop, plain), "jigsaw": (most_of_it, puzzle), "rotation": (crop, turned)}
+    recipes = {
+        "image": (crop, untransformed),
+        "jigsaw": (most_of_it, puzzle),
+        "rotation": (crop, turned),
+    }
     return [recipes[kind] for kind in kinds(args)]
 
 
@@ -247,10 +257,10 @@ SETTINGS = {
     "batch": (256, 256, 1024, "images per step, over all processes"),
     "epochs": (30, 200, 800, "passes over the training images"),
     "warmup": (2.0, 5.0, 0.0, "epochs of linear learning-rate warm-up"),
-    # 0.01: at 0.03 the loss does not fall on emoji, where the bank is young for most of the run
+    # 0.01: at 0.03 the loss does not fall on emoji, where the bank has seen only a few epochs
     "lr": (0.01, 0.03, 0.03, "learning rate per 256 images"),
     "weight_decay": (1e-4, 1e-4, 1e-4, "on weights, not on biases or batch-norm"),
-    # lambda is a word of Python
+    # it has another name, because lambda is a keyword of Python
     "weight": (0.5, 0.5, 0.5, "lambda, weight of the transformed versions", "[0, 1]"),
     "loss": ("nce", "nce", "nce", "with a constant Z, or a softmax", ("nce", "softmax")),
     "negatives": (1024, 4096, 32000, "K, other images per step", "[1, inf)"),
@@ -322,7 +332,7 @@ def main(argv=None):
         {"params": biases_and_norms, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    # A network that cannot tell images apart: P = 1 / M for each.
+    # For a network that cannot tell images apart P is 1 / M, so h is 1 / (K + 1).
     K = args.negatives
     chance = math.log(K + 1)
     if args.loss == "nce":
@@ -347,6 +357,7 @@ def main(argv=None):
             others = draw_others(rand, K, images).to(device, non_blocking=True)  # (K,)
             logits = [compare(v, model.bank, index, others, args.tau) for v in embeddings]
             if step == 0:
+                # Z = M times the mean of exp(logit), over this batch in all processes.
                 means = torch.stack([each.detach().exp().mean() for each in logits])
                 model.Z.copy_(images * all_reduce_sum(means.mean()) / world())
 
@@ -357,7 +368,7 @@ def main(argv=None):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # After the loss: an image must not meet itself.
+            # Only after the loss: a view must not be compared with its own embedding.
             f = gather(embeddings[0].detach())  # (N, d)
             update_bank(model.bank, gather(index), f, args.bank_momentum)
             run.log(loss, lr)

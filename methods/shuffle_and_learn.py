@@ -182,7 +182,7 @@ SETTINGS = {
     "size": (32, 32, 224, "side of a frame, pixels"),
     "arch": ("resnet14", "resnet14", "resnet18", "the backbone", ARCHS),
     "frames": (12, 12, 23, "frames of a clip, of which five are chosen", "[5, 48]"),
-    "stride": (1, 1, 2, "one frame in so many, of 12 a second", "[1, inf)"),
+    "stride": (1, 1, 2, "show every n-th frame, of 12 per second", "[1, inf)"),
     "longest": (6, 6, 14, "most frames from b to d", "[2, inf)"),
     "gap": (2, 2, 4, "fewest frames from a to b and from d to e", "[1, inf)"),
     "batch": (64, 32, 128, "clips per step, over all processes"),

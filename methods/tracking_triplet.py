@@ -4,8 +4,9 @@ Official code (Caffe): https://github.com/xiaolonw/caffe-video_triplet
 
 Idea. Follow a moving thing through a video. In the first and in the last frame it is the same
 thing, though it has turned, come nearer or changed its background: two views of it that nobody had
-to invent. They should be nearer to each other than to a patch of another video. Most other patches
-are soon far away and teach nothing, so later those that are too near are searched.
+to invent. Their embeddings should be nearer to each other than to that of a patch of another video.
+Most other patches are soon far away and teach nothing, so later the training searches for those
+that are still too near.
 
 Notation. N tracks in the global batch, n = N / processes on this process, each of another clip; x1,
 x2 (n, 3, H, W) patches around the thing in the first and in the last frame; h = f(x) (n, D)
@@ -16,34 +17,37 @@ negatives of each anchor. Both patches of a track are anchors a, the other one i
 
     L = mean over anchors a and their K negatives of  max(0, D(a, p) - D(a, negative) + M)
 
-Negatives are patches of other clips of the batch: at first random ones, the same for both anchors
-of a track; from epoch `hard_from` on, `hard` of the K are those with the largest loss, which are
-the nearest to the anchor. If all embeddings are the same, the loss is M. Hard negatives from the
-start, or no others, may lead there.
+Negatives are patches of other clips of the batch. At first they are random, the same for both
+anchors of a track. From epoch `hard_from` on, `hard` of the K are those with the largest loss,
+which are the nearest to the anchor. If all embeddings are the same, the loss is M. Training may end
+there if hard negatives are used from the start, or if all negatives are hard.
 
 Run.
     python methods/tracking_triplet.py                        two CPU cores, about 3 minutes
     python methods/tracking_triplet.py --hard-from 20         random negatives to the end
     torchrun --nproc_per_node 8 methods/tracking_triplet.py --recipe paper --data movers
 --batch counts the clips of all processes together.
-The network sees two patches of each. held_out is the share of triplets of test clips in the right
-order, D(a, p) < D(a, negative), over all negatives of a batch; guessing has 0.5.
+The network sees two patches of each. In metrics.jsonl, held_out is the share of triplets of test
+clips that are in the right order, D(a, p) < D(a, negative), over all negatives of a batch; guessing
+has 0.5.
 
 Reached. On movers after 20 epochs, 210 seconds on one busy CPU core: kNN 34.2 % (untrained 33.6,
 raw pixels 34.4); linear 42.3 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. A track follows one point by the exact optical flow of synthetic clips (by how many pixels
-       each pixel moves until the next frame), for 11 steps. It begins in the middle of what moves
-       against the camera | paper: in videos, a box with most moving points (trajectories of SURF
-       features, motion above half a pixel), followed by a tracker (KCF) for 30 frames.
+    1. A track follows one point for 11 steps, by the exact optical flow of synthetic clips (by how
+       many pixels each pixel moves until the next frame). It begins in the middle of what moves
+       against the background | paper: in real videos, it begins with the box that has most moving
+       points (trajectories of SURF features, motion above half a pixel); a tracker (KCF) follows
+       the box for 30 frames.
     2. By default two negatives are the nearest to the anchor and two are random | paper: the four
        nearest (column `paper`); code: two of the four that are nearest to the first patch of a
-       track, and two at random of the others that have a loss, for both patches.
+       track, and two random ones among the others whose loss is above 0; both patches use these.
     3. M = 0.5 as in the paper | code: 1.
-    4. Each patch has its own crop and flip, as in the code, and its own colours: otherwise the
-       colours of a clip would tell which patches belong together | paper: colours as they are. In
-       both, the background around the thing is of the same video, and can be recognised instead.
+    4. Each patch has its own crop and flip, as in the code, and its own changes of colour:
+       otherwise the colours of a clip would tell which patches belong together | paper: colours as
+       they are. In both, the background around the thing is of the same video, and can be
+       recognised instead.
     5. The network is a ResNet or ViT with a small head, trained by AdamW with warm-up and cosine |
        paper: AlexNet with two more layers, SGD whose rate falls in steps. A batch of the column
        `paper` has 48 tracks, a multiple of 8 processes | paper: 50.
@@ -83,16 +87,20 @@ def random_negatives(u, own, tracks):
     """Uniform u (n, K) -> (n, K) int64: patches of other tracks, as rows of the 2N patches, of
     which the first N are in the first frames. own: (n,) which of the N tracks these are."""
     others = tracks - 1
-    number = (u * 2 * others).long()  # of all patches but the two of this track
-    last, track = number // others, number % others
+    # A number among the 2 (N - 1) patches of the other tracks, first frames before last frames.
+    number = (u * 2 * others).long()
+    in_last_frame = number // others  # 0 or 1
+    track = number % others
+
+    # Skip this track: the numbers from it on move up by one.
     track = track + (track >= own[:, None]).long()
-    return last * tracks + track
+    return in_last_frame * tracks + track
 
 
 @torch.no_grad()
 def hardest_negatives(anchor, everyone, own, count):
-    """(A, K) int64: of the 2N patches the K = count nearest to each anchor, those of its own track
-    excepted. anchor (A, d), everyone (2N, d); own: (A,) the track of each anchor."""
+    """(A, count) int64: of the 2N patches the `count` nearest to each anchor, but not those of its
+    own track. anchor (A, d), everyone (2N, d); own: (A,) the track of each anchor."""
     distance = 1 - anchor @ everyone.T  # (A, 2N)
     tracks = len(everyone) // 2
     track = torch.arange(len(everyone), device=own.device) % tracks
@@ -108,7 +116,10 @@ def right_order(z):
     likeness = z @ z.T  # (2n, 2n): 1 - D
     of_positive = likeness.gather(1, row.roll(n)[:, None])
     right = (likeness < of_positive).to(z) + 0.5 * (likeness == of_positive).to(z)
-    other = (row % n != (row % n)[:, None]).to(z)
+
+    # Only patches of other tracks count as negatives.
+    track = row % n
+    other = (track != track[:, None]).to(z)
     return (right * other).sum() / other.sum()
 
 
@@ -142,9 +153,9 @@ def motion(flow):  # copy of: methods/watching_objects_move.py::motion
 
 
 def track(flow, speed):
-    """Follows a point of what moves. flow: (m, T - 1, 2, H, W); speed: the least motion, in pixels
-    per frame. Returns its places x, y (m, T, 2), and (m,) bool: something moves, and the point
-    never leaves the frame."""
+    """In each of m clips, follows one point of what moves. flow: (m, T - 1, 2, H, W); speed: the
+    least motion, in pixels per frame. Returns the places x, y of the point (m, T, 2), and (m,)
+    bool: whether something moves and the point never leaves the frame."""
     size = flow.shape[-1]
     clip = torch.arange(len(flow), device=flow.device)
     centres = torch.arange(size, device=flow.device) + 0.5
@@ -157,9 +168,11 @@ def track(flow, speed):
     weight = moves.to(flow)
     mean = weight @ grid / weight.sum(1, keepdim=True).clamp(min=1)  # (m, 2)
     distance = torch.cdist(mean[:, None], grid[None])[:, 0]  # (m, H W)
-    place = grid[distance.masked_fill(~moves, torch.inf).argmin(1)]
+    nearest = distance.masked_fill(~moves, torch.inf).argmin(1)  # (m,)
+    place = grid[nearest]  # (m, 2)
     found = moves.any(1)
 
+    # In each frame the point moves as the pixel under it does.
     places = [place]
     for step in flow.unbind(1):  # (m, 2, H, W), to the next frame
         column, row = place.long().clamp(0, size - 1).unbind(1)
@@ -170,20 +183,20 @@ def track(flow, speed):
 
 
 def cut(frames, place, side):
-    """The boxes of side x side pixels around the places (m, 2), moved into the frame where they
-    reach beyond it: frames (m, 3, H, W) -> (m, 3, side, side)."""
+    """Cuts a box around a place in each frame: frames (m, 3, H, W), places (m, 2) -> boxes (m, 3,
+    side, side). A box that reaches beyond the frame is moved into it."""
     corner = (place - side / 2).round().long()
     corner = corner.clamp(0, frames.shape[3] - side)
     pixel = torch.arange(side, device=frames.device)
-    columns, rows = (corner[:, :, None] + pixel).unbind(1)  # (m, side)
+    columns, rows = (corner[:, :, None] + pixel).unbind(1)  # (m, side) each
     clip = torch.arange(len(frames), device=frames.device)[:, None, None]
     patches = frames[clip, :, rows[:, :, None], columns[:, None]]  # (m, side, side, 3)
     return patches.movedim(3, 1)
 
 
 def mine(split, args):
-    """A split of videos whose objects are followed -> a split of pairs: videos of two frames, the
-    patches at the two ends of each track. Clips without a track are left out."""
+    """A split of videos whose objects are followed -> a split of pairs: new videos of two frames,
+    which are the patches at the two ends of a track. Clips without a track are left out."""
     truth = getattr(split.images, "truth", None)  # images and files have none
     if truth is None:
         fail(f"--data {args.data}: the flow of these videos is not known; choose --data movers")
@@ -212,6 +225,7 @@ def views(args):
         x = color_jitter(x, rand, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
         return normalize(random_grayscale(x, rand, args.grey))
 
+    # A pair is a video of two frames. Each view cuts both and keeps one.
     crop = ClipCrop(Crop(args.size, scale=(args.min_crop, 1.0)), 2)
     first = (crop, lambda x, rand: augment(x[:, 0], rand))
     last = (crop, lambda x, rand: augment(x[:, 1], rand))
@@ -309,10 +323,11 @@ def main(argv=None):
             easy = random_negatives(u, own, args.batch).repeat(2, 1)  # (2n, K - hard)
             hardest = hardest_negatives(z, everyone, own.repeat(2), hard)  # (2n, hard)
             chosen = torch.cat([easy, hardest], 1)  # (2n, K)
+            positive = torch.cat([z2, z1])  # (2n, d): of each patch the other one of its track
 
             # The mean over the anchors of this process; DistributedDataParallel averages the
             # gradients, and gather passes them back: exactly that of one process with all tracks.
-            loss = ranking_loss(z, torch.cat([z2, z1]), everyone[chosen], args.margin)
+            loss = ranking_loss(z, positive, everyone[chosen], args.margin)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

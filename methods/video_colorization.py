@@ -10,36 +10,37 @@ although they move and turn: it learns to track. Its pointing then also carries 
 Notation. N clips in the global batch, n = N / processes on this process. Of each clip T frames are
 shown, T - 1 references and then the target, all of them as lightness L only. A frame has P places,
 squares of --cell pixels, and R = (T - 1) P is the number of places of all references. f (n, T, P,
-d) features of the places. c the class of a place's colour: the nearest of K = 16 centres of k-means
-in ab, the colour of CIE Lab. For the places i of the references and j of the target:
+d) features of the places. The colour space is CIE Lab: L is the lightness, the two numbers ab are
+the colour. k-means finds K = 16 centres in ab; the class c of a place is the centre nearest to its
+colour. For the places i of the references and j of the target:
 
     A_ij   = exp(f_i . f_j) / sum over k of exp(f_k . f_j)        attention, over the references
     y_j    = sum over i of  A_ij  onehot(c_i)                     the copied distribution
     L      = - mean over j of  log y_j[c_j]
 
-y is a distribution already, so no softmax comes after it. log y_j[c_j] is the logarithm of the
-attention that falls on references of the true class. A place whose colour no reference has cannot
-be answered: it counts 0. If all f are the same, y is how often the references show each class.
+y is a distribution already, so no softmax comes after it. y_j[c_j] is the attention that falls on
+references of the true class. If no reference has the class of a place, the place cannot be answered
+and its loss counts as 0. If all f are the same, y says how often the references show each class.
 
 Run.
     python methods/video_colorization.py                      two CPU cores, about 6 minutes
     python methods/video_colorization.py --data bunny         the embedded film
     torchrun --nproc_per_node 8 methods/video_colorization.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
-The run folder also gets coloured.png: test clips, coloured from their first frames. metrics.jsonl
-has held_out, the share of places of held-out clips whose most likely class is right, and beside it
-that of two rules: the class that the references show most often, and that of the same place in
-the last reference.
+The run folder also gets coloured.png: test clips, coloured from their first frames. In
+metrics.jsonl, held_out is the share of places of held-out clips whose most likely class is right.
+Beside it stand the shares of two rules without a network: the class that the references show most
+often, and the class of the same place in the last reference.
 
 Reached. Not run.
 
 Differs from the paper. (This file | the paper, or the reimplementation.)
     1. The network is a ResNet or ViT, which sees each frame by itself. Four of its maps, brought to
-       one place per --cell pixels, are added (a hypercolumn), and two convolutions give f | paper:
+       one place per --cell pixels, are added, and two convolutions turn the sum into f | paper:
        ResNet-18 at a resolution of an eighth, then five 3-D convolutions over all four frames,
        which are also given x and y of each place.
-    2. backbone(...) turns its input into L, so the evaluation sees lightness alone, also for the
-       untrained baseline; the raw pixels are in colour.
+    2. backbone(...) turns its input into L, so in the evaluation this network and the untrained one
+       see lightness alone. The baseline of raw pixels is in colour.
     3. The colour of a place is the mean of its pixels; the centres are those of 256 training clips.
     4. Frames are 1/6 s apart | reimplementation: 4, 4, 8 frames.
     5. Adam with a warm-up and a cosine | paper: the rate is divided by ten after 60,000 of 400,000
@@ -73,21 +74,25 @@ KIND = "video"  # what it learns from; the tests ask for what is due to each kin
 def copy_loss(scores, references, target):
     """The mean over the target's places. Returns a scalar, in nats.
 
-    scores: (n, P, R) f_i . f_j; references (n, R), target (n, P): classes of colours"""
+    scores: (n, P, R) f_i . f_j; references (n, R), target (n, P): classes of colours."""
+    # The logarithm of a sum of A_ij is a difference of two logsumexp: of the references with the
+    # true class, and of all.
     same = references[:, None] == target[:, :, None]  # (n, P, R)
     right = scores.masked_fill(~same, -1e9).logsumexp(2)
     log_y = right - scores.logsumexp(2)  # (n, P), of the true class
-    return -log_y.where(same.any(2), 0).mean()
+    answerable = same.any(2)
+    return -log_y.where(answerable, 0).mean()
 
 
 def copied(scores, values):
-    """What the attention copies: scores (n, P, R), values of the references (n, R, C) -> (n, P, C).
-    """
+    """What the attention copies from the references to the target: scores (n, P, R), values of the
+    references (n, R, C) -> (n, P, C)."""
     return scores.softmax(2) @ values
 
 
 def accuracy(scores, references, target, classes):
     """Share of places whose most likely class is the true one. A scalar tensor."""
+    # One-hot: (n, R, classes).
     values = references[:, :, None] == torch.arange(classes, device=references.device)
     y = copied(scores.float(), values.float())  # (n, P, classes)
     return (y.argmax(2) == target).float().mean()
@@ -95,12 +100,12 @@ def accuracy(scores, references, target, classes):
 
 # The network.
 
-FROM_RGB = (  # linear sRGB to XYZ
+FROM_RGB = (  # from linear sRGB to the colour space XYZ, on the way to Lab
     (0.412453, 0.357580, 0.180423),
     (0.212671, 0.715160, 0.072169),
     (0.019334, 0.119193, 0.950227),
 )
-WHITE = (0.95047, 1.0, 1.08883)  # XYZ of D65
+WHITE = (0.95047, 1.0, 1.08883)  # XYZ of daylight, D65
 
 
 def mix(matrix, x):  # copy of: methods/colorization.py::mix
@@ -157,13 +162,15 @@ def colours_of(x, cell):
 
 
 def k_means(points, count, seed, rounds=30):
-    """(M, D) -> centres (count, D). k-means++ chooses points as first centres: each with a
-    probability in proportion to its squared distance from the nearest of those before it."""
+    """Points (M, D) -> centres (count, D)."""
+    # k-means++: the first centres are points. Each is drawn with a probability proportional to the
+    # squared distance from the nearest centre so far.
     u = np.random.default_rng(seed).random(count).tolist()
     centres = points[int(u[0] * len(points))][None]
     for number in u[1:]:
         distance = torch.cdist(points, centres).amin(1).square()
         total = distance.cumsum(0)
+        # The first point at which the sum reaches this share of the whole.
         place = (total < number * total[-1]).sum(0, keepdim=True)  # (1,)
         chosen = points[place.clamp(max=len(points) - 1)]
         centres = torch.cat([centres, chosen])
@@ -193,7 +200,7 @@ class Palette(nn.Module):
 
 
 def refuse_grey(ab):
-    """Exits if no place has colour."""
+    """Exits with a one-line message if no place has colour."""
     if ab.abs().max() < 5:
         fail("all videos are grey; this method learns from colours, for example --data movers")
 
@@ -255,11 +262,12 @@ class VideoColorizer(nn.Module):
         return f.unflatten(0, x.shape[:2])
 
     def forward(self, x):
-        """-> scores (n, P, R), classes of the references (n, R) and of the target (n, P)."""
+        """Clips (n, T, 3, H, W) -> scores (n, P, R), classes of the references (n, R) and of the
+        target (n, P)."""
         f = self.places(x)
         references = f[:, :-1].flatten(1, 2)  # (n, R, dim)
         scores = f[:, -1] @ references.mT
-        classes = self.palette(x)
+        classes = self.palette(x)  # (n, T, P)
         return scores, classes[:, :-1].flatten(1), classes[:, -1]
 
 
@@ -285,7 +293,7 @@ SETTINGS = {
     "size": (48, 48, 256, "side of a frame, pixels; a multiple of --cell"),
     "arch": ("resnet14", "resnet14", "resnet18", "the backbone", ARCHS),
     "frames": (4, 4, 4, "frames of a clip: references, then the target", "[2, inf)"),
-    "stride": (2, 2, 2, "one frame in so many, of 12 a second", "[1, inf)"),
+    "stride": (2, 2, 2, "show every n-th frame, of 12 per second", "[1, inf)"),
     "cell": (4, 4, 8, "side of a place, pixels", "[1, inf)"),
     "dim": (64, 64, 64, "d, numbers per place", "[1, inf)"),
     "clusters": (16, 16, 16, "K, classes of colours", "[2, inf)"),
@@ -329,10 +337,12 @@ def show(views):
 
 
 def rules(model, data, settings, classes):
-    """Held-out accuracies without a network, {} if there are no held-out clips."""
+    """{rule: held-out accuracy} without a network, {} if there are no held-out clips. A rule is
+    given the classes c (n, T, P) of all places."""
 
-    def most_frequent(c):  # (n, T, P), as if all features were the same
+    def most_frequent(c):
         references = c[:, :-1].flatten(1)
+        # Equal scores, as if all features were the same.
         scores = references.new_zeros(len(c), c.shape[2], references.shape[1])
         return accuracy(scores, references, c[:, -1], classes)
 
@@ -351,8 +361,8 @@ def draw_coloured(path, run):
     """Twelve test clips: the target as it is and as it is shown, the colours that the network
     copies, and the references from which it copies."""
     args = run.args
-    whole, augment = whole_image(args.size, lambda x, rand: x)
-    view = ClipCrop(whole, args.frames, args.stride), augment
+    whole, augment = whole_image(args.size, lambda x, rand: x)  # without augmentation
+    view = (ClipCrop(whole, args.frames, args.stride), augment)
     split = run.data.test or run.data.bank
     (x,) = first_batch(split, [view], 12 * world(), args.seed, run.device)
     *references, target = x.unbind(1)  # (12, 3, H, W) each
@@ -360,10 +370,13 @@ def draw_coloured(path, run):
     run.model.eval()
     scores, _, _ = run.model(normalize(x))
     run.model.train()
+
+    # The colours of the places of the target, then of its pixels, between the places.
     ab = colours_of(normalize(x[:, :-1]), args.cell).flatten(1, 2)  # (12, R, 2)
     ab = copied(scores / args.temperature, ab).mT  # (12, 2, P)
     ab = ab.unflatten(2, (run.model.side, -1))
     ab = F.interpolate(ab, (args.size, args.size), mode="bilinear")
+
     L = rgb_to_lab(target)[:, :1]
     grey = lab_to_rgb(torch.cat([L, 0 * ab], 1))
     coloured = lab_to_rgb(torch.cat([L, ab], 1))
@@ -381,7 +394,7 @@ def main(argv=None):
     settings = (views(args), args.batch, args.seed, device, args.workers)
     loader = Loader(data.train, *settings)
 
-    # The classes of colours: the same in every process.
+    # The classes of colours, from the first clips. gather makes them the same in every process.
     (x,) = first_batch(data.train, views(args), 256, args.seed, device)
     ab = gather(colours_of(x, args.cell)).flatten(0, 2)
     refuse_grey(ab)
