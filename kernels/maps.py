@@ -5,7 +5,8 @@ that reads a linear function of them at each place.
                               --MapHead--> (n, channels, side, side)
 
 The maps are those of ALL stages: of a ResNet the first layer's and those of layer1 to layer4, of a
-vision transformer the patches after four evenly spaced blocks. Stacked they are the hypercolumn of
+vision transformer the patches after four evenly spaced blocks; of a network that sees each patch of
+an image by itself, one map of what it finds in them. Stacked they are the hypercolumn of
 Hariharan et al., CVPR 2015 (https://arxiv.org/abs/1411.5752).
 """
 
@@ -31,6 +32,9 @@ def maps(network, x):
     """The maps of a backbone (common.py) for images x (n, 3, H, W), a list of (n, channels, h, w).
     The baseline of raw pixels, which has no weights, gives the colours of the 7 x 7 pixels around
     each place: (n, 147, h, w)."""
+    if hasattr(network, "maps"):  # a network of patches (methods/cpc.py)
+        return network.maps(x)
+
     if hasattr(network, "layer4"):  # a ResNet
         x = network.relu(network.bn1(network.conv1(x)))
         found = [x]

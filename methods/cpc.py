@@ -162,6 +162,11 @@ class PatchEncoder(nn.Module):
         z = self.net(x.flatten(0, 2))  # (n G G, D)
         return z.unflatten(0, x.shape[:3])
 
+    def maps(self, x):
+        """For dense evaluations, by kernels/maps.py: [(n, D, G, G)], a place per patch."""
+        z = self.encode(cut_patches(x))  # (n, G, G, D)
+        return [z.movedim(3, 1)]
+
     def forward(self, x):
         z = self.encode(cut_patches(x))  # (n, G, G, D)
         return z.mean((1, 2))

@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock
 
 import common
 from common import Data, InMemory, Split, make_views
+from kernels.maps import maps
 from kernels.views import BatchRandom
 from methods import cpc
 
@@ -232,6 +233,16 @@ def test_the_representation_is_the_mean_encoding_of_the_patches(arch):
     found = common.embed(network, x)
     assert found.shape == (2, network.out_dim)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_the_map_of_an_image_has_a_place_per_patch():
+    net = cpc.backbone("resnet14", SIZE).eval()
+    x = noise(2, 3, SIZE, SIZE).float()
+    (found,) = maps(net, x)
+    assert found.shape == (2, net.out_dim, 5, 5)
+    torch.testing.assert_close(found.mean((2, 3)), net(x), **CLOSE)
+    patch = cpc.cut_patches(x)[1, 3, 4]
+    torch.testing.assert_close(found[1, :, 3, 4], net.net(patch[None])[0], **CLOSE)
 
 
 def test_layer_norm_is_over_channels_and_places_of_one_patch():
