@@ -63,16 +63,8 @@ from common import ARCHS, Loader, Run, Split, ViT, held_out, join_processes, loa
 from kernels.clips import VideosInMemory
 from kernels.collectives import distribute, fail
 from kernels.movers import FRAMES, load_movers, render
-from kernels.views import (
-    ClipCrop,
-    Crop,
-    as_clips,
-    as_tall,
-    color_jitter,
-    denormalize,
-    normalize,
-    random_flip,
-)
+from kernels.views import (ClipCrop, Crop, as_clips, as_tall, color_jitter, denormalize,
+                           normalize, random_flip)
 
 KIND = "video"  # what it learns from; the tests ask for what is due to each kind
 

@@ -28,9 +28,8 @@ over all frames after the first (DAVIS leaves out the last frame, too). The colu
 
     J         region: intersection / union of mask and truth, in percent
     F         boundary: 2 P R / (P + R), in percent. A pixel of one boundary is right if the other
-              boundary is at most 0.8 % of the diagonal away, rounded up (here to one pixel, 1.5 %:
-              more lenient than for large frames). P is the share of right pixels of the mask's
-              boundary, R that of the true one
+              boundary is at most 0.8 % of the diagonal away, rounded up to one pixel, 1.5 %. P is
+              the share of right pixels of the mask's boundary, R that of the true one
     motion    one of 8: accuracy of a linear probe on the features of --frames frames of a clip,
               side by side
     category  of the emoji, one of 9: as above, on the mean of these features
@@ -49,7 +48,6 @@ before training.
 Run.
     python methods/eval_video.py runs/video_colorization-movers-0
     python methods/eval_video.py runs/* --only masks
-    python methods/eval_video.py runs/* --only shots
 It writes results.jsonl, masks.png and the folder masks (the masks in this picture) into --out, by
 default runs/eval_video. What is in results.jsonl is not measured again. To take five minutes at
 most, it uses 1,500 training clips and 500 test clips, and for masks 60 of these; flags change that.

@@ -31,7 +31,8 @@ Run.
 --batch counts the clips of all processes together.
 The network sees nine patches for position, two images for exemplar, and one for each other task.
 
-Reached. Not run.
+Reached. On movers after 12 epochs, 668 seconds on one busy CPU core: kNN 45.0 % (untrained 33.6,
+raw pixels 34.4); linear 51.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
     1. Every step trains all tasks, on frames of the same clips | one task per machine, ImageNet for
@@ -47,8 +48,7 @@ Differs from the paper. (This file | the paper.)
        that move are about one in ten and count eight times, so "nothing moves" is no good answer.
     5. Distorted copies are shifted, scaled, turned and get other colours; the other image is the
        next one in the batch, in its second copy.
-    6. With --no-harmonize the channels that are dropped become flat | noise, as in the paper of
-       context prediction.
+    6. With --no-harmonize the channels that are dropped become flat | noise.
     7. AdamW on the sum of the losses, with warm-up and cosine | RMSProp.
 """
 

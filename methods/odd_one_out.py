@@ -37,9 +37,8 @@ Run.
     python methods/odd_one_out.py --data bunny          the embedded film
     torchrun --nproc_per_node 8 methods/odd_one_out.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
-The network sees six images of each clip: differences, positive or negative, drawn around grey.
-The evaluation shows it single frames, a kind of image that it has never seen. It does not ask what
-the network knows of motion, and the features may not fit photographs.
+The network sees six images of each clip: differences, positive or negative, drawn around grey. In
+the evaluation it sees single frames, for the first time; what it knows of motion is not asked.
 
 Reached. Not run.
 
@@ -53,9 +52,8 @@ Differs from the paper. (This file | the paper.)
        logits | paper: six logits of all windows together, concatenated (--fusion concat) or as one
        sum over k < l of (v_k - v_l) (--fusion sum).
     4. The odd window stands in every place in turn | paper: in one random place.
-    5. Encoded images are standardised | paper: not known.
-    6. The network is a ResNet or ViT | paper: AlexNet.
-    7. AdamW with warm-up and cosine | paper: SGD.
+    5. The network is a ResNet or ViT, trained by AdamW with warm-up and cosine | paper: AlexNet,
+       SGD. Whether it standardises encoded images is not known.
 """
 
 import itertools

@@ -32,7 +32,8 @@ metrics.jsonl, held_out is the share of places of held-out clips whose most like
 Beside it stand the shares of two rules without a network: the class that the references show most
 often, and the class of the same place in the last reference.
 
-Reached. Not run.
+Reached. On movers after 12 epochs, 1005 seconds on one busy CPU core: kNN 32.8 % (untrained 33.4,
+raw pixels 34.9); linear 39.1 % (untrained 37.5, raw pixels 40.7); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the reimplementation.)
     1. The network is a ResNet or ViT, which sees each frame by itself. Four of its maps, brought to
