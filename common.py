@@ -255,6 +255,7 @@ class Loader(Plan):
             several = f", a multiple of {world()} (the processes)" if world() > 1 else ""
             fail(f"--batch {batch}: choose 2 to {count}, the number of images{several}")
         self.reader = split.images
+        self.reader.check([crop for crop, _ in views])
         self.views = views
         self.device = device
         self.workers = workers

@@ -12,6 +12,7 @@ load_film(name) reads an embedded set.
 """
 
 import io
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,17 @@ class VideosInMemory:
 
     def __len__(self):
         return len(self.lengths)
+
+    def check(self, crops):
+        """Exits with a one-line message if a video is shorter than a clip."""
+        span = max(crop.span if isinstance(crop, ClipCrop) else 1 for crop in crops)
+        short = int((self.lengths < span).sum())
+        if short:
+            fail(
+                f"this method is shown clips of {span} frames, and {short} of {len(self)} videos "
+                f"have fewer, one has {self.lengths.min()}: choose shorter clips (--help), or other "
+                "--data"
+            )
 
     def batches(self, plan, crops, device, workers):
         """For each step of the plan: (n,) indices, and float clips or frames per view."""
@@ -110,15 +122,18 @@ def rendered(split, count, device, tripod=False):
 
 
 def pieces(shots, device, seconds=1.5):
-    """The shots of a film, cut into pieces of about so many seconds: a reader, and who is seen."""
+    """The shots of a film that last a second or more, cut into pieces of about so many seconds: a
+    reader, and who is seen."""
+    long = [len(frames) >= 12 for frames in shots.frames]
+    kept = list(itertools.compress(shots.frames, long))
     lengths = []
     labels = []
-    for frames, label in zip(shots.frames, shots.labels.tolist()):
+    for frames, label in zip(kept, itertools.compress(shots.labels.tolist(), long)):
         count = max(1, round(len(frames) / (12 * seconds)))
         ends = [len(frames) * (i + 1) // count for i in range(count)]
         lengths += np.diff([0, *ends]).tolist()
         labels += [label] * count
-    frames = torch.cat(shots.frames).to(device)
+    frames = torch.cat(kept).to(device)
     return VideosInMemory(frames, lengths), torch.tensor(labels, device=device)
 
 

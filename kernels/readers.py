@@ -5,10 +5,10 @@ A split of a data set has one reader, of one of two kinds:
     InMemory(pixels)   all images as one tensor on the device of the training
     Files(paths)       image files, decoded and cropped by worker processes
 
-Both answer the same three questions: len(reader), how many images there are;
-reader.batches(plan, crops, device, workers), the crops of each step of a training; and
-reader.whole(indices, size, workers), whole images for an evaluation. Another kind of data needs
-another reader with these methods, and no change elsewhere.
+Both answer the same questions: len(reader), how many images there are; reader.check(crops), can
+they be shown so; reader.batches(plan, crops, device, workers), the crops of each step of a
+training; and reader.whole(indices, size, workers), whole images for an evaluation. Another kind of
+data needs another reader with these methods, and no change elsewhere.
 
 The plan (kernels/views.py) decides which images a step shows and which box of each, so the number
 of workers changes nothing. A file that cannot be read is replaced by the next one, named once, and
@@ -57,9 +57,11 @@ class InMemory:
     def __len__(self):
         return len(self.pixels)
 
+    def check(self, crops):
+        refuse_clips(crops)
+
     def batches(self, plan, crops, device, workers):
         """For each step of the plan: (n,) indices, and float crops (n, 3, size, size) per view."""
-        refuse_clips(crops)
         for index, draws in plan:
             index = torch.from_numpy(index).to(device)
             yield index, crop_images(self.pixels[index], crops, draws)
@@ -92,11 +94,13 @@ class Files:
     def part(self, indices):
         return type(self)([self.paths[i] for i in indices.tolist()], self.broken)
 
+    def check(self, crops):
+        refuse_clips(crops)
+
     def keys(self, plan):
         return Keys(plan)
 
     def decoder(self, crops=None, size=None):
-        refuse_clips(crops or ())
         return Decoder(self.paths, crops, size)
 
     def batches(self, plan, crops, device, workers):
@@ -146,7 +150,10 @@ def shape_of(crop):
 def refuse_clips(crops):
     """Exits with a one-line message if a method that learns from videos is given images."""
     if any(isinstance(crop, ClipCrop) for crop in crops):
-        fail("this method learns from videos, --data are images: choose movers, or bunny")
+        fail(
+            "this method learns from videos, and --data are images: choose movers, tripod, bunny, "
+            "or a folder of videos"
+        )
 
 
 class BrokenFiles:

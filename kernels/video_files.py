@@ -69,6 +69,9 @@ class VideoFiles(Files):
         if not all(is_animation(path) for path in paths):
             require_av()
 
+    def check(self, crops):
+        """Nothing: how long a video is shows when it is opened."""
+
     def keys(self, plan):
         return ClipKeys(plan)
 
@@ -148,6 +151,8 @@ def clip_of(video, crop, u, moment):
     (T, 3, size, size), or (3, size, size)."""
     one_frame = not isinstance(crop, ClipCrop)
     clip = ClipCrop(crop, frames=1) if one_frame else crop
+    if video.length < clip.span:
+        raise ValueError(f"{video.length} frames at {FPS} a second, a clip has {clip.span}")
     [places] = clip.places(np.array([moment]), np.array([video.length]))  # (T,)
 
     # The same numbers give the same box of each frame.

@@ -125,7 +125,7 @@ class Crop(NamedTuple):
 class ClipCrop(NamedTuple):
     """A crop of videos: `frames` frames, every stride-th, from a random moment on, all cut to the
     same box. In place of a Crop as a first element of a view, which then gets (n, frames, 3, size,
-    size). A video that is too short shows its last frame again."""
+    size). Videos must have at least `span` frames."""
 
     crop: Crop
     frames: int
@@ -135,13 +135,17 @@ class ClipCrop(NamedTuple):
     def size(self):
         return self.crop.size
 
+    @property
+    def span(self):
+        """From the first frame to the last one, both counted."""
+        return (self.frames - 1) * self.stride + 1
+
     def places(self, moment, length):
         """Uniform moment (n,) in [0, 1), and length (n,) int, in frames -> (n, frames) int: which
         frames of each video are shown."""
-        span = (self.frames - 1) * self.stride + 1
-        begin = (moment * (length - span + 1).clip(min=1)).astype(int)
-        places = begin[:, None] + np.arange(self.frames) * self.stride
-        return places.clip(max=length[:, None] - 1)
+        last = length - self.span
+        begin = (moment * (last + 1)).astype(int).clip(max=last)  # a product may be rounded up
+        return begin[:, None] + np.arange(self.frames) * self.stride
 
 
 def whole_image(size, augment):

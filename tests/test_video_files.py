@@ -459,8 +459,8 @@ CROPS = [ClipCrop(Crop(16), frames=4, stride=2), Crop(8), ClipCrop(Crop(8), fram
 
 
 def test_both_readers_of_videos_show_the_same(tmp_path):
-    """Also where a video is shorter than a clip. They differ by PIL's rounding only."""
-    lengths = [20, 5, 31, 1]
+    """They differ by PIL's rounding only."""
+    lengths = [20, 8, 31, 7]
     paths = [str(tmp_path / f"{i}.mkv") for i in range(4)]
 
     def ramp(k, height=HEIGHT, width=WIDTH):
@@ -487,6 +487,21 @@ def test_both_readers_of_videos_show_the_same(tmp_path):
     [(expected, _)] = memory.whole(indices, 28)
     assert expected.shape == (3, 3, 32, 48) and not broken  # 28 256 / 224 = 32: only cut
     assert torch.equal(found, expected[:, :, 2:30, 10:38])
+
+
+def test_a_video_shorter_than_a_clip_is_left_out_and_named(tmp_path, capsys):
+    """Its last frame, shown again, would tell the order of the frames."""
+    paths = [str(tmp_path / f"{i}.mkv") for i in range(3)]
+    for path, length in zip(paths, (20, 6, 20)):
+        write(path, TWELFTHS[:length], "ffv1")
+    clip = ClipCrop(Crop(16), frames=4, stride=2)  # of seven frames
+    loader = clip_loader(paths, [clip], batch=3)
+    for epoch in range(2):
+        for _ in loader(epoch):
+            assert 1 not in loader.index
+    found = capsys.readouterr().err
+    assert found.count("warning: left out") == 1
+    assert f"{paths[1]} (6 frames at 12 a second, a clip has 7)" in found
 
 
 def test_workers_processes_and_resume_change_nothing(folder, monkeypatch):
