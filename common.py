@@ -904,7 +904,7 @@ def collapse_panel(x, x1, x2):
 EVERY_SCRIPT = {  # flag: (default, help)
     "seed": (0, "seed for the initial weights, the image order and the augmentation"),
     "root": ("data", "folder for downloaded data sets"),
-    "workers": (4, "processes that decode the images of a folder"),
+    "workers": (4, "processes that decode the files of a folder"),
     "out": ("", "folder for the results; the script's docstring names the default"),
 }
 EVERY_TRAINING = {
@@ -923,8 +923,8 @@ class Parser(argparse.ArgumentParser):
         """One sentence, where argparse would print its usage too."""
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, 1) or ["--help"]
-            message = f"{word}: no such flag; see {near[0]}"
+            near = difflib.get_close_matches(word, self._option_string_actions, 1, 0.7)
+            message = f"{word}: no such flag; see {(near or ['--help'])[0]}"
         fail(message.removeprefix("argument "))
 
 
@@ -947,9 +947,11 @@ def parse(doc, settings, argv=None, runs=None):
     columns = settings["recipe"][:-1]
     n = len(columns)
     trains = "epochs" in settings
-    known = [*EMBEDDED, *DOWNLOADED]
+    videos = columns[0] in FILMS  # the default of a method that learns from videos
+    known = FILMS if videos else (*EMBEDDED, *DOWNLOADED)
     data = [column if column in known else "" for column in columns]
-    rows = {"data": (*data, f"{', '.join(known)}, or a folder of images"), **settings}
+    choices = f"{', '.join(known)}, or a folder of {'videos' if videos else 'images'}"
+    rows = {"data": (*data, choices), **settings}
     for name, (value, text) in (EVERY_SCRIPT | (EVERY_TRAINING if trains else {})).items():
         rows[name] = (*[value] * n, text)
 
@@ -984,7 +986,7 @@ def parse(doc, settings, argv=None, runs=None):
             fail("--out is empty: give the name of a folder")
         if getattr(args, "warmup", 0) > args.epochs:
             run = f"--epochs {args.epochs}, --warmup {args.warmup:g}"
-            fail(f"{run}: choose more epochs or a shorter warm-up")
+            fail(f"{run}: choose more epochs or a shorter warm-up, 0 for a trial")
         args.eval_every = args.eval_every or max(1, args.epochs // 6)
     refuse_folder(args.out, args.data)
     return args
@@ -1167,11 +1169,11 @@ class Run:
             "evaluated_on": {"bank": len(self.data.bank.images), "test": len(test)},
         }
         share = self.args.batch // world()
-        print0(
-            f"{self.folder}: {self.loader.count} images, {self.args.epochs} epochs of "
-            f"{self.loader.steps} steps, {world()} x {share} images per step on {device}"
-        )
         images = self.loader.reader
+        print0(
+            f"{self.folder}: {self.loader.count} {images.NOUN}, {self.args.epochs} epochs of "
+            f"{self.loader.steps} steps, {world()} x {share} {images.NOUN} per step on {device}"
+        )
         if isinstance(images, InMemory) and images.pixels.shape[3] < self.args.size:
             print0(f"note: the images are smaller than --size {self.args.size} and are enlarged")
         if rank() == 0:
@@ -1358,9 +1360,11 @@ def table(results, name=None):
     rows = BASELINES | ({name: "evaluation"} if name else {})
     columns = ("knn20", "knn200", "linear", "retrieval1", "retrieval5", "rankme")
     heads = [head for head in columns if head in results["pixels"]]
-    lines = [" " * 14 + "".join(f"{head:>11}" for head in heads)]
+    width = max(14, *[len(row) for row in rows])
+    lines = [" " * width + "".join(f"{head:>11}" for head in heads)]
     for row, part in rows.items():
-        lines.append(f"{row:14}" + "".join(f"{results[part][head]:11.1f}" for head in heads))
+        numbers = "".join(f"{results[part][head]:11.1f}" for head in heads)
+        lines.append(f"{row:{width}}" + numbers)
     return "\n".join(lines)
 
 

@@ -31,6 +31,8 @@ class VideosInMemory:
     videos one after the other. lengths: (N,) int, frames of each. truth: what else is known of the
     videos, of `movers` and `tripod` the Clips of kernels/movers.py, else None."""
 
+    NOUN = "videos"
+
     def __init__(self, frames, lengths, truth=None):
         self.frames = frames.contiguous()
         self.lengths = np.asarray(lengths)
@@ -48,8 +50,8 @@ class VideosInMemory:
         if short:
             fail(
                 f"this method is shown clips of {span} frames, and {short} of {len(self)} videos "
-                f"have fewer, one has {self.lengths.min()}: choose shorter clips (--help), or other "
-                "--data"
+                f"have fewer, one has {self.lengths.min()}: choose shorter clips (--help), or "
+                "other --data"
             )
 
     def batches(self, plan, crops, device, workers):

@@ -50,6 +50,8 @@ PATIENCE = 120  # seconds, and one per image, without a batch from the workers: 
 class InMemory:
     """Reader of images in memory. pixels: (N, 3, H, W) uint8, on the device of the training."""
 
+    NOUN = "images"  # what it reads
+
     def __init__(self, pixels):
         self.pixels = pixels
         self.broken = BrokenFiles()  # nothing in memory is ever broken
@@ -82,6 +84,8 @@ class InMemory:
 class Files:
     """Reader of image files, which worker processes decode and crop. paths: a list of N files.
     broken: a BrokenFiles, shared by the splits of a data set."""
+
+    NOUN = "images"
 
     def __init__(self, paths, broken=None):
         self.paths = paths

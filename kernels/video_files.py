@@ -64,6 +64,8 @@ class VideoFiles(Files):
     size) for a Crop, and the middle frame as the whole. Otherwise as Files. No file is opened
     before it is shown."""
 
+    NOUN = "videos"
+
     def __init__(self, paths, broken=None):
         super().__init__(paths, broken)
         if not all(is_animation(path) for path in paths):

@@ -207,6 +207,8 @@ SETTINGS = {
 
 def get_args(argv=None):
     args = parse(__doc__, SETTINGS, argv)
+    if args.target != "mid" and args.stage != 3:
+        fail(f"--stage {args.stage} is only used with --target mid: add it, or leave --stage out")
     if args.target == "mid" and args.arch in VITS:
         fail(f"--target mid needs the stages of a ResNet: --arch {args.arch} has none; choose "
              "--arch resnet18, for example")

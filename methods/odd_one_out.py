@@ -40,7 +40,8 @@ Run.
 The network sees six images of each clip: differences, positive or negative, drawn around grey. In
 the evaluation it sees single frames, for the first time; what it knows of motion is not asked.
 
-Reached. Not run.
+Reached. On tripod after 12 epochs, 417 seconds on one busy CPU core: kNN 37.1 % (untrained 33.1,
+raw pixels 33.4); linear 42.8 % (untrained 39.1, raw pixels 41.7); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
     1. Clips of a second, 12 frames, windows of five | paper: windows of six frames from anywhere in

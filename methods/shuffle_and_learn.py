@@ -61,16 +61,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import ARCHS, Loader, Run, backbone, held_out, join_processes, load_data, parse
 from kernels.collectives import distribute, fail
-from kernels.views import (
-    ClipCrop,
-    Crop,
-    as_clips,
-    as_tall,
-    color_jitter,
-    denormalize,
-    normalize,
-    random_flip,
-)
+from kernels.views import (ClipCrop, Crop, as_clips, as_tall, color_jitter, denormalize, normalize,
+                           random_flip)
 
 KIND = "video"  # what it learns from; the tests ask for what is due to each kind
 
@@ -234,10 +226,10 @@ def main(argv=None):
     model = ShuffleAndLearn(args.arch, args.size, args.hidden).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
     p = args.ordered
-    chance = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    by_shares = "answers by the shares", entropy
     state = {"optimizer": optimizer}
-    name = "shuffle_and_learn"
-    run = Run(name, args, data, loader, model, state, ("chance", chance), show)
+    run = Run("shuffle_and_learn", args, data, loader, model, state, by_shares, show)
     wrapped = distribute(model, device, args.compile)
 
     # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.

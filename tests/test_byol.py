@@ -296,6 +296,7 @@ def test_batch_norm_of_the_target_makes_one_answer_for_all_images_useless(stage)
     [
         (("--target", "mid", "--arch", "vit_micro"), "--target mid needs the stages of a ResNet"),
         (("--target", "mid", "--stage", 5), "--stage 5"),
+        (("--stage", 2), "--stage 2 is only used with --target mid: add it, or leave"),
     ],
 )
 def test_stages_that_do_not_exist_are_refused(flags, words):

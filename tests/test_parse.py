@@ -118,6 +118,7 @@ def test_runs_are_named_beside_the_flags(capsys):
 
 # -------- What is refused -------------------------------------------------------------------------
 
+LESS_WARMUP = "choose more epochs or a shorter warm-up, 0 for a trial"
 REFUSED = [
     (["--lr", "-1"], "--lr -1: choose at least 0"),
     (["--lr=-0.5"], "--lr -0.5: choose at least 0"),
@@ -129,8 +130,8 @@ REFUSED = [
     (["--lambda", "0"], "--lambda 0: choose more than 0 and at most 1"),
     (["--lambda", "1.5"], "--lambda 1.5: choose more than 0 and at most 1"),
     (["--queue-from", "50"], "--queue-from 50: choose at least 0 and less than 50"),
-    (["--warmup", "31"], "--epochs 30, --warmup 31: choose more epochs or a shorter warm-up"),
-    (["--epochs", "1"], "--epochs 1, --warmup 2: choose more epochs or a shorter warm-up"),
+    (["--warmup", "31"], f"--epochs 30, --warmup 31: {LESS_WARMUP}"),
+    (["--epochs", "1"], f"--epochs 1, --warmup 2: {LESS_WARMUP}"),
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     (["--batch", "1.5"], "--batch: invalid int value: '1.5'"),
     (["--lr"], "--lr: expected one argument"),
@@ -138,6 +139,8 @@ REFUSED = [
     (["--queue_from", "1"], "--queue_from: no such flag; see --queue-from"),
     (["--qeue-from=1"], "--qeue-from: no such flag; see --queue-from"),
     (["--zzzzzz"], "--zzzzzz: no such flag; see --help"),
+    (["--slr", "1"], "--slr: no such flag; see --lr"),
+    (["--stir", "1"], "--stir: no such flag; see --help"),  # too unlike --lr
     (["--batc", "4"], "--batc: no such flag; see --batch"),  # no abbreviations
     (["--lambda_", "1"], "--lambda_: no such flag; see --lambda"),
 ]
