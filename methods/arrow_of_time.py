@@ -25,7 +25,7 @@ movers motion dies away: to say that the film begins where its differences are l
 needs to know how things move.
 
 Run.
-    python methods/arrow_of_time.py                           two CPU cores, about 6 minutes
+    python methods/arrow_of_time.py                           two CPU cores, about 7 minutes
     python methods/arrow_of_time.py --data bunny              the embedded film
     torchrun --nproc_per_node 8 methods/arrow_of_time.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
@@ -33,7 +33,8 @@ The network sees T differences of each, twice; it is evaluated on pictures, as a
 it has never seen. With both films the run also prints `control`, the accuracy on clips in which no
 energy is lost. More than 50 % there would show that something else gives the direction away.
 
-Reached. Not run.
+Reached. On movers after 16 epochs, 734 seconds on one busy CPU core: kNN 45.7 % (untrained 33.6,
+raw pixels 34.4); linear 47.9 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. A moment is the difference of two frames in colour | paper: optical flow of several frames.

@@ -25,7 +25,7 @@ heads read the last stage alone. lambda strength of the penalty, 0 for naive hea
                                                          v = 1 if it rests; v = 0 if unknown
 
 Run.
-    python methods/multitask.py                               two CPU cores, about 6 minutes
+    python methods/multitask.py                               two CPU cores, about 7 minutes
     python methods/multitask.py --tasks position,colour --heads lasso
     torchrun --nproc_per_node 8 methods/multitask.py --recipe paper --data IMAGENET
 --batch counts the clips of all processes together.

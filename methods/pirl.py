@@ -27,7 +27,7 @@ step the bank learns the embeddings of the images, not of the transformed versio
     m_I      <- mu m_I + (1 - mu) f,    back to length 1
 
 Run.
-    python methods/pirl.py                                    two CPU cores, 4 minutes
+    python methods/pirl.py                                    two CPU cores, 9 minutes
     python methods/pirl.py --transform rotation               turned views instead of puzzles
     torchrun --nproc_per_node 8 methods/pirl.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.

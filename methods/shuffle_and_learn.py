@@ -26,7 +26,7 @@ for 95 % if the emoji are painted over. So the default is the same film from a c
 still, tripod, where it is right for 73 %.
 
 Run.
-    python methods/shuffle_and_learn.py                       two CPU cores, about 6 minutes
+    python methods/shuffle_and_learn.py                       two CPU cores, about 8 minutes
     python methods/shuffle_and_learn.py --data bunny          the embedded film
     torchrun --nproc_per_node 8 methods/shuffle_and_learn.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.

@@ -23,7 +23,7 @@ references of the true class. If no reference has the class of a place, the plac
 and its loss counts as 0. If all f are the same, y says how often the references show each class.
 
 Run.
-    python methods/video_colorization.py                      two CPU cores, about 6 minutes
+    python methods/video_colorization.py                      two CPU cores, about 10 minutes
     python methods/video_colorization.py --data bunny         the embedded film
     torchrun --nproc_per_node 8 methods/video_colorization.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
