@@ -44,8 +44,7 @@ Reached. On tripod after 12 epochs, 417 seconds on one busy CPU core: kNN 37.1 %
 raw pixels 33.4); linear 42.8 % (untrained 39.1, raw pixels 41.7); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
-    1. Clips of a second, 12 frames, windows of five | paper: windows of six frames from anywhere in
-       a video; it compares three ways of choosing them.
+    1. Windows of five frames in a second | paper: of six, from anywhere; three ways to choose them.
     2. The network sees images of three channels. --encoding stack shows the differences between
        four grey neighbours, --encoding dynamic a dynamic image (approximate rank pooling) | paper:
        the same three encodings, a stack with as many channels as it needs.
