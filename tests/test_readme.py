@@ -159,7 +159,8 @@ def test_sentences_about_the_evaluations(report):
             (number,) = evaluations.numbers(networks[name][protocol], path)
             assert f"{number:.1f}" in section, (name, protocol)
     for protocol in ("motion", "masks"):
-        for name in ("**watching_objects_move**", "**shuffle_and_learn**", untrained, raw):
+        films = ("watching_objects_move", "shuffle_and_learn", "arrow_of_time")
+        for name in (*[f"**{film}**" for film in films], untrained, raw):
             part = "J" if protocol == "masks" else protocol
             (number,) = evaluations.numbers(of_videos[name][protocol], part)
             assert f"{number:.1f}" in section, (name, protocol)

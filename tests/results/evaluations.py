@@ -183,13 +183,14 @@ def cell(found, how):
 
 
 def table(networks, columns):
-    """One line per network that was measured, the baselines first."""
+    """One line per network that was measured, the baselines first. Untrained networks of several
+    methods may be the same: such a line stands once."""
     lines = []
     for name, protocols in networks.items():
         cells = []
         for measured, path, how in columns.values():
             cells.append(cell(numbers(protocols.get(measured, []), path), how))
-        if any(cells):
+        if any(cells) and cells not in [line[1:] for line in lines]:
             lines.append([name, *cells])
     return lines
 

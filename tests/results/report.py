@@ -342,7 +342,7 @@ def keep_pictures(folder, row):
     picture = Image.open(folder / "views.png").convert("RGB")
     picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
     right = ImageOps.invert(picture).getbbox()[2]  # the note below may be wider than the images
-    picture = picture.crop((0, 0, right + 8, picture.height))
+    picture = picture.crop((0, 0, min(right + 8, picture.width), picture.height))
     if picture.width > 420:
         height = round(picture.height * 420 / picture.width)
         picture = picture.resize((420, height), Image.Resampling.LANCZOS)
