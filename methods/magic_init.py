@@ -28,8 +28,9 @@ The table at the end also has the kinds of filters that were not asked for, and 
 filters.png: filters of the first layer. With --run the folder RUN-rescaled gets a backbone.pt whose
 features are those of the run; only the speeds at which its layers will learn have changed.
 
-Reached. On emoji after 0 epochs, 23 seconds on one busy CPU core: kNN 55.6 % (untrained 51.8, raw
-pixels 53.9); linear 55.0 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
+Reached. On emoji after 0 epochs, 36 seconds on one busy CPU core: kNN 55.0 % (untrained 50.8, raw
+pixels 53.9); linear 54.4 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not
+run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet, whose layers end in a batch-norm | official code: AlexNet and others
