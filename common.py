@@ -1417,16 +1417,19 @@ def replace_file(path, write):
 
 @contextlib.contextmanager
 def later_ctrl_c():
-    """A Ctrl-C inside the block is raised at its end."""
-    if threading.current_thread() is not threading.main_thread():  # which gets all signals
+    """A Ctrl-C inside the block is raised at its end. It stays ignored where it is ignored, as by a
+    command that runs in the background; only the main thread gets signals."""
+    usual = signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    if signal.getsignal(signal.SIGINT) is not usual or not main:
         yield
         return
     pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, usual)
     if pressed:
         raise KeyboardInterrupt
 
