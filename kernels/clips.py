@@ -49,9 +49,9 @@ class VideosInMemory:
         short = int((self.lengths < span).sum())
         if short:
             fail(
-                f"this method is shown clips of {span} frames, and {short} of {len(self)} videos "
-                f"have fewer, one has {self.lengths.min()}: choose shorter clips (--help), or "
-                "other --data"
+                f"clips of {span} frames are asked for, and {short} of {len(self)} videos have "
+                f"fewer, one has {self.lengths.min()}: choose fewer --frames, a smaller --stride, "
+                "or other --data"
             )
 
     def batches(self, plan, crops, device, workers):

@@ -5,10 +5,10 @@ A split of a data set has one reader, of one of two kinds:
     InMemory(pixels)   all images as one tensor on the device of the training
     Files(paths)       image files, decoded and cropped by worker processes
 
-Both answer the same questions: len(reader), how many images there are; reader.check(crops), can
-they be shown so; reader.batches(plan, crops, device, workers), the crops of each step of a
-training; and reader.whole(indices, size, workers), whole images for an evaluation. Another kind of
-data needs another reader with these methods, and no change elsewhere.
+Both answer the same questions: reader.NOUN, what it reads; len(reader), how many of it;
+reader.check(crops), whether it can be shown so; reader.batches(plan, crops, device, workers), the
+crops of each step of a training; and reader.whole(indices, size, workers), whole images for an
+evaluation. Another kind of data needs another reader with these, and no change elsewhere.
 
 The plan (kernels/views.py) decides which images a step shows and which box of each, so the number
 of workers changes nothing. A file that cannot be read is replaced by the next one, named once, and
@@ -173,11 +173,11 @@ class BrokenFiles:
         for _, path, reason in found:
             if path not in self.met:
                 self.met.add(path)
-                warn(f"warning: left out, cannot be read: {path} ({reason})")
+                warn(f"warning: left out, cannot be used: {path} ({reason})")
         count = len(self.met)
         if count > max(9, self.total / 100) or 0 < self.total == count:
             fail(
-                f"{count} of {self.total} files cannot be read, more than 1 in 100: remove them, "
+                f"{count} of {self.total} files cannot be used, more than 1 in 100: remove them, "
                 f"for example {min(self.met)}",
                 only_first=False,
             )

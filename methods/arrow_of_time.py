@@ -30,8 +30,8 @@ Run.
     torchrun --nproc_per_node 8 methods/arrow_of_time.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
 The network sees T differences of each, twice; it is evaluated on pictures, as all others are, which
-it has never seen. With both films the run also prints `control`, the accuracy on clips in which no
-energy is lost. More than 50 % there would show that something else gives the direction away.
+it has never seen. With movers or tripod the run also prints `control`, the accuracy on clips in
+which no energy is lost. More than 50 % there would show that something else tells the direction.
 
 Reached. On movers after 16 epochs, 734 seconds on one busy CPU core: kNN 45.7 % (untrained 33.6,
 raw pixels 34.4); linear 47.9 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
@@ -42,8 +42,7 @@ Differs from the paper. (This file | the paper, or the official code.)
        code: VGG-16 with batch-norm up to conv5, then two 3x3 convolutions with dropout.
     3. Each clip is shown in both directions in the same step | official code: in one of them.
     4. Nothing is cut off, no camera is stabilised | paper: black borders and motions of the camera
-       are removed; they would give the direction away. So does the end of a video of fewer than
-       --frames frames, whose last one is shown again: leave such videos out.
+       are removed; they would give the direction away.
     5. Crops have random sizes, and colours change a little, all frames alike | official code: crops
        of one size at five places.
     6. AdamW with warm-up and cosine | official code: SGD, with the rate 0.01 in the first epoch and

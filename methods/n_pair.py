@@ -134,7 +134,7 @@ SETTINGS = {
     "lr": (3e-3, 1e-3, 1e-4, "learning rate per 256 images"),
     "weight_decay": (0.05, 0.05, 0.0, "on all parameters"),
     # 32: with more, the inner products of the start are so large that the softmax is one-hot
-    "dim": (32, 128, 64, "dimensions of the embedding z", "[1, inf)"),
+    "dim": (32, 32, 64, "dimensions of the embedding z", "[1, inf)"),
     "lambda_": (0.002, 0.002, 0.002, "weight of the penalty on the embeddings' norms"),
     "strength": (0.5, 0.5, 0.0, "strength s of the colour jitter", "[0, 1.25]"),
     "min_crop": (0.08, 0.08, 0.5, "smallest crop, share of the image's area", "(0, 1]"),

@@ -47,7 +47,8 @@ Differs from the paper. (This file | the paper, or the official code.)
        official code: each by itself, with random changes of contrast and sharpness (photometric)
        on top.
     5. On emoji the heads end in a batch-norm without scale and offset, as in MoCo v3, and NCE gives
-       way to a softmax (--loss softmax), with which training is faster | paper, other columns: no.
+       way to a softmax over the 1 + K rows, a choice in the official code, too | paper, and our
+       other columns: neither (--no-head-norm --loss nce).
     6. The cosine schedule ends at 0 and changes at every step | official code: ends at a thousandth
        of the first rate and changes once per epoch.
 """

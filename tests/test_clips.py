@@ -55,7 +55,7 @@ def test_videos_shorter_than_a_clip_are_refused(capsys):
     """When the loader is made, before anything is written."""
     with pytest.raises(SystemExit):
         shown(videos(lengths=(5, 3, 12, 4, 9, 12)), (ClipCrop(WHOLE, frames=3, stride=2), plain))
-    words = "clips of 5 frames, and 2 of 6 videos have fewer, one has 3: choose shorter clips"
+    words = "clips of 5 frames are asked for, and 2 of 6 videos have fewer, one has 3: choose fewer"
     assert words in capsys.readouterr().err
 
 

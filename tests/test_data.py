@@ -520,7 +520,7 @@ def test_unreadable_file_gives_way_to_the_next_and_is_named_once(hundreds, capfd
     warnings = sorted(capfd.readouterr().err.splitlines())
     reasons = ("cannot identify image file", "cannot identify image file", "truncated")
     for warning, index, reason in zip(warnings, broken, reasons, strict=True):
-        start = f"warning: left out, cannot be read: {paths[index]} ("
+        start = f"warning: left out, cannot be used: {paths[index]} ("
         assert warning.startswith(start) and reason in warning
     # fewer than ten are allowed
     assert loader.reader.broken.met == {paths[i] for i in broken}
@@ -536,24 +536,24 @@ def test_more_than_one_in_a_hundred_stops_the_training(hundreds, capsys):
     shown_indices(crop_loader(paths))  # nine
     break_(4)
     error = error_of(capsys, shown_indices, crop_loader(paths))
-    assert "10 of 300 files cannot be read, more than 1 in 100" in error and paths[3] in error
+    assert "10 of 300 files cannot be used, more than 1 in 100" in error and paths[3] in error
 
 
 def test_one_in_a_hundred_counts_over_the_whole_data_set(capsys):
     broken = BrokenFiles(1200)
     broken.add([(i, f"{i:02}.png", "empty") for i in range(12)])
     error = error_of(capsys, broken.add, [(99, "99.png", "empty")])
-    assert "13 of 1200 files cannot be read" in error and "00.png" in error
+    assert "13 of 1200 files cannot be used" in error and "00.png" in error
     few = BrokenFiles(3)
     few.add([(0, "a.png", "empty"), (1, "b.png", "empty")])
-    assert "3 of 3 files cannot be read" in error_of(capsys, few.add, [(2, "c.png", "empty")])
+    assert "3 of 3 files cannot be used" in error_of(capsys, few.add, [(2, "c.png", "empty")])
 
 
 def test_all_files_unreadable_stops_at_once(hundreds, capsys):
     paths, break_ = hundreds
     for index in range(300):
         break_(index)
-    assert "cannot be read" in error_of(capsys, shown_indices, crop_loader(paths))
+    assert "cannot be used" in error_of(capsys, shown_indices, crop_loader(paths))
 
 
 def test_unreadable_file_is_left_out_of_the_evaluation(hundreds, capsys):
@@ -586,4 +586,4 @@ def test_more_than_one_in_a_hundred_stops_the_evaluation(hundreds, capsys, only_
     test = Split(Files(paths[150:], broken), labels)
     data = Data("some", train, train, test)
     error = error_of(capsys, lambda: evaluate(pixels(8), data, 8, CPU, only_knn=only_knn))
-    assert "10 of 300 files cannot be read, more than 1 in 100" in error and paths[200] in error
+    assert "10 of 300 files cannot be used, more than 1 in 100" in error and paths[200] in error

@@ -410,7 +410,7 @@ def test_broken_files_give_way_to_the_next_and_are_named_once(folder, capfd):
     reasons = {2: unknown, 3: unknown, 4: "no frame can be decoded", 11: "no picture"}
     lines = sorted(capfd.readouterr().err.splitlines())
     for line, i in zip(lines, spoiled, strict=True):
-        assert line == f"warning: left out, cannot be read: {folder[i]} ({reasons[i]})"
+        assert line == f"warning: left out, cannot be used: {folder[i]} ({reasons[i]})"
 
 
 def test_the_cover_of_a_song_is_no_video(film):
