@@ -220,7 +220,8 @@ SETTINGS = {
     "nearest": (5, "how many similar places are copied", "[1, 9]"),
     "temperature": (0.1, "of the similarities", "(0, inf)"),
 }
-NUMBERS = list(SETTINGS)[4:]  # what a result depends on, beside the size
+# What a result depends on, beside the size.
+NUMBERS = [name for name in SETTINGS if name not in ("recipe", "data", "size", "only")]
 SHOWN = 2  # clips in masks.png
 
 
@@ -265,26 +266,29 @@ def read(task, network, size, args, device):
         first = torch.cat([z, x])[:, 0]
         return shot_scores(z[:, -1], first)
     if task == "pose":
-        answers = [poses(clips, args.frames) for clips in (train, test)]
-        found = ridge(x.flatten(0, 1), answers[0], z.flatten(0, 1))
-        return pose_scores(found, answers[1])
+        truth = poses(test, args.frames)
+        found = ridge(x.flatten(0, 1), poses(train, args.frames), z.flatten(0, 1))
+        return pose_scores(found, truth)
+    return {task: probe(task, x, train, z, test)}
 
-    # groups: near copies, which stay together when the probe chooses its weight decay
-    groups = None
-    if task == "motion":
+
+def probe(task, x, train, z, test):
+    """Accuracy of a linear probe that tells motion, category or subject."""
+    groups = None  # near copies, which stay together when the probe chooses its weight decay
+    if task == "motion":  # of a clip: its frames side by side
         x, z = x.flatten(1), z.flatten(1)
         labels = [clips.motion[:, 0] for clips in (train, test)]
-    elif task == "category":
+    elif task == "category":  # of a clip: the mean of its frames
         x, z = x.mean(1), z.mean(1)
         labels = [clips.category[:, 0] for clips in (train, test)]
         groups = train.identity[:, 0]
-    else:
+    else:  # the subject of a frame, which is that of its shot
+        frames = x.shape[1]
         x, z = x.flatten(0, 1), z.flatten(0, 1)
-        labels = [shots.labels.repeat_interleave(args.frames) for shots in (train, test)]
-        groups = train.blocks.repeat_interleave(args.frames)
+        labels = [shots.labels.repeat_interleave(frames) for shots in (train, test)]
+        groups = train.blocks.repeat_interleave(frames)
     # The probe overwrites its features, but the next task uses them, too.
-    score = linear_probe(x.clone(), labels[0], z.clone(), labels[1], groups)
-    return {task: score}
+    return linear_probe(x.clone(), labels[0], z.clone(), labels[1], groups)
 
 
 def poses(clips, frames):

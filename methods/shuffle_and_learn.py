@@ -204,7 +204,8 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 def show(views):
     """For views.png: the five frames."""
     (x,) = views  # (n, 5, 3, H, W)
-    return {name: denormalize(x[:, place]) for place, name in enumerate("abcde")}
+    names = ["a (wrong)", "b", "c (right)", "d", "e (wrong)"]
+    return {name: denormalize(x[:, place]) for place, name in enumerate(names)}
 
 
 def get_args(argv=None):

@@ -152,7 +152,7 @@ def motion(flow):  # copy of: methods/watching_objects_move.py::motion
     return (flow - camera[..., None, None]).norm(dim=-3)
 
 
-def track(flow, speed):
+def follow(flow, speed):
     """In each of m clips, follows one point of what moves. flow: (m, T - 1, 2, H, W); speed: the
     least motion, in pixels per frame. Returns the places x, y of the point (m, T, 2), and (m,)
     bool: whether something moves and the point never leaves the frame."""
@@ -206,7 +206,7 @@ def mine(split, args):
     pairs = []
     for start in range(0, len(split.images), 100):  # the flow of all would take a gigabyte
         part = truth.part(slice(start, start + 100))
-        places, found = track(part.flow, args.speed)
+        places, found = follow(part.flow, args.speed)
         first = cut(part.frames[:, 0], places[:, 0], args.patch)
         last = cut(part.frames[:, -1], places[:, -1], args.patch)
         pairs.append(torch.stack([first, last], 1)[found])

@@ -38,14 +38,14 @@ def blob(steps, top=4, left=4, side=3, size=16, camera=(0.0, 0.0)):
 def test_track_by_hand():
     """The middle of the square, at (5.5, 5.5), goes where the square goes: it rests for a step."""
     steps = [(2.0, 1.0), (0.0, 0.0), (3.0, -2.0)]
-    places, found = tracking.track(blob(steps), 0.5)
+    places, found = tracking.follow(blob(steps), 0.5)
     expected = [[5.5, 5.5], [7.5, 6.5], [7.5, 6.5], [10.5, 4.5]]
     assert places.tolist() == [expected] and found.tolist() == [True]
 
 
 def test_what_moves_is_found_against_the_camera():
     """A square that rests in the frame while the camera pans is followed, the background is not."""
-    places, found = tracking.track(blob([(0.0, 0.0)] * 3, camera=(2.0, -1.0)), 0.5)
+    places, found = tracking.follow(blob([(0.0, 0.0)] * 3, camera=(2.0, -1.0)), 0.5)
     assert places[0].tolist() == [[5.5, 5.5]] * 4 and found.tolist() == [True]
 
 
@@ -53,7 +53,7 @@ def test_the_first_place_is_on_the_thing():
     """The mean place of a ring is its hole."""
     flow = blob([(1.0, 0.0)], side=7)
     flow[0, 0, :, 5:10, 5:10] = 0
-    places, _ = tracking.track(flow, 0.5)
+    places, _ = tracking.follow(flow, 0.5)
     column, row = places[0, 0].long().tolist()
     assert flow[0, 0, 0, row, column] == 1
     assert places[0, 1].tolist() == [column + 1.5, row + 0.5]
@@ -70,14 +70,14 @@ def test_the_first_place_is_on_the_thing():
     ids=["still", "camera alone", "leaves at the right", "leaves at the top"],
 )
 def test_no_track(flow):
-    _, found = tracking.track(flow, 0.5)
+    _, found = tracking.follow(flow, 0.5)
     assert found.tolist() == [False]
 
 
 def test_a_thing_that_leaves_and_comes_back_gives_no_track():
     flow = blob([(0.0, -6.0), (0.0, 6.0)])
     flow[0, 1, 1] = 6  # wherever it is
-    places, found = tracking.track(flow, 0.5)
+    places, found = tracking.follow(flow, 0.5)
     assert places[0, 2].tolist() == places[0, 0].tolist()
     assert found.tolist() == [False]
 
@@ -86,7 +86,7 @@ def test_tracks_of_movers_follow_the_exact_poses():
     """The first place, moved as the pose of the object moves, is the last one up to a pixel in most
     clips; nearly all end on the object."""
     truth = tiny_clips().train.images.truth
-    places, found = tracking.track(truth.flow, 0.5)
+    places, found = tracking.follow(truth.flow, 0.5)
     assert found.float().mean() > 0.9
     begin, end = truth.pose[:, 0, 0], truth.pose[:, -1, 0]  # (n, 4)
     turn = end[:, 2] - begin[:, 2]

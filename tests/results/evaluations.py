@@ -184,14 +184,17 @@ def cell(found, how):
 
 def table(networks, columns):
     """One line per network that was measured, the baselines first. Untrained networks of several
-    methods may be the same: such a line stands once."""
+    methods may be the same: such a line stands once, though their speeds never agree."""
     lines = []
+    told = []  # the lines without speed
     for name, protocols in networks.items():
-        cells = []
-        for measured, path, how in columns.values():
-            cells.append(cell(numbers(protocols.get(measured, []), path), how))
-        if any(cells) and cells not in [line[1:] for line in lines]:
-            lines.append([name, *cells])
+        cells = {}
+        for heading, (measured, path, how) in columns.items():
+            cells[heading] = cell(numbers(protocols.get(measured, []), path), how)
+        what = {heading: text for heading, text in cells.items() if heading != "images/s"}
+        if any(what.values()) and what not in told:
+            told.append(what)
+            lines.append([name, *cells.values()])
     return lines
 
 
