@@ -1060,7 +1060,7 @@ class Run:
     shows of the first views; by default the views themselves."""
 
     def __init__(self, name, args, data, loader, model, state, reference_loss=None, show=None):
-        self.name = name
+        self.name = self.label = name
         self.args = args
         test = data.test and thin(data.test, args.bank)
         self.data = data._replace(bank=thin(data.bank, args.bank), test=test)
@@ -1070,7 +1070,9 @@ class Run:
         self.state = {"model": model, **state}
         self.reference_loss = reference_loss
         self.show = show or numbered_views
-        default = f"{name}-{data.name}-{args.seed}"
+        if getattr(args, "positives", "views") != "views":  # not self-supervised
+            self.label += f"-{args.positives}"
+        default = f"{self.label}-{data.name}-{args.seed}"
         self.folder = Path(args.out.replace("METHOD-DATA-SEED", default))
         self.metrics = self.folder / "metrics.jsonl"
         self.last = self.folder / "last.pt"
@@ -1313,7 +1315,7 @@ class Run:
         if rank() == 0 and self.total:
             draw_curve(self.folder / "curve.png", self)
         files = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
-        print0(table(lines[-1], self.name))
+        print0(table(lines[-1], self.label))
         print0(f"{self.folder}: {', '.join(files)}")
         leave_processes()
 

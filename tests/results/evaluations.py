@@ -127,15 +127,18 @@ def without_drawings(result):
     return kept
 
 
-def add(path):
+def add(path, variant):
     """Appends the lines of a results.jsonl. What was recorded of the same network, data and
-    settings before is replaced."""
+    settings before is replaced. variant: (method, settings of the training) -> the flags by which
+    the run differs from the method's default run."""
     rows = read_rows()
     same = ("protocol", "network", "weights", "seed", "data", "settings")
     for line in path.read_text().splitlines():
         row = json.loads(line)
         row["result"] = without_drawings(row["result"])
-        row.pop("training", None)  # rows.jsonl has it
+        training = row.pop("training", {})  # rows.jsonl has all of it
+        if "method" in row:
+            row["variant"] = variant(row["method"], training)
         rows = [r for r in rows if any(r.get(key) != row.get(key) for key in same)] + [row]
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -158,11 +161,18 @@ def value(result, path):
     return result
 
 
+def trained_name(row):
+    """**METHOD**, and for other runs than the default ones their flags."""
+    flags = row.get("variant", "")
+    name = f"**{row['method']}**" + (f" `{flags}`" if flags else "")
+    return name + (" (with labels)" if "--positives" in flags else "")
+
+
 def collect(rows):
     """{network: {protocol: [its results]}}: the seeds of a method together, the baselines first."""
     networks = {}
     for row in rows:
-        name = f"**{row['method']}**" if "method" in row else row["network"]
+        name = trained_name(row) if "method" in row else row["network"]
         networks.setdefault(name, {}).setdefault(protocol(row), []).append(row["result"])
     return dict(sorted(networks.items(), key=lambda item: item[0].startswith("**")))
 
@@ -199,13 +209,13 @@ def table(networks, columns):
 
 
 def predictors(networks):
-    """Rank correlation of linear accuracy with each predictor over the methods, and the 95 %
-    interval of the bootstrap over methods."""
+    """Rank correlation of linear accuracy with each predictor over the methods at their defaults,
+    and the 95 % interval of the bootstrap over methods."""
     import numpy as np
     from scipy.stats import spearmanr
 
     lines = []
-    trained = [protocols for name, protocols in networks.items() if name.startswith("**")]
+    trained = [protocols for name, protocols in networks.items() if name.endswith("**")]
     for name, (measured, path) in PREDICTORS.items():
         pairs = []
         for protocols in trained:

@@ -10,8 +10,9 @@ device, settings, training seconds, the evaluation beside its two baselines, and
 time. Rows with the same settings, whatever the seed, form one entry. evaluations.jsonl holds what
 the eval_*.py scripts measured of runs (see evaluations.py). From the rows are made: the
 tables of README.md and of tests/results/README.md, the line "Reached." in the docstring of each
-method, and knn.png. A recorded run also leaves a picture of what its network is shown,
-views/NAME.png; SimCLR's default run the picture at the top of README.md, neighbours.png.
+method, and the pictures knn.png, years.png, plane.png, layers.png and instability.png. A recorded
+run also leaves a picture of what its network is shown, views/NAME.png; SimCLR's default run the
+picture at the top of README.md, neighbours.png; a run of DrLIM in the plane drlim_points.png.
 """
 
 import argparse
@@ -24,8 +25,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -207,6 +209,26 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
 }
 
 
+# Epochs of five minutes on one core of the machine that recorded the rows, for years.png.
+BUDGET = {
+    "drlim": 28,
+    "triplet": 16,
+    "lifted_structure": 24,
+    "n_pair": 28,
+    "cpc": 4,
+    "instance_discrimination": 60,
+    "alignment_uniformity": 32,
+    "pirl": 12,
+    "simclr": 20,
+    "moco": 20,
+    "moco_v3": 16,
+    "swav": 12,
+    "barlow_twins": 18,
+    "byol": 12,
+    "simsiam": 12,
+    "dino": 10,
+}
+
 # Mean average precision, %, on PASCAL VOC 2007 classification of AlexNets all of whose layers were
 # fine-tuned, as the paper of RotNet lists them. 79.9 with ImageNet's labels, 53.3 untrained.
 VOC = {
@@ -220,6 +242,11 @@ VOC = {
     "jigsaw": 67.6,
     "counting": 67.7,
     "rotnet": 73.0,
+}
+
+PICTURES = {  # that may not exist yet -> what they show
+    "drlim_points.png": "Test images of Fashion-MNIST as points in the plane",
+    "instability.png": "kNN accuracy and gradients of MoCo v3 with a ViT over the epochs",
 }
 
 
@@ -236,7 +263,7 @@ def add(folders):
     rows = read_rows()
     for folder in folders:
         if (folder / "results.jsonl").exists():
-            evaluations.add(folder / "results.jsonl")
+            evaluations.add(folder / "results.jsonl", variant)
             continue
         lines = common.read_lines(folder / "metrics.jsonl")
         if not lines or "evaluation" not in lines[-1]:
@@ -246,6 +273,12 @@ def add(folders):
         curve += [[line["seconds"], line["knn20"]] for line in lines if "knn20" in line]
         curve.append([last["train_seconds"], last["evaluation"]["knn20"]])
         row = {**first, **last, "curve": curve}
+        gradients = [line["first_gradient"] for line in lines if "first_gradient" in line]
+        if gradients:
+            row["first_gradient"] = peaks(gradients)
+        for line in lines:
+            if "table" in line:
+                row["table"] = line["table"]
         same = ("method", "settings", "world_size", "device")
         rows = [r for r in rows if any(r[key] != row[key] for key in same)] + [row]
         keep_pictures(folder, row)
@@ -256,6 +289,12 @@ def add(folders):
 
     rows.sort(key=place)
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def peaks(values, pieces=200):
+    """The largest of each of the pieces of a long list, in four digits."""
+    parts = np.array_split(values, min(pieces, len(values)))
+    return [float(f"{max(part):.4g}") for part in parts]
 
 
 def entries(rows):
@@ -307,20 +346,29 @@ def home(method):
     return importlib.import_module(f"methods.{method}").SETTINGS["recipe"][0]
 
 
-def is_default(row):
-    """Whether the run had today's defaults, on whatever data."""
+def is_default(row, **other):
+    """Whether the run had today's defaults, but for `other` settings, on whatever data."""
     free = {"data", "eval_every", "seed"}
-    today = defaults(row["method"])
-    return all(row["settings"].get(name) == v for name, v in today.items() if name not in free)
+    wanted = defaults(row["method"]) | other
+    return all(row["settings"].get(name) == v for name, v in wanted.items() if name not in free)
 
 
-def changed(row):
+def chosen(rows, method, **other):
+    """The runs of a method on its own data, at its defaults but for `other` settings."""
+    rows = [row for row in rows if row["method"] == method]
+    rows = [row for row in rows if row["settings"]["data"] == home(method)]
+    return [row for row in rows if is_default(row, **other)]
+
+
+def changed(row, free=FREE):
     """The flags that are not today's defaults, like "--optimizer lars", without those that have
     columns of their own or change no result."""
     flags = []
+    settings = row["settings"]
     for name, default in sorted(defaults(row["method"]).items()):
-        value = row["settings"].get(name, "?")
-        if name in FREE or value == default:
+        value = settings.get(name, default)
+        counts = name == "stage" and settings.get("target") == "mid"  # BYOL: shown in any case
+        if name in free or value == default and not counts:
             continue
         flag = common.flag_of(name)
         if isinstance(value, bool):
@@ -330,26 +378,78 @@ def changed(row):
     return " ".join(flags)
 
 
+def variant(method, settings):
+    """All flags by which a run differs from the default run of a method, but for the seed."""
+    flags = changed({"method": method, "settings": settings}, free=("seed", "eval_every"))
+    data = settings.get("data", home(method))
+    return flags if data == home(method) else f"--data {data} {flags}".strip()
+
+
+def is_supervised(row):
+    """Whether labels, or what an image draws, decided which images are similar."""
+    return row["settings"].get("positives", "views") != "views"
+
+
+def with_labels(rows, data="emoji"):
+    """{(method, kind of positives): its best runs}, of the supervised runs."""
+    rows = [row for row in rows if is_supervised(row) and row["settings"]["data"] == data]
+    found = {}
+    for runs in sorted(entries(rows), key=lambda runs: mean(runs, "evaluation", "linear")):
+        found[runs[0]["method"], runs[0]["settings"]["positives"]] = runs
+    return found
+
+
+def title(row):
+    """The name of a run in a table, with its flags."""
+    flags = changed(row)
+    name = f"**{row['method']}**" + (f" `{flags}`" if flags else "")
+    return name + (" (with labels)" if is_supervised(row) else "")
+
+
 # -------- Pictures --------------------------------------------------------------------------------
 
 
 def keep_pictures(folder, row):
-    """views/NAME.png: the headings and the first two rows of the run's views.png; and, of SimCLR's
-    default run with seed 0, neighbours.png."""
-    usual = is_default(row) and row["settings"]["data"] == home(row["method"])
-    if not usual or row["settings"]["seed"] != 0:
+    """Of default runs with seed 0: views/NAME.png, the headings and the first two rows of the run's
+    views.png; and of SimCLR neighbours.png. Of DrLIM in the plane drlim_points.png."""
+    method = row["method"]
+    settings = row["settings"]
+    if settings["seed"] != 0 or is_supervised(row):
         return
-    picture = Image.open(folder / "views.png").convert("RGB")
-    picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
-    right = ImageOps.invert(picture).getbbox()[2]  # the note below may be wider than the images
-    picture = picture.crop((0, 0, min(right + 8, picture.width), picture.height))
+    if method == "drlim" and settings["dim"] == 2:
+        save_small(Image.open(folder / "points.png"), HERE / "drlim_points.png")
+    if not is_default(row) or settings["data"] != home(method):
+        return
+    if method == "magic_init":
+        picture = some_filters(folder)
+    else:
+        picture = Image.open(folder / "views.png").convert("RGB")
+        picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
+        right = ImageOps.invert(picture).getbbox()[2]  # the note below may be wider than the images
+        picture = picture.crop((0, 0, min(right + 8, picture.width), picture.height))
     if picture.width > 420:
         height = round(picture.height * 420 / picture.width)
         picture = picture.resize((420, height), Image.Resampling.LANCZOS)
     (HERE / "views").mkdir(exist_ok=True)
-    picture.quantize(128).save(HERE / "views" / f"{row['method']}.png", optimize=True)
-    if row["method"] == "simclr":
+    save_small(picture, HERE / "views" / f"{method}.png")
+    if method == "simclr":
         draw_neighbours(folder, HERE / "neighbours.png")
+
+
+def save_small(picture, path):
+    picture.convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def some_filters(folder, names=("He", "rescaled", "PCA", "k-means")):
+    """The first filters of each kind in Magic init's filters.png, named."""
+    filters = Image.open(folder / "filters.png").convert("RGB")
+    width = 4 * 72 + 24
+    picture = Image.new("RGB", (width + 64, 4 * 72), "white")
+    picture.paste(filters.crop((0, 22, width, 22 + picture.height)), (64, 0))
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(names):
+        draw.text((4, 36 + 72 * i), name, "black", ImageFont.load_default(size=13), anchor="lm")
+    return picture
 
 
 @torch.no_grad()
@@ -427,8 +527,7 @@ def draw_curves(rows, path):
     best = headline(rows)
     for i, (method, e) in enumerate(best.items()):
         color = colormaps["tab20"](2 * i % 20 + i // 10 % 2)
-        curves = [run["curve"] for run in next(iter(by_device(e).values()))]
-        points = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
+        points = mean_curve([run["curve"] for run in next(iter(by_device(e).values()))])
         style = "--" if on_one_core(e) else "-"
         axes.plot(*zip(*points), style, color=color, linewidth=1.6, marker="o", markersize=3)
         ends.append((*points[-1], method, color))
@@ -438,6 +537,16 @@ def draw_curves(rows, path):
         axes.text(axes.get_xlim()[1], pixels, "raw pixels ", color="gray", ha="right", va="bottom")
     name_points(axes, ends)
     figure.savefig(path)
+
+
+def mean_curve(curves):
+    """The mean of curves [[seconds, accuracy], ...], which may have been measured at other times:
+    at equal shares of their training, those of the curve with the most points."""
+    longest = max(curves, key=len)
+    shares = np.array([time for time, _ in longest]) / longest[-1][0]
+    times = np.mean([shares * curve[-1][0] for curve in curves], axis=0)
+    heights = [np.interp(shares * curve[-1][0], *zip(*curve)) for curve in curves]
+    return list(zip(times.tolist(), np.mean(heights, axis=0).tolist()))
 
 
 def name_points(axes, points):
@@ -457,30 +566,56 @@ def name_points(axes, points):
 COMPARE_VIEWS = ("Metric learning", "Contrastive", "Clustering and decorrelation", "Distillation")
 
 
+def equal_budget(rows):
+    """{method: its runs that were trained as long as BUDGET says}."""
+    found = {method: chosen(rows, method, epochs=epochs) for method, epochs in BUDGET.items()}
+    return {method: runs for method, runs in found.items() if runs}
+
+
 def draw_years(rows, path):
     """Linear accuracy on emoji of the methods that compare views, in the order of their papers: the
-    mean of the runs at the defaults, and their spread."""
+    mean of the runs, and their spread. Trained for five minutes each as soon as there is such a
+    run, until then at the defaults. Hollow: with labels, as many epochs."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    best = headline(rows)
-    families = {m: family for family in COMPARE_VIEWS for m in FAMILIES[family] if m in best}
-    methods = sorted(families, key=lambda method: about(method)[1])
+    equal = equal_budget(rows)
+    best = equal or headline(rows)
+    families = {m: family for family in COMPARE_VIEWS for m in FAMILIES[family]}
+    methods = sorted([m for m in families if m in best], key=lambda method: about(method)[1])
+    missing = [m for m in families if m not in best]
+    epochs = {method: best[method][0]["settings"]["epochs"] for method in methods}
+    labelled = [r for r in rows if r["settings"]["epochs"] == epochs.get(r["method"])]
 
     figure = Figure((9, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.set_ylabel("linear accuracy, %")
-    axes.set_title("emoji, from scratch, at the defaults of each file")
-    for place, method in enumerate(methods):
-        values = [run["evaluation"]["linear"] for run in best[method]]
+    budget = "five minutes of training on one core" if equal else "at the defaults of each file"
+    axes.set_title(f"emoji, from scratch, {budget}")
+    if missing:
+        axes.set_xlabel("\n".join(textwrap.wrap(f"not run: {', '.join(missing)}", 90)), fontsize=8)
+
+    def draw(place, runs, **style):
+        values = [run["evaluation"]["linear"] for run in runs]
         deviation = statistics.stdev(values) if len(values) > 1 else 0
-        color = colormaps["tab10"](COMPARE_VIEWS.index(families[method]))
-        axes.errorbar(place, statistics.mean(values), deviation, fmt="o", color=color, capsize=3)
+        color = colormaps["tab10"](COMPARE_VIEWS.index(families[runs[0]["method"]]))
+        axes.errorbar(place, statistics.mean(values), deviation, color=color, capsize=3, **style)
+
+    for place, method in enumerate(methods):
+        draw(place, best[method], fmt="o")
+    markers = {"labels": "o", "drawings": "s"}
+    kinds = set()
+    for (method, kind), runs in with_labels(labelled).items():
+        draw(methods.index(method), runs, fmt=markers[kind], markerfacecolor="white")
+        kinds.add(kind)
     names = [f"{about(method)[1]} {method}" for method in methods]
     axes.set_xticks(range(len(methods)), names, rotation=35, ha="right")
+
     for number, family in enumerate(COMPARE_VIEWS):
         axes.plot([], [], "o", color=colormaps["tab10"](number), label=family)
-
+    for kind in sorted(kinds):
+        style = {"color": "black", "markerfacecolor": "white", "label": f"with {kind}"}
+        axes.plot([], [], markers[kind], **style)
     runs = [run for method in methods for run in best[method]]
     for part, style, name in (("pixels", "--", "raw pixels"), ("random_init", ":", "untrained")):
         axes.axhline(mean(runs, part, "linear"), color="gray", linestyle=style, label=name)
@@ -489,13 +624,21 @@ def draw_years(rows, path):
 
 
 def draw_plane(rows, path):
-    """Alignment against uniformity of the features of the methods that compare views, on emoji at
-    their defaults; colour: linear accuracy."""
+    """Alignment against uniformity of the features of the methods that compare views, on emoji:
+    large and with names at their defaults, small with other settings, hollow with labels. Colour:
+    linear accuracy."""
     from matplotlib.figure import Figure
 
     best = headline(rows)
     methods = [m for family in COMPARE_VIEWS for m in FAMILIES[family] if m in best]
-    runs = [run for method in methods for run in best[method]]
+    usual = [run for method in methods for run in best[method]]
+    other = [row for row in rows if row["method"] in methods and row not in usual]
+    other = [row for row in other if row["settings"]["data"] == "emoji"]
+    groups = {
+        "at the defaults": usual,
+        "other settings": [row for row in other if not is_supervised(row)],
+        "with labels": [row for row in other if is_supervised(row)],
+    }
 
     figure = Figure((10, 5), dpi=100)
     axes = figure.subplots()
@@ -509,15 +652,92 @@ def draw_plane(rows, path):
     def places(runs, part):
         return [[run[part][key] for run in runs] for key in ("uniformity", "alignment")]
 
-    for part, marker, name in (("pixels", "x", "raw pixels"), ("random_init", ".", "untrained")):
-        axes.plot(*places(runs, part), "k" + marker, label=name)
-    colors = [run["evaluation"]["linear"] for run in runs]
-    dots = axes.scatter(*places(runs, "evaluation"), c=colors, s=20)
+    for part, marker, name in (("pixels", "x", "raw pixels"), ("random_init", "+", "untrained")):
+        axes.plot(*places(usual, part), "k" + marker, label=name)
+    linear = [row["evaluation"]["linear"] for row in usual + other]
+    for name, runs in groups.items():
+        if not runs:
+            continue
+        x, y = places(runs, "evaluation")
+        colors = [run["evaluation"]["linear"] for run in runs]
+        size = 10 if name == "other settings" else 30
+        dots = axes.scatter(x, y, size, colors, vmin=min(linear), vmax=max(linear), label=name)
+        if name == "with labels":
+            dots.set_facecolor("none")
     beside = figure.add_axes((0.9, 0.11, 0.02, 0.81))
-    figure.colorbar(dots, beside, label="linear accuracy, %")
+    figure.colorbar(axes.collections[0], beside, label="linear accuracy, %")
     means = [map(statistics.mean, places(best[method], "evaluation")) for method in methods]
     name_points(axes, [(*point, method, "black") for point, method in zip(means, methods)])
-    axes.legend(loc="lower left")
+    axes.legend(loc="lower left", fontsize=9)
+    figure.savefig(path)
+
+
+def draw_layers(path):
+    """Linear accuracy after each stage of the network, of all that eval_layers.py has measured at
+    the defaults: the pretext tasks, and the methods that compare views."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    stages = evaluations.LAYERS
+    networks = evaluations.collect([r for r in evaluations.read_rows() if r["data"] == "emoji"])
+    panels = {
+        "pretext tasks": FAMILIES["Pretext tasks"],
+        "methods that compare views": [m for f in COMPARE_VIEWS for m in FAMILIES[f]],
+    }
+
+    def heights(network):
+        measured = networks.get(network, {})
+        found = [measured.get(f"linear probe of {stage}", []) for stage in stages]
+        found = [evaluations.numbers(results, "linear") for results in found]
+        return [statistics.mean(numbers) for numbers in found] if all(found) else None
+
+    figure = Figure((13, 5.5), dpi=90)
+    both = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(left=0.05, right=0.86, top=0.93, bottom=0.06, wspace=0.42)
+    both[0].set_ylabel("linear accuracy, %")
+    for axes, (heading, methods) in zip(both, panels.items()):
+        axes.set_title(f"emoji, after each stage: {heading}", fontsize=11)
+        axes.tick_params(labelleft=True)
+        lines = {m: heights(f"**{m}**") for m in methods}
+        lines["untrained"] = heights("untrained resnet14, 32 px")
+        lines = {name: line for name, line in lines.items() if line}
+        ends = []
+        for i, (name, line) in enumerate(lines.items()):
+            color = "black" if name == "untrained" else colormaps["tab20"](2 * i % 20 + i // 10)
+            style = "--" if name == "untrained" else "-"
+            axes.plot(stages, line, style, color=color, linewidth=1.2, marker="o", markersize=3)
+            ends.append((len(stages) - 1, line[-1], name, color))
+        name_points(axes, ends)
+    figure.savefig(path)
+
+
+def draw_instability(rows, path):
+    """MoCo v3 with a ViT whose patch projection is frozen or trained: kNN accuracy over the epochs,
+    and the largest gradient of the projection in each piece of the training. Only if there are
+    runs of both kinds."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["method"] == "moco_v3"]
+    rows = [row for row in rows if row["settings"]["arch"] == "vit_micro"]
+    if len({row["settings"]["train_patches"] for row in rows}) < 2:
+        return
+    figure = Figure((9, 5.5), dpi=90, layout="constrained")
+    accuracy, gradient = figure.subplots(2, 1, sharex=True)
+    accuracy.set(ylabel="kNN accuracy, % (k = 20)", title="MoCo v3, vit_micro, emoji")
+    gradient.set(xlabel="epoch", ylabel="largest gradient\nof the patch projection", yscale="log")
+    names = {False: "frozen patch projection", True: "trained patch projection"}
+    for row in rows:
+        settings = row["settings"]
+        epochs = settings["epochs"]
+        trained = settings["train_patches"]
+        style = {"color": "tab:red" if trained else "tab:blue", "linewidth": 1.2}
+        heights = [height for _, height in row["curve"]]
+        times = [min(i * settings["eval_every"], epochs) for i in range(len(heights))]
+        accuracy.plot(times, heights, **style, label=names.pop(trained, None))
+        values = row.get("first_gradient", [])
+        middles = [(i + 0.5) * epochs / len(values) for i in range(len(values))]
+        gradient.plot(middles, values, **style)
+    accuracy.legend()
     figure.savefig(path)
 
 
@@ -625,7 +845,19 @@ def short_table(rows):
         lines.append([f"**{runs[0]['method']}**", *numbers, minutes(runs), len(runs)])
     missing = [m for files in FAMILIES.values() for m in files if m not in best]
     missing = [m for m in missing if home(m) == "emoji"]
-    return markdown(heads, lines + [[m, *["not run"] * 5] for m in missing])
+    lines += [[m, *["not run"] * 5] for m in missing]
+    labelled = with_labels(rows)
+    if not labelled:
+        return markdown(heads, lines)
+    lines.append(["*with labels:*", *[""] * 5])
+    for _, runs in sorted(labelled.items()):
+        numbers = [spread(runs, "evaluation", key) for key in keys]
+        lines.append([title(runs[0]), *numbers, minutes(runs), len(runs)])
+    words = (
+        "The last lines, with labels, are not self-supervised: for each method and kind of "
+        "`--positives` the best run. They say what labels would give."
+    )
+    return [*markdown(heads, lines), "", *textwrap.wrap(words, 100)]
 
 
 def full_table(rows, data):
@@ -645,8 +877,7 @@ def full_table(rows, data):
     other = []
     for e in runs:
         settings = e[0]["settings"]
-        flags = changed(e[0])
-        name = f"**{e[0]['method']}**" + (f" `{flags}`" if flags else "") + f", {settings['arch']}"
+        name = f"{title(e[0])}, {settings['arch']}"
         seeds = sorted(run["settings"]["seed"] for run in e)
         numbers = [spread(e, "evaluation", key) for key in heads]
         trained.append([name, *numbers, ", ".join(str(seed) for seed in seeds)])
@@ -674,22 +905,112 @@ def full_table(rows, data):
     ]
 
 
+def gain(runs):
+    """Points of linear accuracy over the untrained network."""
+    return mean(runs, "evaluation", "linear") - mean(runs, "random_init", "linear")
+
+
+def ranking(rows):
+    """Of the pretext tasks with a number on VOC: {method: (linear accuracy, gain, VOC)}."""
+    best = headline(rows)
+    return {
+        name: (mean(best[name], "evaluation", "linear"), gain(best[name]), VOC[name])
+        for name in VOC
+        if name in best
+    }
+
+
 def ranking_table(rows):
-    """The pretext tasks in the order of our linear accuracy, beside their place by VOC."""
+    """The pretext tasks in the order of our linear accuracy, with their place by the gain over the
+    untrained network and by VOC."""
     from scipy.stats import rankdata, spearmanr
 
-    best = headline(rows)
-    ours = {name: mean(best[name], "evaluation", "linear") for name in VOC if name in best}
-    if len(ours) < 3:
+    found = ranking(rows)
+    if len(found) < 3:
         return ["not run"]
-    place = dict(zip(ours, rankdata([-VOC[name] for name in ours], "min")))
+    numbers = np.array(list(found.values()))  # (methods, 3)
+    places = rankdata(-numbers, "min", axis=0).astype(int)
     lines = []
-    for number, name in enumerate(sorted(ours, key=ours.get, reverse=True), 1):
-        lines.append([name, f"{ours[name]:.1f}", number, f"{VOC[name]:.1f}", f"{place[name]:.0f}"])
-    heads = ["method", "linear, emoji", "place", "VOC 2007, mAP", "place"]
-    found = spearmanr(list(ours.values()), [VOC[name] for name in ours])
-    words = f"rank correlation {found.statistic:.2f} (p = {found.pvalue:.2f})"
-    return [*markdown(heads, lines), "", f"Of these {len(ours)} methods: {words}."]
+    for i in np.argsort(-numbers[:, 0]):
+        cells = [(f"{numbers[i, c]:.1f}", places[i, c]) for c in range(3)]
+        lines.append([list(found)[i], *[cell for pair in cells for cell in pair]])
+    heads = ["method", "linear, emoji", "place", "gain", "place", "VOC 2007, mAP", "place"]
+
+    words = []
+    for column, name in enumerate(("the linear accuracy", "the gain")):
+        test = spearmanr(numbers[:, column], numbers[:, 2])
+        words.append(f"with {name} {test.statistic:.2f} (p = {test.pvalue:.2f})")
+    words = f"Rank correlation of VOC, {len(found)} methods: {', '.join(words)}."
+    return [*markdown(heads, lines), "", words]
+
+
+def compare(named):
+    """A table of {name: runs}, with the gain over the same network untrained."""
+    heads = ["run", "kNN", "linear", "untrained, linear", "gain", "minutes", "runs"]
+    lines = []
+    for name, runs in named.items():
+        if not runs:
+            lines.append([name, *["not run"] * 6])
+            continue
+        numbers = [spread(runs, "evaluation", key) for key in ("knn20", "linear")]
+        numbers += [spread(runs, "random_init", "linear"), f"{gain(runs):+.1f}"]
+        lines.append([name, *numbers, minutes(runs), len(runs)])
+    return markdown(heads, lines)
+
+
+def pirl_table(rows):
+    """PIRL beside its transformations as pretext tasks, for which the longest runs count."""
+    named = {}
+    for transform in ("jigsaw", "rotation", "both"):
+        named[f"pirl `--transform {transform}`"] = chosen(rows, "pirl", transform=transform)
+    for method in ("jigsaw", "rotnet"):
+        usual = defaults(method)["epochs"]
+        epochs = {row["settings"]["epochs"] for row in rows if row["method"] == method}
+        longer = [n for n in epochs if n > usual and chosen(rows, method, epochs=n)]
+        most = max(longer, default=None)
+        name = f"{method} `--epochs {most}`" if most else f"{method}, as many minutes"
+        named[name] = chosen(rows, method, epochs=most)
+    return compare(named)
+
+
+def mid_table(rows):
+    """BYOL with targets from the middle of the network."""
+    named = {f"`--target {name}`": chosen(rows, "byol", target=name) for name in ("ema", "random")}
+    for stage in range(1, 5):
+        flags = f"`--target mid --stage {stage}`"
+        named[flags] = chosen(rows, "byol", target="mid", stage=stage)
+    return compare(named)
+
+
+def magic_table(rows):
+    """The kinds of first filters that a run of Magic init compares, means over the runs."""
+    tables = [row["table"] for row in chosen(rows, "magic_init") if "table" in row]
+    if not tables:
+        return ["not run"]
+    keys = [key for key in ("knn20", "linear", "speeds") if key in tables[0]["He"]]
+    heads = {"knn20": "kNN", "linear": "linear", "speeds": "fastest layer / slowest"}
+    lines = []
+    for kind in tables[0]:
+        runs = [{"table": table[kind]} for table in tables]
+        lines.append([kind, *[spread(runs, "table", key) for key in keys], len(runs)])
+    return markdown(["filters", *[heads[key] for key in keys], "runs"], lines)
+
+
+def years_words(rows):
+    """What must be known of years.png besides its title."""
+    if not equal_budget(rows):
+        return ["Each file has a budget of its own (the minutes above)."]
+    words = (
+        "All had the same budget, five minutes on one core, and therefore other epochs than their "
+        "defaults: a method that needs long to begin suffers most."
+    )
+    return textwrap.wrap(words, 100)
+
+
+def picture(name):
+    """A picture that is on the page of all results as soon as it exists."""
+    words = PICTURES[name]
+    return [f"![{words}]({name})"] if (HERE / name).exists() else ["not run"]
 
 
 def papers_table():
@@ -748,6 +1069,12 @@ def pages(rows):
         "movers": full_table(rows, "movers"),
         "tripod": full_table(rows, "tripod"),
         "ranking": ranking_table(rows),
+        "years": years_words(rows),
+        "pirl": pirl_table(rows),
+        "mid": mid_table(rows),
+        "magic": magic_table(rows),
+        "points": picture("drlim_points.png"),
+        "instability": picture("instability.png"),
         "papers": papers_table(),
         "kernels": kernel_table(),
         **evaluations.blocks(markdown),
@@ -785,15 +1112,17 @@ def main(argv=None):
         add([Path(folder) for folder in args.add[1:]])
 
     rows = read_rows()
+    if not args.check:
+        draw_curves(rows, HERE / "knn.png")
+        draw_years(rows, HERE / "years.png")
+        draw_plane(rows, HERE / "plane.png")
+        draw_layers(HERE / "layers.png")
+        draw_instability(rows, HERE / "instability.png")
     for path, text in pages(rows).items():
         if args.check and text != path.read_text():
             common.fail(f"{path.name} differs from the rows: run tests/results/report.py")
         if not args.check:
             path.write_text(text)
-    if not args.check:
-        draw_curves(rows, HERE / "knn.png")
-        draw_years(rows, HERE / "years.png")
-        draw_plane(rows, HERE / "plane.png")
 
 
 if __name__ == "__main__":
