@@ -1,7 +1,9 @@
 """What README.md says: its Python runs, its sentences about the results follow from the rows, and
 what is generated is what the rows say."""
 
+import copy
 import importlib.util
+import json
 import re
 import statistics
 import sys
@@ -106,7 +108,7 @@ def means(runs, part):
 def test_sentences_about_the_results(report):
     """Which methods are not above raw pixels and two points above their untrained network by linear
     accuracy, as means; which reach raw pixels in R@1; how many are below their untrained network;
-    ten minutes at most on two cores; no run has collapsed."""
+    ten minutes at most on two cores; no run at the defaults has collapsed."""
     rows = report.read_rows()
 
     def parts(runs):
@@ -131,17 +133,38 @@ def test_sentences_about_the_results(report):
         assert f"but for {', '.join(sorted(names))} (" in text
     assert f"Only {' and '.join(sorted(reach))} reach" in text
     assert f"{len(below)} methods are below their own untrained network" in text
-    for row in [row for row in rows if kind_of(row["method"]) != "video"]:
+    for row in [row for runs in report.headline(rows).values() for row in runs]:
         for key in ("feature_std", "rankme"):
             assert row["evaluation"][key] > row["random_init"][key], row["command"]
 
 
+def test_sentences_about_the_ranking_of_pretext_tasks(report):
+    """They hold for the orders by linear accuracy and by its gain."""
+    from scipy.stats import spearmanr
+
+    found = report.ranking(report.read_rows())
+    for column in (0, 1):
+        ours = {name: numbers[column] for name, numbers in found.items()}
+        assert spearmanr(list(ours.values()), [report.VOC[name] for name in ours]).pvalue > 0.05
+        order = sorted(ours, key=ours.get)
+        assert "counting" in order[:2]
+        steps = [ours[b] - ours[a] for a, b in zip(order, order[1:])]
+        assert statistics.median(steps) < 1.4  # the standard error
+    painting = {"colorization", "color_proxy", "context_encoder", "split_brain"}
+    assert order[-1] in painting
+    assert sorted(report.VOC, key=report.VOC.get)[-2] == "counting"
+    pretext = {"exemplar", "aet"} | report.VOC.keys()
+    assert pretext == report.FAMILIES["Pretext tasks"].keys()
+
+
 def test_sentences_about_the_evaluations(report):
-    """The numbers of the section Evaluate are those of evaluations.jsonl."""
+    """The numbers of the section Evaluate are those of evaluations.jsonl: of the runs with seed 0,
+    at the defaults; what predicts linear accuracy, of all."""
     text = (ROOT / "README.md").read_text()
     section = text[text.index("## Evaluate") : text.index("## Read a file")]
     evaluations = report.evaluations
-    rows = evaluations.read_rows()
+    every = evaluations.collect([r for r in evaluations.read_rows() if r["data"] == "emoji"])
+    rows = [row for row in evaluations.read_rows() if row.get("seed") in (None, 0)]
     networks = evaluations.collect([row for row in rows if row["data"] == "emoji"])
     of_videos = evaluations.collect([row for row in rows if row["data"] == "movers"])
     untrained, raw = "untrained resnet14, 32 px", "raw pixels, 32 px"
@@ -155,8 +178,8 @@ def test_sentences_about_the_evaluations(report):
         ("features", "linear"): ("k-means, 32 px",),
     }
     for layer in ("layer1", "layer4"):
-        names = ("**jigsaw**", "**rotnet**", "**colorization**", "**simclr**", "**swav**")
-        quoted[f"linear probe of {layer}", "linear"] = names
+        names = ("jigsaw", "rotnet", "colorization", "simclr", "swav", "context_prediction")
+        quoted[f"linear probe of {layer}", "linear"] = [f"**{name}**" for name in names]
     for (protocol, path), names in quoted.items():
         for name in names:
             (number,) = evaluations.numbers(networks[name][protocol], path)
@@ -171,20 +194,26 @@ def test_sentences_about_the_evaluations(report):
     linear = {}
     for name, protocols in networks.items():
         (linear[name],) = evaluations.numbers(protocols["features"], "linear")
-    trained = {name: x for name, x in linear.items() if name.startswith("**")}
+    trained = {name: x for name, x in linear.items() if name.endswith("**")}
     more = sorted(name.strip("*") for name, x in trained.items() if x > linear["k-means, 32 px"])
     assert f"Only {', '.join(more)} have more" in " ".join(section.split())
     later = []
+    best = {}
     for name in trained:
         protocols = networks[name]
         stages = [f"linear probe of {layer}" for layer in evaluations.LAYERS]
         if stages[0] in protocols:
             found = [protocols[stage][0]["linear"] for stage in stages]
+            best[name] = max(found)
             if max(found) not in found[1:3]:
                 assert max(found) == found[3], name
                 later.append(name.strip("*"))
     assert f"but for {' and '.join(sorted(later))}, whose third" in " ".join(section.split())
-    clear = [line[0] for line in evaluations.predictors(networks) if line[2][0] == line[2][9]]
+    assert max(best, key=best.get) == "**split_brain**"
+    (first,) = networks["**split_brain**"]["linear probe of layer1"]
+    assert first["linear"] == best["**split_brain**"]
+    assert f"split_brain, {first['linear']:.1f}" in " ".join(section.split())
+    clear = [line[0] for line in evaluations.predictors(every) if line[2][0] == line[2][9]]
     assert f"excludes 0: {', '.join(clear[:-1])} and {clear[-1]}." in " ".join(section.split())
     assert not {"RankMe", "alignment", "uniformity"} & set(clear)
 
@@ -200,3 +229,185 @@ def test_the_command_of_every_row_gives_the_settings_of_the_row(report):
         recorded.pop("eval_every")
         assert recorded == {name: settings[name] for name in recorded}, row["command"]
         assert recorded.keys() >= set(report.defaults(row["method"]))
+
+
+# -------- The report ------------------------------------------------------------------------------
+
+
+def another(row, linear=None, **settings):
+    """A row with other settings, and another accuracy if it is given."""
+    row = copy.deepcopy(row)
+    row["settings"] |= settings
+    if linear is not None:
+        row["evaluation"]["linear"] = linear
+    return row
+
+
+@pytest.fixture(scope="module")
+def drlim(report):
+    """A run of DrLIM at its defaults, with seed 0."""
+    runs = report.chosen(report.read_rows(), "drlim")
+    return next(run for run in runs if run["settings"]["seed"] == 0)
+
+
+def test_runs_with_labels_are_told_apart(report, drlim):
+    """In every table by their name; they change nothing of the default line; of each kind of
+    positives the best run stands in the short table."""
+    rows = [
+        drlim,
+        another(drlim, 70.0, positives="labels"),
+        another(drlim, 72.0, positives="labels", margin=1.0),
+        another(drlim, 68.0, positives="drawings"),
+    ]
+    assert [report.is_supervised(row) for row in rows] == [False, True, True, True]
+    assert report.headline(rows) == {"drlim": [drlim]}
+    labelled = report.with_labels(rows)
+    assert labelled == {("drlim", "labels"): [rows[2]], ("drlim", "drawings"): [rows[3]]}
+
+    full = "\n".join(report.full_table(rows, "emoji"))
+    assert "| **drlim** `--positives drawings` (with labels), resnet14 |" in full
+    assert full.count("(with labels)") == 2 * 3  # two tables
+    short = report.short_table(rows)
+    heading = short.index("| *with labels:* |  |  |  |  |  |")
+    assert short.index(next(line for line in short if line.startswith("| **drlim** |"))) < heading
+    assert short[heading + 1].startswith("| **drlim** `--positives drawings` (with labels) |")
+    assert "`--margin 1.0 --positives labels` (with labels) | 55.2 | 72.0" in short[heading + 2]
+    assert "with labels" not in "\n".join(report.short_table([drlim]))
+
+
+def test_evaluations_of_other_settings_have_own_lines(report, tmp_path, monkeypatch, drlim):
+    """Other seeds are averaged; runs with labels, other epochs or other data are not."""
+    evaluations = report.evaluations
+    monkeypatch.setattr(evaluations, "ROWS", tmp_path / "evaluations.jsonl")
+    usual = drlim["settings"]
+    runs = [(usual, 60.0), (usual | {"seed": 1}, 62.0), (usual | {"positives": "labels"}, 80.0)]
+    runs += [(usual | {"epochs": 7}, 50.0), (usual | {"data": "fashion"}, 40.0)]
+    lines = []
+    for i, (settings, linear) in enumerate(runs):
+        row = {"protocol": "features", "network": f"run{i}", "method": "drlim", "seed": 0}
+        row |= {"data": "emoji", "settings": {"size": 32}, "training": settings}
+        lines.append(row | {"result": {"linear": linear}})
+    # a row that was recorded without its variant is one of a default run
+    old = row | {"network": "old", "result": {"linear": 61.0}}
+    evaluations.ROWS.write_text(json.dumps(old) + "\n")
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluations.add(results, report.variant)
+
+    rows = evaluations.read_rows()
+    assert not any("training" in row for row in rows[1:])
+    found = evaluations.collect(rows)
+    numbers = {n: evaluations.numbers(part["features"], "linear") for n, part in found.items()}
+    assert numbers == {
+        "**drlim**": [61.0, 60.0, 62.0],
+        "**drlim** `--positives labels` (with labels)": [80.0],
+        "**drlim** `--epochs 7`": [50.0],
+        "**drlim** `--data fashion`": [40.0],
+    }
+
+
+def test_the_mean_of_curves_that_were_measured_at_other_times(report):
+    """At the shares of the longest curve; its end is the mean of the ends."""
+    longer = [[0, 50], [10, 52], [20, 56]]
+    shorter = [[0, 52], [40, 60]]
+    assert report.mean_curve([longer, shorter]) == [(0, 51), (15, 54), (30, 58)]
+    assert report.mean_curve([shorter]) == [(0, 52), (40, 60)]
+    for runs in report.headline(report.read_rows()).values():
+        time, height = report.mean_curve([run["curve"] for run in runs])[-1]
+        assert time == pytest.approx(statistics.mean(run["train_seconds"] for run in runs))
+        assert height == pytest.approx(report.mean(runs, "evaluation", "knn20"))
+
+
+def test_years_are_drawn_at_one_budget_as_soon_as_a_run_has_it(report, tmp_path, drlim):
+    rows = report.read_rows()
+    usual = [row for runs in report.headline(rows).values() for row in runs]
+    assert report.BUDGET.keys() == {m for f in report.COMPARE_VIEWS for m in report.FAMILIES[f]}
+    assert report.equal_budget(usual) == {}
+    equal = another(drlim, epochs=report.BUDGET["drlim"])
+    labels = another(equal, positives="labels")
+    assert report.equal_budget([*usual, equal, labels]) == {"drlim": [equal]}
+    assert report.years_words(usual) != report.years_words([*usual, equal])
+    report.draw_years([*usual, equal, labels], tmp_path / "years.png")
+    assert (tmp_path / "years.png").stat().st_size > 10_000
+
+
+def test_tables_of_comparisons(report):
+    """PIRL beside the longest runs of its tasks, BYOL's targets; what does not exist is not run."""
+    rows = report.read_rows()
+    (jigsaw, *_), (byol, *_) = report.chosen(rows, "jigsaw"), report.chosen(rows, "byol")
+    jigsaw["random_init"]["linear"] = 50.0
+    byol["random_init"]["linear"] = 50.0
+    runs = ((51, 16), (52, 20), (53, 28))
+    rows = [another(jigsaw, linear, epochs=epochs) for linear, epochs in runs]
+    lines = report.pirl_table(rows)
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+        "pirl `--transform jigsaw`",
+        "pirl `--transform rotation`",
+        "pirl `--transform both`",
+        "jigsaw `--epochs 28`",
+        "rotnet, as many minutes",
+    ]
+    assert "| 53.0 | 50.0 | +3.0 |" in lines[5]
+    assert [line.count("not run") for line in lines[2:]] == [6, 6, 6, 0, 6]
+
+    mid = [another(byol, 50 + stage, target="mid", stage=stage) for stage in (1, 3)]
+    lines = report.mid_table(mid)
+    assert [line.count("not run") for line in lines[2:]] == [6, 6, 0, 6, 0, 6]
+    assert "| 53.0 | 50.0 | +3.0 |" in lines[6]
+    assert report.changed(mid[1]) == "--stage 3 --target mid"
+    assert report.changed(byol) == ""
+
+
+def test_the_table_of_first_weights(report):
+    rows = report.chosen(report.read_rows(), "magic_init")[:2]
+    for row in rows:
+        row.pop("table", None)
+    assert report.magic_table(rows) == ["not run"]
+    for row, linear in zip(rows, (54.0, 56.0)):
+        row["table"] = {"He": {"knn20": 50.0, "linear": 53.0}, "pca": {"knn20": 51.0}}
+        row["table"]["pca"]["linear"] = linear
+    lines = report.magic_table(rows)
+    assert lines[0] == "| filters | kNN | linear | runs |"
+    assert lines[3] == "| pca | 51.0 ± 0.0 | 55.0 ± 1.4 | 2 |"
+
+
+def test_what_is_kept_of_a_run(report, tmp_path, monkeypatch, drlim):
+    """Of its gradients the largest of each piece, its table, its points in the plane."""
+    assert report.peaks([1.0, 3.0, 2.0, 5.0, 4.00006], pieces=2) == [3.0, 5.0]
+    assert report.peaks([1.0, 2.00006]) == [1.0, 2.0]
+    assert len(report.peaks([0.1] * 9999)) == 200
+
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "ROWS", tmp_path / "rows.jsonl")
+    start = ("method", "command", "commit", "device", "world_size", "settings")
+    plane = another(drlim, data="fashion", dim=2)
+    lines = [
+        {name: plane[name] for name in start},
+        {"step": 0, "first_gradient": 0.25},
+        {"step": 1, "first_gradient": 0.75, "seconds": 3.0, "knn20": 40.0},
+        {"table": {"He": {"linear": 1.0}}},
+        {name: drlim[name] for name in ("evaluation", "pixels", "random_init", "train_seconds")},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "points.png")
+    report.add([tmp_path])
+    (row,) = report.read_rows()
+    assert row["first_gradient"] == [0.25, 0.75]
+    assert row["table"] == {"He": {"linear": 1.0}}
+    assert row["curve"][1] == [3.0, 40.0] and len(row["curve"]) == 3
+    assert Image.open(tmp_path / "drlim_points.png").size == (30, 20)
+    assert not (tmp_path / "views").exists()
+    assert report.picture("drlim_points.png")[0].endswith("(drlim_points.png)")
+    assert report.picture("instability.png") == ["not run"]
+
+
+def test_the_instability_is_drawn_if_both_kinds_of_runs_exist(report, tmp_path):
+    row = report.chosen(report.read_rows(), "moco_v3")[0]
+    frozen = another(row, arch="vit_micro", train_patches=False)
+    frozen.pop("first_gradient", None)
+    trained = another(frozen, train_patches=True) | {"first_gradient": [0.1, 0.5, 0.2]}
+    path = tmp_path / "instability.png"
+    report.draw_instability([row, frozen], path)
+    assert not path.exists()
+    report.draw_instability([row, frozen, trained], path)
+    assert path.stat().st_size > 10_000

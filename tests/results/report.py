@@ -410,8 +410,8 @@ def title(row):
 
 
 def keep_pictures(folder, row):
-    """Of default runs with seed 0: views/NAME.png, the headings and the first two rows of the run's
-    views.png; and of SimCLR neighbours.png. Of DrLIM in the plane drlim_points.png."""
+    """Of default runs with seed 0: views/NAME.png, what the network is shown; and of SimCLR
+    neighbours.png. Of DrLIM in the plane drlim_points.png."""
     method = row["method"]
     settings = row["settings"]
     if settings["seed"] != 0 or is_supervised(row):
@@ -420,13 +420,7 @@ def keep_pictures(folder, row):
         save_small(Image.open(folder / "points.png"), HERE / "drlim_points.png")
     if not is_default(row) or settings["data"] != home(method):
         return
-    if method == "magic_init":
-        picture = some_filters(folder)
-    else:
-        picture = Image.open(folder / "views.png").convert("RGB")
-        picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
-        right = ImageOps.invert(picture).getbbox()[2]  # the note below may be wider than the images
-        picture = picture.crop((0, 0, min(right + 8, picture.width), picture.height))
+    picture = some_filters(folder) if method == "magic_init" else some_views(folder)
     if picture.width > 420:
         height = round(picture.height * 420 / picture.width)
         picture = picture.resize((420, height), Image.Resampling.LANCZOS)
@@ -434,6 +428,14 @@ def keep_pictures(folder, row):
     save_small(picture, HERE / "views" / f"{method}.png")
     if method == "simclr":
         draw_neighbours(folder, HERE / "neighbours.png")
+
+
+def some_views(folder):
+    """The headings and the first two rows of views.png."""
+    picture = Image.open(folder / "views.png").convert("RGB")
+    picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
+    right = ImageOps.invert(picture).getbbox()[2]  # the note below may be wider than the images
+    return picture.crop((0, 0, min(right + 8, picture.width), picture.height))
 
 
 def save_small(picture, path):
@@ -604,16 +606,16 @@ def draw_years(rows, path):
     for place, method in enumerate(methods):
         draw(place, best[method], fmt="o")
     markers = {"labels": "o", "drawings": "s"}
-    kinds = set()
+    kinds = {}  # kind of positives -> how far to the right
     for (method, kind), runs in with_labels(labelled).items():
-        draw(methods.index(method), runs, fmt=markers[kind], markerfacecolor="white")
-        kinds.add(kind)
+        shift = kinds.setdefault(kind, 0.2 * (len(kinds) + 1))
+        draw(methods.index(method) + shift, runs, fmt=markers[kind], markerfacecolor="white")
     names = [f"{about(method)[1]} {method}" for method in methods]
     axes.set_xticks(range(len(methods)), names, rotation=35, ha="right")
 
     for number, family in enumerate(COMPARE_VIEWS):
         axes.plot([], [], "o", color=colormaps["tab10"](number), label=family)
-    for kind in sorted(kinds):
+    for kind in kinds:
         style = {"color": "black", "markerfacecolor": "white", "label": f"with {kind}"}
         axes.plot([], [], markers[kind], **style)
     runs = [run for method in methods for run in best[method]]
@@ -627,6 +629,8 @@ def draw_plane(rows, path):
     """Alignment against uniformity of the features of the methods that compare views, on emoji:
     large and with names at their defaults, small with other settings, hollow with labels. Colour:
     linear accuracy."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     best = headline(rows)
@@ -655,20 +659,18 @@ def draw_plane(rows, path):
     for part, marker, name in (("pixels", "x", "raw pixels"), ("random_init", "+", "untrained")):
         axes.plot(*places(usual, part), "k" + marker, label=name)
     linear = [row["evaluation"]["linear"] for row in usual + other]
+    scale = ScalarMappable(Normalize(min(linear), max(linear)), "viridis")
     for name, runs in groups.items():
         if not runs:
             continue
-        x, y = places(runs, "evaluation")
-        colors = [run["evaluation"]["linear"] for run in runs]
-        size = 10 if name == "other settings" else 30
-        dots = axes.scatter(x, y, size, colors, vmin=min(linear), vmax=max(linear), label=name)
-        if name == "with labels":
-            dots.set_facecolor("none")
-    beside = figure.add_axes((0.9, 0.11, 0.02, 0.81))
-    figure.colorbar(axes.collections[0], beside, label="linear accuracy, %")
+        colors = scale.to_rgba([run["evaluation"]["linear"] for run in runs])
+        style = {"s": 10 if name == "other settings" else 30, "edgecolors": colors, "label": name}
+        style["facecolors"] = "none" if name == "with labels" else colors
+        axes.scatter(*places(runs, "evaluation"), **style)
+    figure.colorbar(scale, figure.add_axes((0.9, 0.11, 0.02, 0.81)), label="linear accuracy, %")
     means = [map(statistics.mean, places(best[method], "evaluation")) for method in methods]
     name_points(axes, [(*point, method, "black") for point, method in zip(means, methods)])
-    axes.legend(loc="lower left", fontsize=9)
+    axes.legend(loc="lower left", fontsize=9, ncols=2)
     figure.savefig(path)
 
 
