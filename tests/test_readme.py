@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, arguments, kind_of, tiny_data
+from conftest import ROOT, SCRIPTS, arguments, call_main, kind_of, light, short, tiny_data
 from PIL import Image
 
 import common
@@ -273,6 +273,16 @@ def test_runs_with_labels_are_told_apart(report, drlim):
     assert short[heading + 1].startswith("| **drlim** `--positives drawings` (with labels) |")
     assert "`--margin 1.0 --positives labels` (with labels) | 55.2 | 72.0" in short[heading + 2]
     assert "with labels" not in "\n".join(report.short_table([drlim]))
+
+
+def test_a_run_with_labels_has_a_folder_and_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*short("drlim", epochs=1), "--positives", "labels"]
+    run = call_main("drlim", *flags, **light("drlim"))
+    assert run.code == 0, run.err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("drlim-labels-") and folder.name.endswith("-0")
+    assert "\ndrlim-labels " in run.out
 
 
 def test_evaluations_of_other_settings_have_own_lines(report, tmp_path, monkeypatch, drlim):
