@@ -343,7 +343,7 @@ def kernels(monkeypatch):
         # float32 is not rounded, for it shows errors that float16 hides
         monkeypatch.setattr(infonce, "rounded", lambda x: x)
         little = dict(BM=32, BN=16, num_warps=4, num_stages=2)
-        for name in ("LSE_TILES", "MEAN_TILES", "GRAD_TILES"):
+        for name in ("LSE_TILES", "MEAN_TILES", "BANK_TILES", "GRAD_TILES"):
             monkeypatch.setattr(infonce, name, [little] * 2)
         monkeypatch.setattr(infonce, "SIMPLE_TILES", little)
     return monkeypatch
@@ -1045,9 +1045,10 @@ def compiled_kernels(arch):
         D = (128, 256)[wide_rows]
         for kind in ("*fp16", "*bf16") if arch == 90 and not wide_rows else ("*fp16",):
             for mean in (False, True) if large_scale else (False,):
-                tiles = (infonce.MEAN_TILES if mean else infonce.LSE_TILES)[wide_rows]
                 pointers = ("scale_ptr", "lse_ptr", "mean_ptr")
                 for own in (False, True) if mean else (False,):
+                    name = "BANK_TILES" if own else "MEAN_TILES" if mean else "LSE_TILES"
+                    tiles = getattr(infonce, name)[wide_rows]
                     types = sizes | {"own_ptr": "*i32" if own else NUMBERS}
                     options = dict(LARGE_SCALE=large_scale, MEAN=mean, OWN=own)
                     yield spec_of("lse_kernel", kind, D, tiles, arch, pointers, types, **options)
