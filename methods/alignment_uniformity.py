@@ -7,24 +7,24 @@ Idea. The paper shows that a contrastive loss such as InfoNCE, with very many ne
 two things, which can also be measured and minimised directly. Alignment: two views of an image come
 to nearby points of the unit sphere. Uniformity: the points of different images spread evenly over
 the sphere, which keeps as much as possible of what distinguishes them. Alignment alone would
-collapse, because it is perfect if all images come to one point. Uniformity is the energy of points
-that repel each other; the closer two points are, the higher is the energy of the pair, by a
-Gaussian of their distance. Neither needs a softmax or a temperature.
+collapse, because it is perfect if all images come to one point. Uniformity is the log of the mean
+energy of all pairs, as if the points repelled each other. The energy of a pair is a Gaussian of its
+distance, largest where both coincide. Neither needs a softmax or a temperature.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
-views of each; h = f(x) (n, D) representation, kept for later use; z1, z2 (N, d) projections of both
-views of all processes, L2-normalised; alpha, t > 0. Section 4.1:
+views of each; h = f(x) (n, D) representation, kept for later use; z1, z2 (N, d): projections of the
+first and of the second views, from all processes, L2-normalised; alpha, t > 0. Section 4.1:
 
     alignment(z1, z2) = mean over images i of  ||z1_i - z2_i||^alpha
     uniformity(z)     = log mean over pairs of images i < j of  exp(-t ||z_i - z_j||^2)
     L = align_weight alignment(z1, z2) + uniform_weight (uniformity(z1) + uniformity(z2)) / 2
 
-If all projections are the same, both are 0, which is the largest value of the uniformity. Two
-opposite points have -4 t, the smallest value; random points of a sphere of many dimensions have
-nearly -2 t.
+If all projections are the same, both terms are 0: the best alignment and the worst uniformity. Two
+opposite points have a uniformity of -4 t, the smallest value; random points of a sphere of many
+dimensions have nearly -2 t.
 
 Run.
-    python methods/alignment_uniformity.py                    two CPU cores, 2 minutes
+    python methods/alignment_uniformity.py                    one CPU core, about 6 minutes
     python methods/alignment_uniformity.py --recipe cifar10      one GPU
     torchrun --nproc_per_node 8 methods/alignment_uniformity.py --recipe paper --data stl10
 --batch counts the images of all processes together.

@@ -32,6 +32,7 @@ weights, biases, scales and offsets, but not its running statistics. This follow
 
 Run.
     python methods/byol.py                                    two CPU cores, 5 to 11 minutes
+    python methods/byol.py --target mid --stage 1             a middle layer as target
     python methods/byol.py --recipe cifar10                   one GPU
     torchrun --nproc_per_node 8 methods/byol.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
@@ -50,8 +51,7 @@ Differs from the paper. (This file | the paper, or the official code.)
     4. Weights start as PyTorch's layers do | official code: from a truncated normal. Residual
        branches do not start at zero; the official README says that the paper's did not either |
        official code: at zero.
-    5. No classifier during training | official code: a linear one on the labels, without gradient
-       to the network, to watch progress.
+    5. No classifier during training | official code: one on labels, which passes no gradient back.
     6. The first step of the warm-up has a rate above 0 | official code: 0.
     7. In the columns emoji and cifar10: SGD with weight decay on all parameters, and no blur, whose
        kernel would have only 3 taps at 32 pixels | paper: LARS, and blur.

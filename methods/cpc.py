@@ -15,9 +15,9 @@ of the batch (InfoNCE, a loss that this paper introduced; SimCLR and MoCo took i
 
 Notation. N images in the global batch, n = N / processes on this process; x (n, G, G, 3, t, t) the
 patches of each; z = f(x) (n, G, G, D) encodings, whose mean over the grid is the representation
-that is kept for later use; c_ij context, computed from rows 1 to i of z; W_k c_ij (d) prediction of
-the patch k rows below, by a linear map for each k; u = V z (d) what is predicted, a linear map of
-z. With l over all patches of the global batch (Eq. 4):
+that is kept for later use; c_ij context, computed from rows 1 to i of z; u = V z (d) what is to be
+predicted, a linear map of z; W_k c_ij (d) prediction of u_(i+k)j, k rows below, with a matrix W_k
+for each k. With l over all patches of the global batch (Eq. 4):
 
     p_ijk = exp(u_(i+k)j . W_k c_ij) / sum over l of exp(u_l . W_k c_ij)
     L     = mean over images, i, j and k of  -log p_ijk
@@ -26,7 +26,7 @@ A network that guesses has the loss log(N G G). In CPC v2 the grid is also read 
 sides, each by a context network of its own.
 
 Run.
-    python methods/cpc.py                                     two CPU cores, 8 minutes
+    python methods/cpc.py                                     one CPU core, about 17 minutes
     python methods/cpc.py --recipe stl10                      one GPU
     torchrun --nproc_per_node 8 methods/cpc.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
@@ -44,8 +44,8 @@ Differs from the paper. (This file | the papers.)
     3. Without normalisation (-none in --arch), a scale and an offset for each channel stay where
        batch-norm was, and a residual branch starts at 0 | v1: does not say how such a network
        starts. Layer-norm (-layer) is over the channels and places of one patch.
-    4. The context network is that of v2's appendix, on a linear projection of z, and u is a linear
-       map of z, as there | v1: a PixelCNN that it does not describe; predicts z itself.
+    4. The context network and V are those of v2's appendix; the context network reads a linear
+       projection of z | v1: a PixelCNN without details; it predicts z itself.
     5. Where colours are dropped, one random channel stands for all three | v2: the other two are
        gone. v2 also bends, shears and recolours its patches.
     6. Images are random resized crops | v1: crops of 256 from 300 pixels, in grey.
@@ -395,7 +395,8 @@ def draw_predictions(path, run):
     predicted, targets = run.model.eval()(patches)
 
     # One prediction of each image: by the reader from the top, of the patch k rows below `row`, in
-    # the middle column. The first ones of the model are those of the least k, row by row.
+    # the middle column. In the model's output the reader from the top comes first, with its
+    # smallest k first, row by row: so this one is number row * count + column.
     count, stride, side = grid_of(size)
     k = run.args.nearest
     row = (count - k) // 2

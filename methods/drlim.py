@@ -8,9 +8,9 @@ Official code: none was published.
 Idea. All that is given is which pairs of images are similar. A network maps every image to a point,
 and two springs act on the points: similar ones attract each other, however far apart they are, and
 dissimilar ones repel each other until their distance reaches a margin. Without the second spring
-all images would end in one point. Nothing depends on a distance between the images themselves, so
-the map ignores whatever differs between similar images: where the object stands, its colours. This
-is the first contrastive loss; the other files of metric learning, and SimCLR, change how many
+all images would end in one point. The loss compares only points, never the images themselves. So
+the map learns to ignore whatever differs between similar images: where the object stands, its
+colours. The other files of metric learning, and SimCLR, vary this contrastive loss: how many
 dissimilar images are compared at once, and how.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
@@ -21,17 +21,18 @@ name: the number of their image, or its label, or what it draws (--positives).
     L = mean over similar pairs of  1/2 D_ij^2
         + w  mean over dissimilar pairs of  1/2 max(0, m - D_ij)^2
 
-over all pairs of the 2N views. If only the views of an image are similar, there are 2N - 2
-dissimilar pairs for each similar one. With w = 2N - 2 the loss is then the paper's sum over all
-pairs, divided by N.
+over all pairs of the 2N views. By default each image gives one similar pair, its two views. Then
+there are 2N - 2 dissimilar pairs for each similar one, and w = 2N - 2 makes L the paper's sum over
+all pairs, divided by N. Some lecture notes leave out both factors 1/2.
 
 Run.
-    python methods/drlim.py                                   two CPU cores, 6 minutes
+    python methods/drlim.py                                   one CPU core, about 8 minutes
     python methods/drlim.py --recipe fashion                  the plane of the paper's figures
     python methods/drlim.py --recipe cifar10                  one GPU
     torchrun --nproc_per_node 8 methods/drlim.py --recipe paper --data fashion-mnist
 --batch counts the images of all processes together.
-With --positives labels or drawings the labels are used: that is no longer self-supervised.
+With --positives labels or drawings the labels are used: that is no longer self-supervised. With
+--dim 2, points.png shows the test images in the plane.
 
 Reached. On emoji after 45 epochs, 486 seconds on one busy CPU core: kNN 55.2 % (untrained 51.8, raw
 pixels 53.9); linear 61.6 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
@@ -40,15 +41,15 @@ Differs from the paper. (This file | the paper, or other code.)
     1. Similar are two views of an image, made by SimCLR's crops and colours, or images of one label
        or one emoji | of MNIST's digits 4 and 9 the five nearest neighbours by pixels, or copies of
        an image that are shifted by a few pixels; of NORB's airplanes neighbouring camera positions.
-    2. Similar pairs have more weight, except in the column `paper`, and a step looks at all pairs
-       of the views of a batch | the sum over all pairs of the training set, pair by pair.
-       pytorch-metric-learning: distances that are not squared, between unit vectors, and the mean
-       only over pairs that have a loss.
+    2. w is 2 or 30: dissimilar pairs count less than in the paper's sum, which the column `paper`
+       has (w = 254). A step uses all pairs of the views of a batch | the sum over all pairs of the
+       training set, pair by pair. pytorch-metric-learning: distances that are not squared, between
+       unit vectors, and the mean only over pairs that have a loss.
     3. The points have 128 dimensions and length 1, except in the columns `fashion` and `paper`, and
        the features before g are kept | two or three dimensions, any length, which are the result.
     4. The network is a ResNet or ViT, trained by AdamW, with a hidden layer behind it, except in
        the column `paper` | two convolutions, or two layers, trained by stochastic gradient descent.
-       Batch, epochs and rates of the column `paper` are ours.
+       Margin, batch, epochs and rates of the column `paper` are ours.
     5. At D = 0 the gradient of D is taken to be 0: two dissimilar views at the same point do not
        repel each other | not mentioned.
 """
@@ -173,6 +174,8 @@ def draw_points(path, run):
     if rank() > 0:
         return
     z = z.cpu()
+    if run.args.unit:
+        z = F.normalize(z, dim=1)
     order = np.random.default_rng(0).permutation(len(z))
     few = torch.from_numpy(order[:60])
     ((images, _),) = split.images.whole(few, run.args.size)

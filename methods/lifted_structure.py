@@ -3,29 +3,29 @@ Oh Song, Xiang, Jegelka, Savarese, CVPR 2016. https://arxiv.org/abs/1511.06452
 Official code (Caffe): https://github.com/rksltnl/Deep-Metric-Learning-CVPR16; the loss:
 https://github.com/rksltnl/Caffe-Deep-Metric-Learning-CVPR16
 
-Idea. Pairs and triplets use few of the distances within a batch. Here every pair of positives meets
-all negatives of both its images: the pair should be nearer together than either of the two is to
-its nearest negative, by a margin. A maximum over so many distances has a gradient at a single
-negative and jumps from one to another, which ends in poor minima. So it is replaced by a smooth
-upper bound, the logarithm of a sum of exponentials, in which near negatives count most and all
-count a little: a step towards the softmax of N-pair and InfoNCE.
+Idea. Pairs and triplets use few of the distances within a batch. Here each pair of positives is
+compared with all negatives of both its images: its distance plus a margin should be smaller than
+the distance from either image to its nearest negative. A maximum over so many distances has a
+gradient at a single negative and jumps from one to another, which ends in poor minima. So it is
+replaced by a smooth upper bound, the logarithm of a sum of exponentials, in which near negatives
+count most and all count a little: a step towards the softmax of N-pair and InfoNCE.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding, not
-normalised; D_ij = ||z_i - z_j|| distance, not squared; a margin. A view has a name: the number of
-its image, or its label, or what it draws (--positives). Views of the same name are positives,
-others negatives. P: all pairs i < j of positives among the 2N views; N(i): the negatives of i.
-Eq. 4:
+normalised; D_ij = ||z_i - z_j|| distance, not squared (some lecture notes square D); a margin. A
+view has a name: the number of its image, or its label, or what it draws (--positives). Views of the
+same name are positives, others negatives. P: all pairs i < j of positives among the 2N views;
+N(i): the negatives of i. Eq. 4:
 
     J_ij = log( sum over k in N(i) of exp(a - D_ik)  +  sum over l in N(j) of exp(a - D_jl) ) + D_ij
     L    = 1 / (2 |P|)  sum over (i, j) in P of  max(0, J_ij)^2
 
-and with --no-smooth, Eq. 3, which it bounds from above:
+This J_ij is an upper bound of that of Eq. 3, which --no-smooth takes instead:
 
     J_ij = max( max over k in N(i) of a - D_ik,  max over l in N(j) of a - D_jl ) + D_ij
 
 Run.
-    python methods/lifted_structure.py                        two CPU cores, 3 minutes
+    python methods/lifted_structure.py                        one CPU core, about 6 minutes
     python methods/lifted_structure.py --no-smooth            the hardest negative alone
     python methods/lifted_structure.py --recipe cifar10       one GPU
     torchrun --nproc_per_node 8 methods/lifted_structure.py --recipe paper --data PATH/TO/FOLDER
@@ -76,8 +76,9 @@ def lifted_loss(z, name, margin, smooth):
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # (2N, 2N)
     same = name[:, None] == name
 
-    # What the negatives of one view say, then those of both views of a pair. A finite number in
-    # place of minus infinity keeps gradients finite where a view has no negative.
+    # own: log-sum-exp, or maximum, over the negatives of each view; both: over those of the two
+    # views of a pair. What is no negative gets the lowest finite number: with minus infinity the
+    # gradient of logsumexp would be NaN where a view has no negative.
     lowest = torch.finfo(D.dtype).min
     inside = (margin - D).masked_fill(same, lowest)  # (2N, 2N)
     if smooth:

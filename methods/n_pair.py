@@ -14,8 +14,9 @@ embeddings from growing instead.
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; z1, z2 = g(h) (n, d) embeddings
 of both, not normalised. Images have names: their number, their label, or what they draw
-(--positives). Those of the same name are positives: p(i) is the next image of the batch with the
-name of i, or i itself if there is no other. Eq. 6 of the paper with i's positive z2_p(i):
+(--positives). Those of the same name are positives: p(i) is the next image in the batch with i's
+name (after the last comes the first). If no other image has it, p(i) = i: the positive is i's own
+second view. Eq. 6 of the paper with i's positive z2_p(i):
 
     L = mean over i of  log( 1 + sum over j of another name of  exp(z1_i . z2_j - z1_i . z2_p(i)) )
         + lambda / 2  mean over all 2N embeddings of  ||z||^2
@@ -23,7 +24,7 @@ name of i, or i itself if there is no other. Eq. 6 of the paper with i's positiv
 If all embeddings are 0, and all names differ, the loss is log N.
 
 Run.
-    python methods/n_pair.py                                  two CPU cores, 5 minutes
+    python methods/n_pair.py                                  one CPU core, about 11 minutes
     python methods/n_pair.py --recipe cifar10                 one GPU
     torchrun --nproc_per_node 8 methods/n_pair.py --recipe paper --data PATH/TO/FOLDER
 --batch counts the images of all processes together.
@@ -38,7 +39,7 @@ Differs from the paper. (This file | the paper, or TensorFlow's code.)
        label, and several pairs may have the same: their images are left out of each other's sum |
        paper: one pair of each of N classes. TensorFlow: such images are positives, too, and share
        the probability.
-    2. lambda is TensorFlow's, of which half is the weight of the mean | paper: not verified.
+    2. The penalty is lambda / 2 times the mean, as in TensorFlow's code | paper: not verified.
        pytorch-metric-learning: no penalty, and normalised embeddings by default.
     3. The classes of a batch are drawn at random | paper: also so that they are hard to tell apart,
        where there are many.
@@ -163,7 +164,8 @@ def main(argv=None):
     name = name.to(device)
     model = NPair(args.arch, args.size, args.dim, args.head).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
-    # If all embeddings are the same, and no names are, the positive is one of N equal candidates.
+    # If all embeddings are the same and all names differ, the positive is one of N equal
+    # candidates.
     collapsed = ("collapsed", math.log(args.batch)) if args.positives == "views" else None
     run = Run("n_pair", args, data, loader, model, {"optimizer": optimizer}, collapsed)
     wrapped = distribute(model, device, args.compile)

@@ -17,9 +17,9 @@ them, L2-normalised: f (n, d) of the images, g (n, d) of the transformed version
 rows m_I, one for each image; tau temperature; mu momentum.
 The loss is noise-contrastive estimation (NCE, Eq. 4 and 5), averaged over images. An embedding v is
 compared with the row of its own image and with those of K others, drawn anew for each step. P is a
-softmax over all rows of the bank, whose sum Z is held constant. h is the probability that a row is
-that of the own image, not one of the K. lambda is the weight of the transformed versions. After the
-step the bank learns the embeddings of the images, not of the transformed versions:
+softmax over all rows of the bank, but a constant Z stands for its sum. h is the probability that
+m_I is the row of v's own image and not one of the K. lambda is the weight of the transformed
+versions. After the step the bank learns the embeddings of the images, not of those versions:
 
     P(I, v)   = exp(m_I . v / tau) / Z,    h = P / (P + K / M)
     NCE(I, v) = -log h(I, v) - sum over K others I' of log(1 - h(I', v))
@@ -27,7 +27,7 @@ step the bank learns the embeddings of the images, not of the transformed versio
     m_I      <- mu m_I + (1 - mu) f,    back to length 1
 
 Run.
-    python methods/pirl.py                                    two CPU cores, 9 minutes
+    python methods/pirl.py                                    one CPU core, about 17 minutes
     python methods/pirl.py --transform rotation               turned views instead of puzzles
     torchrun --nproc_per_node 8 methods/pirl.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
@@ -37,8 +37,9 @@ raw pixels 53.9); linear 58.3 % (untrained 55.2, raw pixels 54.1); one run. Othe
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The constant Z is estimated once, from the first batch, from all kinds of views | official
-       code: from the patches. Paper, Eq. 3: in the place of Z K / M stands the sum of
-       exp(m . v / tau) over the K others, so each view has a sum of its own.
+       code: from the patches. Paper, Eq. 3, with s = m . v / tau: h = e^s / (e^s + sum of e^s over
+       the K others). Each view has a sum of its own where we, and the official code, have the
+       constant Z K / M.
     2. The K others are the same for all images of a step; where one is the image itself, it is
        left out | official code: drawn for each image, from all M.
     3. With --transform both, the terms of the puzzle and of the turned view have half of lambda
@@ -46,9 +47,9 @@ Differs from the paper. (This file | the paper, or the official code.)
     4. The nine patches of a puzzle have the same changes of colour and are mirrored together |
        official code: each by itself, with random changes of contrast and sharpness (photometric)
        on top.
-    5. On emoji the heads end in a batch-norm without scale and offset, as in MoCo v3, and NCE gives
-       way to a softmax over the 1 + K rows, a choice in the official code, too | paper, and our
-       other columns: neither (--no-head-norm --loss nce).
+    5. On emoji the heads end in a batch-norm without scale and offset, as in MoCo v3, and the loss
+       is a softmax over the 1 + K rows, which the official code offers too | paper, and our other
+       columns: no batch-norm, and NCE (--no-head-norm --loss nce).
     6. The cosine schedule ends at 0 and changes at every step | official code: ends at a thousandth
        of the first rate and changes once per epoch.
 """
@@ -104,7 +105,7 @@ def nce_loss(logits, Z, M):  # copy of: methods/instance_discrimination.py::nce_
     logits: (n, 1 + K) products m . v / tau with the own row, then with the K others; Z: the
     constant in P = exp(logit) / Z; M: the number of images, each drawn with probability 1 / M."""
     K = logits.shape[1] - 1
-    # h = P / (P + K / M) is the sigmoid of log P - log(K / M).
+    # P / (P + K / M) is the sigmoid of log P - log(K / M).
     evidence = logits - torch.log(Z * K / M)
     own, others = evidence.split([1, K], 1)
     losses = -F.logsigmoid(own).sum(1) - F.logsigmoid(-others).sum(1)  # (n,)

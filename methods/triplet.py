@@ -7,9 +7,10 @@ https://github.com/tensorflow/addons/blob/master/tensorflow_addons/losses/triple
 Idea. An image, the anchor, should be nearer to each of its positives than to any negative, by a
 margin. Only the difference of two distances matters, so positives need not end in one point, and
 images that are far away exert no force. Most triplets satisfy the margin soon and teach nothing, so
-in each batch the hard ones are searched. The hardest, the negative nearest to the anchor, easily
-draws all images into one point at the beginning. FaceNet takes a negative that is semi-hard:
-farther away than the positive, but not by the margin.
+each batch is searched for hard ones. The hardest, the negative nearest to the anchor, easily draws
+all images into one point at the beginning. FaceNet takes a negative that is semi-hard: farther away
+than the positive, but by less than the margin. Here it is the nearest negative beyond the positive;
+if even that is farther by the margin, the pair has no loss.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding,
@@ -17,13 +18,13 @@ L2-normalised; d(i, j) = ||z_i - z_j||^2 squared distance, at most 4; m margin. 
 the number of its image, or its label, or what it draws (--positives). Views of the same name are
 positives, others negatives. P: all ordered pairs (a, p) of positives among the 2N views.
 
-    n(a, p) = argmin of d(a, n) over the negatives n of a with d(a, n) > d(a, p)
-    L       = mean over (a, p) in P of  max(0, d(a, p) - d(a, n(a, p)) + m)
+    k(a, p) = argmin of d(a, k) over the negatives k of a with d(a, k) > d(a, p)
+    L       = mean over (a, p) in P of  max(0, d(a, p) - d(a, k(a, p)) + m)
 
 If all embeddings are the same, the loss is m.
 
 Run.
-    python methods/triplet.py                                 two CPU cores, 3 minutes
+    python methods/triplet.py                                 one CPU core, about 10 minutes
     python methods/triplet.py --mining hardest                why semi-hard
     python methods/triplet.py --recipe cifar10                one GPU
     torchrun --nproc_per_node 8 methods/triplet.py --recipe paper --data PATH/TO/FOLDER
@@ -38,8 +39,8 @@ Differs from the paper. (This file | the paper, or TensorFlow's code.)
        one person. With --positives labels, batches hold pairs of images of one label, each as two
        views | about 40 faces of a person, and further faces at random.
     2. The mean over all pairs of positives, also those without loss | paper: a sum, which is the
-       same up to a factor. pytorch-metric-learning's mean leaves out triplets without loss, and
-       takes all semi-hard negatives of a pair, not the nearest.
+       same up to a factor. pytorch-metric-learning: distances that are not squared by default; the
+       mean leaves out triplets without loss; its miner takes all semi-hard negatives of a pair.
     3. Where no negative is farther away than the positive, the farthest one is taken, as in
        TensorFlow's code | paper: not mentioned.
     4. The network is a ResNet or ViT, trained by AdamW; g has a hidden layer, except in the column
@@ -72,21 +73,21 @@ def triplet_loss(z, name, margin, mining):
 
     z: (2N, d) L2-normalised; name: (2N,) integers, equal for positives. mining: "semi-hard", or
     "hardest", the negative nearest to the anchor."""
-    d = 2 - 2 * z @ z.T  # (2N, 2N): row a, column p or n
+    d = 2 - 2 * z @ z.T  # (2N, 2N): row a, column p or k
     same = name[:, None] == name
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = same & ~itself
     negatives = (~same).sum(1, keepdim=True)  # (2N, 1): how many an anchor has
 
-    # The negatives of each anchor by distance; the first that is farther away than the positive.
-    # The indices are found without gradient.
+    # Sort the negatives of each anchor by distance. For each positive, find the first negative that
+    # is farther away. Indices need no gradient.
     sorted_d, order = d.detach().masked_fill(same, torch.inf).sort(dim=1)
-    rank_of_negative = torch.zeros_like(order)  # (2N, 2N): of n(a, p), the nearest first
+    rank_of_negative = torch.zeros_like(order)  # (2N, 2N): of k(a, p), the nearest first
     if mining == "semi-hard":
         rank_of_negative = torch.searchsorted(sorted_d, d.detach().contiguous(), right=True)
         farthest = (negatives - 1).clamp(min=0)
         rank_of_negative = torch.minimum(rank_of_negative, farthest)
-    to_negative = d.gather(1, order.gather(1, rank_of_negative))  # (2N, 2N): d(a, n(a, p))
+    to_negative = d.gather(1, order.gather(1, rank_of_negative))  # (2N, 2N): d(a, k(a, p))
 
     loss = (d - to_negative + margin).clamp(min=0)
     loss = loss * (positive & (negatives > 0))

@@ -6,9 +6,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, arguments, assert_close_states, call_main, light, noise, short, tiny_data
+from conftest import (
+    CPU,
+    Recorder,
+    arguments,
+    assert_close_states,
+    call_main,
+    light,
+    noise,
+    short,
+    tiny_data,
+)
+from matplotlib.axes import Axes
 
-from common import Data, InMemory, Loader, PairLoader, Split, positive_names
+from common import Data, InMemory, Loader, PairLoader, Split, features, positive_names
 from methods import drlim
 from methods.drlim import contrastive_loss
 
@@ -258,3 +269,22 @@ def test_points_in_the_plane_are_drawn(train):
     flags = short("drlim", epochs=1, dim=2)
     pictures = train("drlim", *flags, double=False, **light("drlim")).pictures
     assert len(pictures["points.png"]) > 10_000
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_the_points_drawn_are_those_of_the_loss(train, monkeypatch, unit):
+    """With --unit on the unit circle. The bar is as long as the margin, in the same numbers."""
+    drawn = []
+    bars = []
+    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, **options: drawn.append((x, y)))
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *others, **options: bars.append((x, y)))
+    flags = short("drlim", batch=24, epochs=1, dim=2, margin=0.7)
+    flags += ["--unit" if unit else "--no-unit"]
+    train("drlim", *flags, double=False, **light("drlim"))
+    z, _ = features(Recorder.latest.model, tiny_data().test, 16, CPU)
+    if unit:
+        z = z / z.square().sum(1, keepdim=True).sqrt()
+    assert (z.square().sum(1) - 1).abs().max() < 1e-5 or not unit
+    torch.testing.assert_close(torch.stack(drawn[0], 1), z, rtol=1e-5, atol=1e-5)
+    (((left, right), (bottom, top)),) = bars
+    assert right - left == pytest.approx(0.7) and bottom == top

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments, light, noise, tiny_data
+from conftest import Recorder, arguments, light, noise, tiny_data
 
 import common
 from kernels.infonce import bank_loss
@@ -38,7 +38,7 @@ def test_softmax_loss_by_hand():
 
 
 def test_a_network_that_cannot_tell_images_apart_has_the_loss_of_chance():
-    """Softmax: log M. NCE: each P is 1 / M, so h = 1 / (1 + K) for all."""
+    """Softmax: log M. NCE: each P is 1 / M, so p = 1 / (1 + K) for all."""
     bank = units(1, 8).expand(50, 8)
     v = units(4, 8, seed=1)
     args = arguments("instance_discrimination", "--loss", "softmax")
@@ -55,11 +55,49 @@ def test_a_network_that_cannot_tell_images_apart_has_the_loss_of_chance():
 
 def test_nce_loss_by_hand():
     """M = 10, K = 2, Z = 5: P is 4/5 for the image itself, 1/5 and 2/5 for the others; K / M = 1/5.
-    So h = 4/5, 1/2 and 2/3."""
+    So p = 4/5, 1/2 and 2/3."""
     logits = torch.tensor([[4.0, 1.0, 2.0]], dtype=torch.float64).log()
     found = instdisc.nce_loss(logits, torch.tensor(5.0).double(), 10)
     expected = -math.log(4 / 5) - math.log(1 / 2) - math.log(1 / 3)
     torch.testing.assert_close(found.item(), expected, **EXACT)
+
+
+def official_softmax(x, y, memory, T, momentum=0.5):
+    """lib/LinearAverage.py and the cross-entropy of cifar.py, forward and backward by hand, in
+    numpy. Returns the loss, its gradient to x and the new memory, which only the backward pass
+    writes."""
+    rows = np.arange(len(x))
+    out = x @ memory.T / T
+    share = np.exp(out)
+    share /= share.sum(1, keepdims=True)
+    loss = -np.log(share[rows, y]).mean()
+
+    grad_out = share / len(x)
+    grad_out[rows, y] -= 1 / len(x)
+    grad_x = grad_out / T @ memory
+
+    memory = memory.copy()
+    moved = momentum * memory[y] + (1 - momentum) * x
+    memory[y] = moved / np.sqrt((moved**2).sum(1, keepdims=True))
+    return loss, grad_x, memory
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_softmax_and_the_bank_are_those_of_the_official_code(momentum):
+    """Value, gradient and the rows after the step."""
+    M, d, T = 40, 16, 0.07
+    bank = units(M, d)
+    v = units(6, d, seed=1).requires_grad_()
+    index = torch.tensor([3, 39, 0, 17, 5, 8])
+    found = official_softmax(v.detach().numpy(), index.numpy(), bank.numpy(), T, momentum)
+    loss, grad, memory = found
+
+    ours = instdisc.softmax_loss(v, bank, index, T)
+    ours.backward()
+    torch.testing.assert_close(ours.item(), loss, **EXACT)
+    torch.testing.assert_close(v.grad, torch.from_numpy(grad), **EXACT)
+    instdisc.update_bank(bank, index, v.detach(), momentum)
+    torch.testing.assert_close(bank, torch.from_numpy(memory), **EXACT)
 
 
 def official_nce(x, y, memory, idx, T, Z=None, momentum=0.5, eps=1e-7):
@@ -313,14 +351,16 @@ def test_knn_is_that_of_the_official_code():
 
 def test_knn_of_a_run_asks_the_bank_and_not_new_features(train, monkeypatch):
     """What knn is given: the bank as the training left it with the labels of its images, and the
-    embeddings of the test images."""
+    embeddings of the test images. The last line of the training tells what it found."""
     asked = []
+    epochs = []
 
     def see(bank, labels, v, test_labels, k, temperature):
         asked.append((bank.clone(), labels, v, test_labels, k, temperature))
         return 12.345
 
     monkeypatch.setattr(instdisc, "knn", see)
+    monkeypatch.setattr(Recorder, "end_epoch", lambda run, epoch, **more: epochs.append(more))
     run = train("instance_discrimination", *FLAGS, "--tau", 0.2, spy=bank_and_z)
     data = tiny_data()
     ((bank, labels, v, test_labels, k, temperature),) = asked
@@ -328,6 +368,7 @@ def test_knn_of_a_run_asks_the_bank_and_not_new_features(train, monkeypatch):
     assert v.shape == (12, 16) and torch.equal(test_labels, data.test.labels)
     assert (k, temperature) == (200, 0.2)
     assert "retrieval.png" in run.pictures and "12.3 %" in run.out
+    assert epochs == [{}, {"bank_knn": 12.345}]
 
 
 @pytest.mark.parametrize(

@@ -137,9 +137,11 @@ def test_only_the_nearest_negative_moves_without_the_bound():
 @EITHER
 @pytest.mark.parametrize("name", [[4, 4, 4, 4], [0, 0, 1, 1]])
 def test_no_negatives_and_equal_points_give_no_nan(smooth, name):
-    """A small batch may hold one label only; and two views may be sent to the same point."""
+    """A small batch may hold one label only; and two views may be sent to the same point. There is
+    no NaN on the way back either, where masked_fill would hide it."""
     z = double([1.0, 2.0]).repeat(4, 1)
-    loss, gradient = loss_and_gradient(z, torch.tensor(name), smooth=smooth)
+    with torch.autograd.set_detect_anomaly(True):
+        loss, gradient = loss_and_gradient(z, torch.tensor(name), smooth=smooth)
     assert loss.isfinite() and gradient.isfinite().all()
     if len(set(name)) == 1:
         assert loss == 0

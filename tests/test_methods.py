@@ -532,6 +532,23 @@ def test_three_steps_on_a_stand_in_for_a_gpu(name, tmp_path):
     assert len(run.losses) == 3
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "instance_discrimination --loss nce",
+        "pirl --loss nce",
+        "pirl --transform both",
+        "byol --target mid",
+        "moco_v3 --arch vit_micro --train-patches",
+        "lifted_structure --no-smooth",
+    ],
+)
+def test_what_the_defaults_leave_out_on_a_stand_in_for_a_gpu(command, tmp_path):
+    name, *flags = command.split()
+    run = on_meta(name, *short(name, batch=16, epochs=1), *flags, "--out", tmp_path)
+    assert len(run.losses) == 1
+
+
 def loss_with(trouble):
     def loss(z1, z2, tau):
         trouble(z1)

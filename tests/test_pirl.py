@@ -42,6 +42,16 @@ def test_loss_by_hand():
     torch.testing.assert_close(found.item(), expected, **EXACT)
 
 
+def test_softmax_loss_by_hand():
+    """The default: no Z. Image: exp(s) is 4 for itself, 1 and 2 for the others, so 4/7. Puzzle: all
+    the same, so 1/3. Weights 3/4 and 1/4."""
+    of_image = torch.tensor([[4.0, 1.0, 2.0]], dtype=torch.float64).log()
+    of_puzzle = torch.full((1, 3), 5.0, dtype=torch.float64)
+    found = pirl.pirl_loss(of_image, [of_puzzle], None, 10, 0.25)
+    expected = -0.75 * math.log(4 / 7) - 0.25 * math.log(1 / 3)
+    torch.testing.assert_close(found.item(), expected, **EXACT)
+
+
 def test_two_transformations_share_the_weight():
     logits = [noise(4, 6, seed=s) for s in range(3)]
     Z = torch.tensor(9.0).double()
@@ -56,10 +66,11 @@ def test_two_transformations_share_the_weight():
     torch.testing.assert_close(loss([logits[2]], 1), pirl.nce_loss(logits[2], Z, 30), **EXACT)
 
 
-def official(outputs, y, memory, idx, T, weights, momentum=0.5):
+def official(outputs, y, memory, idx, T, weights, loss_type, momentum=0.5):
     """NCELossWithMemory of vissl, in numpy: the outputs are [of patches, of images], the second one
-    moves the memory, Z is estimated from the first. Returns the loss, its gradients and the new
-    memory. idx (B, K + 1): the first column is y."""
+    moves the memory. loss_type "nce": Z is estimated from the first; "cross_entropy": the classes
+    are the columns of idx, of which the first is right. Returns the loss, its gradients, Z and the
+    new memory. idx (B, K + 1): the first column is y."""
     eps = np.finfo("float32").eps
     B, K = len(y), idx.shape[1] - 1
     n = len(memory)
@@ -69,6 +80,12 @@ def official(outputs, y, memory, idx, T, weights, momentum=0.5):
     for x, weight in zip(outputs, weights):
         rows = memory[idx]
         out = np.exp(np.einsum("bkd,bd->bk", rows, x) / T)
+        if loss_type == "cross_entropy":
+            share = out / out.sum(1, keepdims=True)
+            loss += -weight * np.log(share[:, 0]).mean()
+            share[:, 0] -= 1
+            grads.append(weight * np.einsum("bk,bkd->bd", share / B / T, rows))
+            continue
         Z = out.mean() * n if Z is None else Z
         out = out / Z
         level = K / n
@@ -83,9 +100,10 @@ def official(outputs, y, memory, idx, T, weights, momentum=0.5):
     return loss, grads, Z, memory
 
 
-def test_loss_and_bank_are_those_of_the_official_code():
-    """With others that are no image of the batch. Their eps of 1.2e-7 beside K / M = 0.2 changes a
-    logarithm by up to 6e-7, and there are nine of them in each term."""
+@pytest.mark.parametrize("loss_type", ["nce", "cross_entropy"])
+def test_loss_and_bank_are_those_of_the_official_code(loss_type):
+    """With others that are no image of the batch. In NCE their eps of 1.2e-7 beside K / M = 0.2
+    changes a logarithm by up to 6e-7, and there are nine of them in each term."""
     M, d, tau = 40, 16, 0.07
     bank = units(M, d)
     g = units(6, d, seed=1).requires_grad_()
@@ -94,16 +112,21 @@ def test_loss_and_bank_are_those_of_the_official_code():
     others = torch.tensor([1, 2, 30, 31, 32, 33, 20, 9])
     idx = torch.cat([index[:, None], others.expand(6, -1)], 1).numpy()
     outputs = [v.detach().numpy() for v in (g, f)]
-    found = official(outputs, index.numpy(), bank.numpy(), idx, tau, (0.3, 0.7))
+    found = official(outputs, index.numpy(), bank.numpy(), idx, tau, (0.3, 0.7), loss_type)
     loss, grads, Z, memory = found
 
     logits = [pirl.compare(v, bank, index, others, tau) for v in (f, g)]
-    torch.testing.assert_close((M * logits[1].detach().exp().mean()).item(), Z, **EXACT)
-    ours = pirl.pirl_loss(logits[0], logits[1:], torch.tensor(Z), M, 0.3)
+    value, slope = EXACT, EXACT
+    if loss_type == "nce":
+        torch.testing.assert_close((M * logits[1].detach().exp().mean()).item(), Z, **EXACT)
+        Z = torch.tensor(Z)
+        value = {"rtol": 0, "atol": 6e-6}
+        slope = {"rtol": 1e-5, "atol": 1e-5}
+    ours = pirl.pirl_loss(logits[0], logits[1:], Z, M, 0.3)
     ours.backward()
-    torch.testing.assert_close(ours.item(), loss, rtol=0, atol=6e-6)
+    torch.testing.assert_close(ours.item(), loss, **value)
     for v, grad in zip((g, f), grads):
-        torch.testing.assert_close(v.grad, torch.from_numpy(grad), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(v.grad, torch.from_numpy(grad), **slope)
     pirl.update_bank(bank, index, f.detach(), 0.5)
     torch.testing.assert_close(bank, torch.from_numpy(memory), **EXACT)
 
@@ -147,7 +170,14 @@ def test_an_image_is_never_its_own_negative():
         kept = h[1:][row[1:] > -math.inf]
         by_hand = by_hand - h[0].log() - torch.log1p(-kept).sum()
     torch.testing.assert_close(loss.detach(), by_hand / 3, **EXACT)
-    loss.backward()
+
+    softmax = pirl.info_nce(logits)
+    by_hand = 0
+    for row in logits.detach():
+        kept = row[row > -math.inf].exp()
+        by_hand = by_hand - torch.log(kept[0] / kept.sum())
+    torch.testing.assert_close(softmax.detach(), by_hand / 3, **EXACT)
+    (loss + softmax).backward()
     assert v.grad.isfinite().all()
 
 
@@ -164,10 +194,13 @@ def bank_and_z(network):
     return network.bank.clone(), network.Z.clone()
 
 
-def test_the_bank_learns_from_images_alone_after_the_loss(train, monkeypatch):
-    """Every logit is that of the bank before the step; the rows of the batch move towards f, not
-    towards g; all others stay."""
+@pytest.mark.parametrize("kind", ["softmax", "nce"])
+def test_the_bank_learns_from_images_alone_after_the_loss(train, monkeypatch, kind):
+    """Every logit is that of the bank before the step; the loss is the one that --loss names, NCE
+    with the Z of the first step; the rows of the batch move towards f, not towards g; all others
+    stay."""
     seen = []
+    logits = []
     forward = pirl.PIRL.forward
     compare = pirl.compare
 
@@ -178,11 +211,13 @@ def test_the_bank_learns_from_images_alone_after_the_loss(train, monkeypatch):
 
     def ask(v, bank, index, others, tau):
         seen[-1] += [bank.clone(), index]
-        return compare(v, bank, index, others, tau)
+        logits.append(compare(v, bank, index, others, tau))
+        return logits[-1]
 
     monkeypatch.setattr(pirl.PIRL, "forward", see)
     monkeypatch.setattr(pirl, "compare", ask)
-    run = train("pirl", *FLAGS, spy=bank_and_z, **light("pirl"))
+    flags = [*FLAGS, "--loss", kind, "--weight", 0.3]
+    run = train("pirl", *flags, spy=bank_and_z, **light("pirl"))
     banks = [bank for bank, _ in run.looks]
     assert len(banks) == 5 == len(seen) + 1
     for (f, g, bank, index, *_), before, after in zip(seen, banks, banks[1:]):
@@ -194,11 +229,26 @@ def test_the_bank_learns_from_images_alone_after_the_loss(train, monkeypatch):
         assert (f - g).abs().max() > 0.1
     Z = [z.item() for _, z in run.looks]
     assert Z[0] == 1 != Z[1] and Z[1:] == [Z[1]] * 4
+    first = torch.cat(logits[:2]).detach().exp().mean().item()
+    assert Z[1] == pytest.approx(24 * first, rel=1e-12)
+
+    for step, found in enumerate(run.losses):
+        loss = 0
+        for weight, s in zip((0.7, 0.3), logits[2 * step :]):
+            if kind == "softmax":
+                terms = torch.logsumexp(s, 1) - s[:, 0]
+            else:
+                P = s.exp() / Z[1]
+                h = P / (P + 8 / 24)
+                terms = -h[:, 0].log() - (1 - h[:, 1:]).log().sum(1)
+            loss = loss + weight * terms.mean().item()
+        assert found.item() == pytest.approx(loss, rel=1e-9)
 
 
 @pytest.mark.thorough
-def test_both_transformations_are_the_same_on_two_processes(train):
-    flags = [*FLAGS, "--transform", "both"]
+@pytest.mark.parametrize("kind", ["softmax", "nce"])
+def test_both_transformations_are_the_same_on_two_processes(train, kind):
+    flags = [*FLAGS, "--transform", "both", "--loss", kind]
     alone = train("pirl", *flags, **light("pirl"))
     together = train("pirl", *flags, world=2, **light("pirl"))
     torch.testing.assert_close(together.losses, alone.losses, rtol=1e-9, atol=1e-9)

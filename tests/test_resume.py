@@ -264,16 +264,27 @@ def run_until(name, flags, after, double=False):
             torch.set_default_dtype(torch.float32)
 
 
+def assert_resumes(name, after, folder, *more):
+    """A run that stops after so many steps and is started again. The process goes on with other
+    random states."""
+    flags = [*short(name), *more, "--out"]
+    run_until(name, [*flags, folder / "whole"], None)
+    for stop in (after, None):
+        run_until(name, [*flags, folder / "parts"], stop)
+        torch.rand(7)
+    assert_same_run(folder / "parts", folder / "whole", 4)
+
+
 @EVERY_METHOD
 def test_resumed_in_the_middle_of_an_epoch_every_method_ends_the_same(name, tmp_path):
-    """Model (teachers, queues, centres), optimiser and losses, bit for bit. The process goes on
-    with other random states."""
-    flags = [*short(name), "--out"]
-    run_until(name, [*flags, tmp_path / "whole"], None)
-    for after in (3, None):
-        run_until(name, [*flags, tmp_path / "parts"], after)
-        torch.rand(7)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole", 4)
+    """Model (teachers, queues, centres), optimiser and losses, bit for bit."""
+    assert_resumes(name, 3, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["instance_discrimination", "pirl"])
+def test_the_constant_of_nce_comes_from_the_checkpoint(name, tmp_path):
+    """Z is estimated in the first step only, after which this run stops."""
+    assert_resumes(name, 1, tmp_path, "--loss", "nce", "--negatives", 8)
 
 
 SOME_THOROUGH = [
