@@ -302,7 +302,7 @@ def main(argv=None):
         ending = f"-{Path(name).name}.png" if len(summaries) > 1 else ".png"
         draw_curves(folder / f"finetune{ending}", measured, scratch)
         print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
 
 
 if __name__ == "__main__":

@@ -475,7 +475,7 @@ def main(argv=None):
             for word, numbers, names in colourings(data.name, split):
                 path = folder / f"tsne-{data.name}-{word}.png"
                 draw_maps(path, measured["tsne"], numbers, names, word)
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
 
 
 if __name__ == "__main__":

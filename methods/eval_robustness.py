@@ -374,7 +374,7 @@ def main(argv=None):
             draw_curves(folder / f"robustness{ending}", measured)
             draw_corruptions(folder / f"corruptions{ending}", sets[name], args.seed)
             print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
     leave_processes()
 
 

@@ -430,7 +430,7 @@ def main(argv=None):
         clips = visible("test", args.test_clips, args.mask_clips)
         draw_masks(folder / "masks.png", shown, clips.part(slice(SHOWN)))
     print0(f"\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
 
 
 if __name__ == "__main__":
