@@ -712,7 +712,8 @@ def features(network, split, size, device, workers=0):
         x = x.new_empty(share * world(), x.shape[1])
         dist.gather(mine, list(x.split(share)))
     if not torch.stack(x.aminmax()).isfinite().all():
-        fail("some features are infinite or not a number: leave this run out, or train it anew")
+        words = "leave this network out, or train it anew at a lower rate"
+        fail(f"some features are infinite or not a number: {words}")
     return x[:count], readable
 
 
