@@ -216,6 +216,7 @@ TABLES = (
 PARTS = ("all", "features", "svm", "cost")
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network and of the k-means features"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "only": ("all", "what is measured", PARTS),

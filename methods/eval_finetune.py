@@ -107,6 +107,7 @@ def parameter_groups(model, lr_trunk, lr_head):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network, from scratch"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "steps": (300, "steps of every fine-tuning", "[1, inf)"),

@@ -303,6 +303,7 @@ COLUMNS = {
 }
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "only": ("all", "what is measured", ("all", *PROTOCOLS)),

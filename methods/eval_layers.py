@@ -112,6 +112,7 @@ def probe(bank, labels, test, test_labels, groups):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "features": (800, "features per layer, about; 9000 in the papers, at 224 pixels", "[1, inf)"),

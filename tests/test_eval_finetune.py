@@ -193,7 +193,7 @@ def test_frozen_line_is_the_linear_probe_and_the_network_stays():
         ("one image", "1% of the labels is one image: at least two are needed"),
         ("NaN", "some features are infinite or not a number"),
         ("diverges", "choose lower learning rates"),
-        ("diverges in the last step", "not a number: leave this network out, or train it anew at a"),
+        ("diverges in the last step", "infinite or not a number: leave this network out"),
     ],
 )
 def test_what_cannot_be_measured_ends_in_one_sentence(case, words, capsys):
