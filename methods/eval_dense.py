@@ -116,7 +116,11 @@ def pck_scores(errors):
     FRACTIONS; auc, the area under it by trapezoids, 100 at best; and its value at 0.1."""
     curve = 100 * (errors[:, None] <= FRACTIONS + 1e-9).double().mean(0)
     area = torch.trapezoid(curve, FRACTIONS) / FRACTIONS[-1]
-    return {"pck": curve.tolist(), "pck_0.1": curve[10].item(), "auc": area.item()}
+    return {
+        "pck": curve.tolist(),
+        "pck_0.1": curve[10].item(),
+        "auc": area.item(),
+    }
 
 
 def peaks(heat, box, count):
@@ -201,7 +205,10 @@ def targets(task, scenes):
 
     # For each object a distribution over its box, Gaussians (sigma 1) at its visible points; -1
     # outside the box, and everywhere if the object has no points.
-    heat = torch.full((*scenes.keypoints.shape[:2], *scenes.images.shape[2:]), -1.0)
+    heat = torch.full(
+        (*scenes.keypoints.shape[:2], *scenes.images.shape[2:]),
+        -1.0,
+    )
     for scene, number, box, points in visible_points(scenes):
         x0, y0, x1, y1 = box.int().tolist()
         x = torch.arange(x0, x1) + 0.5 - points[:, :1]  # (n, width of the box)
@@ -242,8 +249,9 @@ def loss_of(task, output, target, start):
     return F.mse_loss(output[:, 0][valid], target[:, 0][valid])
 
 
-# Kept for all tasks, of training and of test scenes.
-frozen_maps = functools.lru_cache(maxsize=2)(all_maps)
+@functools.lru_cache(maxsize=2)  # kept for all tasks, of training and of test scenes
+def frozen_maps(*args):
+    return all_maps(*args)
 
 
 def reader(frozen, network, images, size, device):
@@ -423,7 +431,7 @@ def main(argv=None):
         measured[heading] = {}
         outputs[heading] = {}
         for task in tasks:
-            # A run that has new weights, or other settings, has outputs of its own.
+            # New weights, or other settings, have outputs of their own.
             name = f"{task}, {heading}, {candidate.about.get('weights', '')}, {how}.npy"
             file = folder / "outputs" / name.replace("/", "-")
 
