@@ -74,6 +74,7 @@ from kernels.collectives import (
     warn,
     world,
 )
+from kernels.cost import FlopCounter, run_cost
 from kernels.folders import read_folder
 from kernels.mae_mask import gather_tokens
 from kernels.readers import BrokenFiles, Files, InMemory
@@ -261,6 +262,7 @@ class Loader(Plan):
         self.workers = workers
         self.index = None
         self.first_shown = None  # indices and views of the first batch, for views.png
+        self.counter = None  # of operations, started before the first step
 
     def __call__(self, epoch, done=0):
         """step counts over all epochs. `done` steps of the run are done: those of this epoch are
@@ -278,6 +280,8 @@ class Loader(Plan):
             if self.first_shown is None:
                 few = [view[:8].float().cpu() for view in views]
                 self.first_shown = index[:8].cpu(), few
+                if self.counter:
+                    self.counter.start()
             yield epoch * self.steps + epoch_step, views
 
 
@@ -671,7 +675,8 @@ def features(network, split, size, device, workers=0):
     """Frozen features (N, D) of one plain view per image, in the order of the split: of an image in
     memory the whole, of a file the centre; and (N,) bool, False for files that cannot be read. Each
     process computes its share; process 0 gets all, the others None. Matrices of more than 2^27
-    numbers (0.5 GB in float32) are kept in float16."""
+    numbers (0.5 GB in float32) are kept in float16. Exits with a one-line message if a feature is
+    not finite: some rules would fail, others give an ordinary number."""
     count = len(split.images)
     share = -(-count // world())
     mine = torch.arange(rank() * share, (rank() + 1) * share)
@@ -697,17 +702,19 @@ def features(network, split, size, device, workers=0):
         done += len(h)
         readable[broken] = 0
     readable = gather(readable[mine.to(device)])[:count] > 0
-    if world() == 1:
-        return x, readable
-
     if rank() > 0:
         dist.gather(x)
         return None, readable
 
     # Every share goes to its place in one matrix.
-    everyone = x.new_empty(share * world(), x.shape[1])
-    dist.gather(x, list(everyone.split(share)))
-    return everyone[:count], readable
+    if world() > 1:
+        mine = x
+        x = x.new_empty(share * world(), x.shape[1])
+        dist.gather(mine, list(x.split(share)))
+    if not torch.stack(x.aminmax()).isfinite().all():
+        words = "leave this network out, or train it anew at a lower rate"
+        fail(f"some features are infinite or not a number: {words}")
+    return x[:count], readable
 
 
 @torch.no_grad()
@@ -953,7 +960,7 @@ def parse(doc, settings, argv=None, runs=None):
     choices = f"{', '.join(known)}, or a folder of {'videos' if videos else 'images'}"
     rows = {"data": (*data, choices), **settings}
     for name, (value, text) in (EVERY_SCRIPT | (EVERY_TRAINING if trains else {})).items():
-        rows[name] = (*[value] * n, text)
+        rows.setdefault(name, (*[value] * n, text))
 
     # The recipe first: the other defaults depend on it.
     first = Parser(add_help=False, allow_abbrev=False)
@@ -1084,7 +1091,9 @@ class Run:
         self.step = 0
         self.seconds = 0.0  # of training, over all starts
         self.clock = 0.0  # when the seconds were last added up
+        self.counter = FlopCounter()
         self.pending = []  # steps whose losses are still on the device
+        self.rows = []  # steps that are not yet written
         self.shown = {}  # beside the progress bar
         self.baselines = {}
         self.resume()
@@ -1122,6 +1131,8 @@ class Run:
             self.measure_baselines()
             if not self.step:
                 print0(table(self.baselines))
+        if not self.args.compile:  # what is compiled cannot be counted
+            self.loader.counter = self.counter
 
     def read_checkpoint(self):
         """What save() wrote, or None."""
@@ -1202,6 +1213,7 @@ class Run:
 
     def evaluate(self, network, only_knn=False):
         """evaluate() of a network. Its time does not count as training."""
+        self.fetch()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -1214,6 +1226,7 @@ class Run:
         """Called once per step, after the update. loss: scalar tensor; it stays on the device until
         ten steps are fetched together. more: further numbers or scalar tensors, each a column of
         metrics.jsonl; like the loss they are averaged over processes."""
+        self.counter.stop()
         row = {"step": self.step, "epoch": self.step // self.loader.steps, "lr": lr}
         values = [loss, *more.values()]
         values = [torch.as_tensor(value, device=self.device) for value in values]
@@ -1227,9 +1240,10 @@ class Run:
             if time.perf_counter() - self.saved_at > SAVE_EVERY:
                 self.save()
 
-    def flush(self, **extra):
-        """Writes the pending steps; `extra` goes to the last one. Ends the run if a loss is not
-        finite."""
+    def fetch(self):
+        """Fetches the losses of the pending steps. Ends the run if one is not finite."""
+        if not self.pending:
+            return
         rows, values = zip(*self.pending)
         values = (all_reduce_sum(torch.stack(values)) / world()).tolist()  # mean over processes
         elapsed = time.perf_counter() - self.clock
@@ -1243,13 +1257,20 @@ class Run:
             if not math.isfinite(row["loss"]):
                 where = f"at step {row['step']}, learning rate {row['lr']:.3g}"
                 fail(f"the loss is {row['loss']} {where}: {DIVERGED} {self.last}")
-        self.row = row | {"seconds": round(self.seconds, 1), **extra}
+        self.rows += rows
+
+    def flush(self, **extra):
+        """Writes the steps since the last call; `extra` goes to the last one."""
+        self.fetch()
+        *rows, last = self.rows
+        self.rows = []
+        self.row = last | {"seconds": round(self.seconds, 1), **extra}
         if rank() == 0:
-            append(self.metrics, [*rows[:-1], self.row])
+            append(self.metrics, [*rows, self.row])
             if not (self.folder / "views.png").exists():
                 draw_views(self.folder / "views.png", self)
         self.shown |= {name: f"{self.row[name]:.3f}" for name in self.columns}
-        self.bar.set_postfix(epoch=row["epoch"] + 1, **self.shown)
+        self.bar.set_postfix(epoch=last["epoch"] + 1, **self.shown)
 
     def save(self):
         """last.pt: everything that resume needs. Refuses weights that are not finite, so the last
@@ -1303,6 +1324,7 @@ class Run:
                 "train_seconds": round(self.seconds, 1),
                 "peak_memory_gb": peak_memory(self.device),
                 "unreadable_files": len(self.loader.reader.broken.met),
+                **run_cost(self),
             }
             lines.append(last)
             draw_neighbours(self.folder / "neighbours.png", self)
@@ -1667,11 +1689,14 @@ def baselines(run, seed):
 
 def labelled_features(network, data, size, device, workers):
     """Features of the bank, labels, features of the test images, labels, and groups of the bank or
-    None; without images that cannot be read. Every process must call it; process 0 gets them."""
+    None; without images that cannot be read. Every process must call it; process 0 gets them.
+    Exits with a one-line message if there is one image to learn from, or none."""
     bank, readable = features(network, data.bank, size, device, workers)
     test, test_readable = features(network, data.test, size, device, workers)
     if rank() > 0:
         return [None] * 5
+    if readable.sum() < 2:
+        fail(f"{data.name}: at least two training images with labels are needed")
     groups = data.bank.emoji
     return (
         only(bank, readable),
@@ -1697,17 +1722,21 @@ class Results:
         self.device = device
         self.folder = Path(args.out or f"runs/{script}")
         self.path = self.folder / "results.jsonl"
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)
+        barrier()
         self.rows = read_lines(self.path)  # a line that a kill cut short is dropped
         barrier()  # every process has read before process 0 writes
         if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             text = as_lines(self.rows).encode()
             replace_file(self.path, lambda file: file.write(text))
 
     def measure(self, protocol, candidate, function, **settings):
         """The result of function(), a dict of numbers, lists and strings: read from an earlier
-        line, or measured and written. protocol: what is measured. settings: all that the result
-        depends on besides the network and its data."""
+        line, or measured and written. What is not defined (NaN, infinite) is None, since JSON has
+        no such numbers. protocol: what is measured. settings: all that the result depends on
+        besides the network and its data."""
         row = {"protocol": protocol, "network": candidate.name, **candidate.about}
         row |= {"data": candidate.data, "settings": {"size": candidate.size, **settings}}
         row = json.loads(json.dumps(row))  # tuples become lists, as in a row that was read
@@ -1719,8 +1748,9 @@ class Results:
 
         print0(place)
         began = time.perf_counter()
+        text = json.dumps(function(), default=float)  # of numpy's and torch's numbers
         row |= {
-            "result": function(),
+            "result": json.loads(text, parse_constant=lambda word: None),
             "seconds": round(time.perf_counter() - began, 1),
             "command": " ".join([f"methods/{self.script}.py", *self.args.argv]),
             "commit": commit(),

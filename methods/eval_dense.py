@@ -24,19 +24,21 @@ all test pixels, for normals and depth without those that show no surface (the s
                   mean, median, and the percentage within 11.25, 22.5 and 30 degrees;
                   object_angle: the mean over the pixels of objects, without the floor
     depth         rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true
-    keypoints     corners and tips of solids, as the peaks of a heat map. The box of an object is
-                  given, and as many peaks are taken in it as it has visible points. pck: the
-                  percentage of points whose peak is no further than a fraction of the longer side
-                  of the box; auc: its mean over the fractions from 0 to 0.2
+    keypoints     corners and tips of solids, as the peaks of a heat map. Each object's box and its
+                  number n of visible points are given; the n highest peaks in the box are paired
+                  with the points, one to one, by least total distance. pck: the percentage of
+                  points whose peak is no further than a fraction of the longer side of the box;
+                  auc: its mean over the fractions from 0 to 0.2
 
-Beside them stands the constant answer: the same for all pixels, the best for the training scenes.
+The row "no network" gives one answer for all pixels, the best for the training scenes; for normals
+their mean. A "-" in the table stands for a number that was not measured or is not defined.
 
 Run.
     python methods/eval_dense.py runs/simclr-emoji-0
     python methods/eval_dense.py runs/* --no-finetune
     python methods/eval_dense.py runs/* --only normals
 It writes results.jsonl, scenes.png and pck.png into --out, by default runs/eval_dense, and the
-folder outputs, the latest answers, from which scenes.png is drawn. What is in results.jsonl is not
+folder outputs, the answers from which scenes.png is drawn. What is in results.jsonl is not
 measured again. For a ViT choose --size 48: with 96 pixels it has four times as many patches, and
 training all of its weights takes six times as long.
 """
@@ -76,10 +78,13 @@ def segmentation_scores(predicted, truth, classes):
 
 def normal_scores(predicted, truth):
     """Angles in degrees over all valid pixels: mean, median, and the percentage within limits.
-    predicted: (N, 3, H, W) of any length; truth: unit vectors, 0 where there is no surface."""
+    {} if there is none. predicted: (N, 3, H, W) of any length; truth: unit vectors, 0 where there
+    is no surface."""
     valid = truth.any(1)  # (N, H, W)
     cosine = F.cosine_similarity(predicted.double(), truth.double(), dim=1)[valid]
     angle = cosine.clamp(-1, 1).arccos().rad2deg()
+    if not len(angle):
+        return {}
     scores = {"mean_angle": angle.mean().item(), "median_angle": angle.quantile(0.5).item()}
     for limit in (11.25, 22.5, 30):
         scores[f"within_{limit}"] = 100 * (angle <= limit).double().mean().item()
@@ -90,8 +95,9 @@ def depth_scores(predicted, truth):
     """Errors over all valid pixels: rmse in units of the scene, abs_rel a ratio.
     predicted, truth: (N, H, W); truth is 0 where there is no surface."""
     valid = truth > 0
-    error = predicted[valid].double() - truth[valid].double()
-    relative = error.abs() / truth[valid].double()
+    true = truth[valid].double()
+    error = predicted[valid].double() - true
+    relative = error.abs() / true
     rmse = error.square().mean().sqrt()
     return {"rmse": rmse.item(), "abs_rel": relative.mean().item()}
 
@@ -110,8 +116,11 @@ def pck_scores(errors):
     FRACTIONS; auc, the area under it by trapezoids, 100 at best; and its value at 0.1."""
     curve = 100 * (errors[:, None] <= FRACTIONS + 1e-9).double().mean(0)
     area = torch.trapezoid(curve, FRACTIONS) / FRACTIONS[-1]
-    middle = curve[10].item()
-    return {"pck": curve.tolist(), "pck_0.1": middle, "auc": area.item()}
+    return {
+        "pck": curve.tolist(),
+        "pck_0.1": curve[10].item(),
+        "auc": area.item(),
+    }
 
 
 def peaks(heat, box, count):
@@ -160,7 +169,7 @@ def scores(task, output, scenes):
     if task == "normals":
         found = normal_scores(output, scenes.normals)
         on_objects = scenes.normals * (scenes.classes[:, None] > 0)
-        return found | {"object_angle": normal_scores(output, on_objects)["mean_angle"]}
+        return found | {"object_angle": normal_scores(output, on_objects).get("mean_angle")}
     if task == "depth":
         return depth_scores(output[:, 0], scenes.depth)
     return keypoint_scores(output[:, 0], scenes)
@@ -173,6 +182,7 @@ COLUMNS = ("miou", "object_iou", "mean_angle", "median_angle", "object_angle", "
            "within_22.5", "within_30", "rmse", "abs_rel", "pck_0.1", "auc")
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network, of the head, and of the order of scenes"),
     "data": ("solids", "the scenes", ("solids",)),
     "size": (96, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
     "only": ("all", "which task", ("all", *TASKS)),
@@ -195,8 +205,10 @@ def targets(task, scenes):
 
     # For each object a distribution over its box, Gaussians (sigma 1) at its visible points; -1
     # outside the box, and everywhere if the object has no points.
-    count, objects = scenes.keypoints.shape[:2]
-    heat = torch.full((count, objects, *scenes.images.shape[2:]), -1.0)
+    heat = torch.full(
+        (*scenes.keypoints.shape[:2], *scenes.images.shape[2:]),
+        -1.0,
+    )
     for scene, number, box, points in visible_points(scenes):
         x0, y0, x1, y1 = box.int().tolist()
         x = torch.arange(x0, x1) + 0.5 - points[:, :1]  # (n, width of the box)
@@ -213,7 +225,8 @@ def constant(task, target):
         return torch.zeros(TASKS[task])
     if task == "segmentation":
         counts = target.flatten().bincount(minlength=TASKS[task])
-        return (counts + 1).log() / 2  # + 1: a shape may be missing
+        # The best logits when a class weighs 1 / sqrt(its share); + 1: a shape may be missing.
+        return (counts + 1).log() / 2
     valid = target.any(1)
     return target.sum((0, 2, 3)) / valid.sum()
 
@@ -260,8 +273,6 @@ def fit(see, head, weights, task, target, start, settings):
         index = generator.choice(len(target), settings["batch"], replace=False)
         index = torch.from_numpy(index)
         loss = loss_of(task, head(see(index)), target[index], start)
-        if not loss.isfinite():
-            fail(f"the loss of {task} is {loss.item()}: choose a lower --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -298,7 +309,10 @@ def train_and_test(candidate, task, mode, train, test, settings, device):
     see = reader(frozen, network, test.images, candidate.size, device)
     with torch.no_grad():
         parts = torch.arange(len(test.images)).split(50)
-        return torch.cat([head(see(part)) for part in parts]).cpu()
+        output = torch.cat([head(see(part)) for part in parts]).cpu()
+    if not output.isfinite().all():
+        fail(f"some answers for {task} are infinite or not a number: choose a lower --lr")
+    return output
 
 
 def table(results):
@@ -307,8 +321,10 @@ def table(results):
     columns = [name for name in COLUMNS if any(name in found for found in results.values())]
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
     for heading, found in results.items():
-        words = [f"{found[name]:.3g}" if name in found else "-" for name in columns]
-        lines.append(f"{heading:{width}}" + "".join(f"{word:>14}" for word in words))
+        line = f"{heading:{width}}"
+        for value in map(found.get, columns):
+            line += f"{'-' if value is None else format(value, '.3g'):>14}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -367,9 +383,11 @@ def draw_pck(path, results):
 
     figure = Figure((8, 4), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.set_title("Corners and tips found in the test scenes (dashed: frozen)")
-    axes.set_xlabel("distance allowed, as a fraction of the longer side of the object's box")
-    axes.set_ylabel("keypoints found, %")
+    axes.set(
+        title="Corners and tips found in the test scenes (dashed: frozen)",
+        xlabel="distance allowed, as a fraction of the longer side of the object's box",
+        ylabel="keypoints found, %",
+    )
     for heading, found in results.items():
         if "pck" in found:
             style = "--" if heading.endswith("frozen") else "-"
@@ -385,6 +403,8 @@ def main(argv=None):
         fail("this script runs in one process: start it with python, not with torchrun")
     train = load_solids("train")
     test = load_solids("test")
+    if args.batch > len(train.images):
+        fail(f"--batch {args.batch}: choose at most {len(train.images)}, the training scenes")
     found = candidates(args)
     results = Results("eval_dense", args, device)
     folder = results.folder
@@ -394,9 +414,15 @@ def main(argv=None):
     jobs += [(candidate, "frozen") for candidate in found]
     if args.finetune:  # all but raw pixels, which have no weights
         jobs += [(each, "fine-tuned") for each in found if list(each.network.parameters())]
-    settings = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "head_seed": args.seed}
-    settings["scenes"] = [len(train.images), len(test.images)]
+    settings = {
+        "steps": args.steps,
+        "lr": args.lr,
+        "batch": args.batch,
+        "head_seed": args.seed,
+        "scenes": [len(train.images), len(test.images)],
+    }
 
+    how = f"{args.size} px, {args.steps} x {args.batch}, lr {args.lr:g}, seed {args.seed}"
     tasks = TASKS if args.only == "all" else [args.only]
     measured = {}  # {network and mode: scores}
     outputs = {}  # {network and mode: {task: outputs for the first scenes}}
@@ -405,7 +431,9 @@ def main(argv=None):
         measured[heading] = {}
         outputs[heading] = {}
         for task in tasks:
-            file = folder / "outputs" / f"{task}, {heading.replace('/', '-')}.npy"
+            # New weights, or other settings, have outputs of their own.
+            name = f"{task}, {heading}, {candidate.about.get('weights', '')}, {how}.npy"
+            file = folder / "outputs" / name.replace("/", "-")
 
             def measure():
                 output = train_and_test(candidate, task, mode, train, test, settings, device)

@@ -8,17 +8,18 @@ Idea. A detector is a network that marks objects, built upon the maps of another
 middle of an object, of which shape, and how far are the four sides of its box? It is trained on the
 1,000 rendered scenes of the data set `solids` and tested on 250 with other textures. Frozen, the
 trunk is that of a run and does not change; fine-tuned, all weights are trained. The untrained trunk
-is treated in the same way: to fine-tune it is to train from scratch. Raw pixels are left out: a
-detector without a trunk to look through would be a network of its own, not a reading of pixels.
+is treated in the same way: to fine-tune it is to train from scratch. Raw pixels have no row: a
+detector on them would have to train a network of its own.
 
 Notation. The trunk's maps (of ALL stages of a ResNet, or of the patches of a ViT after four evenly
 spaced blocks) are standardised per channel, reduced to 64 channels by a 1x1 convolution, resized to
-12 x 12 places, and added. Two branches of two 3x3 convolutions read this map.
+12 x 12 places, and added. Two branches of two 3x3 convolutions read this map. FCOS resizes scenes
+bilinearly; all other evaluations do so by an antialiased bicubic filter.
 
 The measure is COCO's. The overlap of two boxes is the area they share / the area they cover
-together (intersection over union). In each image, best score first, each box that was found takes
-the true box of its shape, not yet taken, with which it overlaps most; it is right if this overlap
-is at least a threshold t. Over all images, again best score first,
+together (intersection over union). In each image, best score first, each box that was found takes,
+of the true boxes of its shape not yet taken whose overlap is at least a threshold t, the one with
+the largest overlap. If there is none, it is wrong. Over all images, again best score first,
 
     precision = right / found so far          recall = right / true boxes
     AP(t)     = mean over 101 recalls r = 0, 0.01, ..., 1 of the highest precision at recall >= r
@@ -103,7 +104,7 @@ def coco_scores(found, truth, shapes):
     """found: per image a dict of arrays: boxes (n, 4), scores (n,), labels (n,); truth: the same
     without scores. labels: 1 to shapes. Returns ap, ap50, ap75 in percent, and the ap of each
     shape, -1 and not in the means if the truth has none of it."""
-    table = np.full((shapes, len(THRESHOLDS)), np.nan)
+    ap = np.full((shapes, len(THRESHOLDS)), np.nan)
     for label in range(1, shapes + 1):
         scores = []
         right = []
@@ -118,15 +119,15 @@ def coco_scores(found, truth, shapes):
         if count:
             scores = np.concatenate(scores)
             for t, of_threshold in enumerate(np.concatenate(right).T):
-                table[label - 1, t] = average_precision(scores, of_threshold, count)
-    if np.isnan(table).all():
+                ap[label - 1, t] = average_precision(scores, of_threshold, count)
+    if np.isnan(ap).all():
         fail("no image has a true box: there is nothing to find")
-    table *= 100
+    ap *= 100
     return {
-        "ap": np.nanmean(table),
-        "ap50": np.nanmean(table[:, 0]),
-        "ap75": np.nanmean(table[:, 5]),
-        "ap_of_shapes": np.nan_to_num(table.mean(1), nan=-1).tolist(),
+        "ap": np.nanmean(ap),
+        "ap50": np.nanmean(ap[:, 0]),
+        "ap75": np.nanmean(ap[:, 5]),
+        "ap_of_shapes": np.nan_to_num(ap.mean(1), nan=-1).tolist(),
     }
 
 
@@ -134,6 +135,7 @@ def coco_scores(found, truth, shapes):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network, of the detector, and of the order of scenes"),
     "data": ("solids", "the scenes", ("solids",)),
     "size": (96, "side to which the scenes are resized for the network, pixels", "[12, inf)"),
     "finetune": (True, "also train all weights"),
@@ -222,12 +224,16 @@ def train_and_test(candidate, frozen, train, test, settings, device):
         schedule.step()
 
     model.eval()
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        fail("some weights of the detector are infinite or not a number: choose a lower --lr")
     found = []
     with torch.no_grad():
         for part in test.images.to(device).split(50):
             found += model(list(part.float() / 255))
     arrays = []
     for image in found:
+        if not all(part.isfinite().all() for part in image.values()):
+            fail("some boxes or scores are infinite or not a number: choose a lower --lr")
         arrays.append({name: part.cpu().numpy() for name, part in image.items()})
     return arrays
 
@@ -293,6 +299,8 @@ def main(argv=None):
         fail(f"--size {args.size}: choose a multiple of {GRID}, the places of the detector's map")
     train = load_solids("train")
     test = load_solids("test")
+    if args.batch > len(train.images):
+        fail(f"--batch {args.batch}: choose at most {len(train.images)}, the training scenes")
     trunks = [each for each in candidates(args) if list(each.network.parameters())]
     results = Results("eval_detection", args, device)
     jobs = [(trunk, "frozen") for trunk in trunks]

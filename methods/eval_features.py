@@ -10,8 +10,8 @@ Idea. A network is frozen, which means that none of its weights changes any more
 image into a vector, its features. If simple rules can read the labels off the features, training
 has put this knowledge there. Three baselines are measured in the same way: raw pixels, k-means
 features, which are learned from small patches without a network, and the same network before
-training. Only what a run has more than these is what it learned. Another data set than that of the
-training (--data) shows whether the features are of use elsewhere.
+training. What a run learned is only what it has beyond these three. Another data set than that of
+the training (--data) shows whether the features are of use elsewhere.
 
 Notation. The training images with their labels are the bank; the test images are the questions and
 choose nothing. Accuracies are in percent.
@@ -21,25 +21,29 @@ choose nothing. Accuracies are in percent.
     linear          linear probe: logistic regression on the features, solved to convergence; its
                     weight decay is chosen on a fifth of the bank
     svm             mean average precision of one linear SVM per class, as on PASCAL VOC 2007: it
-                    sorts the test images, and those of its class should come first
+                    sorts the test images, and those of its class should come first. Seven costs are
+                    tried | official code: 26, the others between or below these
     retrieval1, 5   on emoji only: how often one of the 1 or 5 nearest drawings by other artists
                     shows the same emoji
     rankme          how many dimensions the features use: exp(entropy of the singular values)
     params          numbers that were learned, in millions
     mflops          millions of additions and multiplications per image, in convolutions and
                     products of matrices
-    images/s        speed on this machine; train s: seconds of the training, as the run recorded
+    images/s        speed on this machine
+    train ...       seconds, TFLOPs (as mflops, of all steps together) and peak memory in GB of the
+                    training, as the run recorded them
 
-The first three and the last three of the upper table are evaluate() in common.py, the table at the
-end of every run.
+knn20, knn200, linear, retrieval and rankme come from evaluate() in common.py, which prints them at
+the end of every run.
 
 Run.
     python methods/eval_features.py runs/simclr-emoji-0 runs/rotnet-emoji-0
     python methods/eval_features.py runs/* --data fashion --only svm
     torchrun --nproc_per_node 8 methods/eval_features.py runs/simclr-imagenet-0 --only features
-It writes results.jsonl, curves.png into --out, by default runs/eval_features. What is
-in results.jsonl is not measured again, so a command that was stopped continues. The file holds more
+It writes results.jsonl and curves.png into --out, by default runs/eval_features. What is in
+results.jsonl is not measured again, so a command that was stopped continues. The file holds more
 than the tables: feature_std, alignment and uniformity, each class's average precision and cost.
+A "-" in a table stands for a number that is not defined or was not recorded.
 """
 
 import math
@@ -50,14 +54,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Candidate, Results, Split, candidates, embed, evaluate, features,
                     join_processes, labelled_features, load_data, parse, pixels,
                     principal_directions, print0, replace_file, share)
 from kernels.collectives import fail, leave_processes, rank
+from kernels.cost import network_cost
 from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -93,9 +96,9 @@ def fit_svm(x, sign, cost, variance, weight):
 
     x (N, D): features, a column of ones for the bias among them. sign (N, C): s, 1 for images of
     the class, which have a = 2, and -1 for others, which have a = 1. variance (D,): the mean
-    squares of the columns of x; if these are decorrelated, the way to the minimum is short. It is
-    what scikit-learn's LinearSVC minimises, for one class after the other and ten times slower;
-    L-BFGS starts from `weight`."""
+    squares of the columns of x, which must be decorrelated; L-BFGS, which starts from `weight`,
+    then needs few steps. scikit-learn's LinearSVC minimises the same function, one class at a time
+    and ten times slower."""
     decay = 1 / (2 * cost * len(x))
     scale = (variance + decay).rsqrt()
     scaled = x * scale
@@ -146,6 +149,8 @@ def svm(bank, labels, test, test_labels, groups):
     # The groups in the order of their classes go to the folds in turn.
     groups = torch.arange(len(labels), device=labels.device) if groups is None else groups
     names, member = groups.unique(return_inverse=True)
+    if len(names) < 2:
+        fail("all training images show the same thing: no cost of an SVM can be chosen on them")
     label = torch.zeros_like(names).scatter_(0, member, labels)
     fold = torch.empty_like(names)
     turn = torch.arange(len(names), device=names.device) % 3
@@ -189,20 +194,8 @@ def precisions(x, weight, positive):
     return torch.tensor([average_precision(*pair) for pair in pairs])
 
 
-def count_cost(network, size):
-    """{"parameters", "flops"}: the numbers that a network has learned, and the multiplications and
-    additions of its convolutions and products of matrices for one image. Nothing is measured, so
-    every machine gives the same."""
-    some = next(network.parameters(), torch.zeros(1))
-    # MATH: attention as products of matrices, or torch would not count it on a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        embed(network, some.new_zeros(1, 3, size, size))
-    parameters = sum(weight.numel() for weight in network.parameters())
-    return {"parameters": parameters, "flops": counter.get_total_flops()}
-
-
 def measure_cost(network, size):
-    """count_cost, and images per second of this machine: the best of three batches of 64."""
+    """network_cost, and images per second of this machine: the best of three batches of 64."""
     some = next(network.parameters(), torch.zeros(1))
     x = some.new_zeros(64, 3, size, size)
     seconds = []
@@ -211,18 +204,19 @@ def measure_cost(network, size):
         embed(network, x).sum().item()  # a GPU has finished when the number is here
         seconds.append(time.perf_counter() - began)
     fastest = min(seconds[1:])  # the first one is for what happens only once
-    return count_cost(network, size) | {"images_per_s": len(x) / fastest}
+    return network_cost(network, size) | {"images_per_s": len(x) / fastest}
 
 
 # The evaluation.
 
 TABLES = (
     ("knn20", "knn200", "linear", "svm", "retrieval1", "retrieval5", "rankme"),
-    ("params", "mflops", "images/s", "train s"),
+    ("params", "mflops", "images/s", "train s", "train TFLOPs", "peak GB"),
 )
 PARTS = ("all", "features", "svm", "cost")
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network and of the k-means features"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "only": ("all", "what is measured", PARTS),
@@ -234,32 +228,38 @@ def get_args(argv=None):
 
 
 def table(results, columns):
-    """{name: {column: number or text}} as text: one line per name, and those of the columns that
-    there are; "" if there are none."""
+    """{name: {column: number, text or None}} as text: one line per name, and those of the columns
+    that there are; "" if there are none."""
     width = max(len(name) for name in results) + 2
     columns = [c for c in columns if any(c in found for found in results.values())]
     if not columns:
         return ""
-    lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
+    lines = [" " * width + "".join(f"{column:>13}" for column in columns)]
     for name, found in results.items():
         words = []
         for column in columns:
-            value = found.get(column, "")
-            words.append(value if isinstance(value, str) else f"{value:.1f}")
-        lines.append(f"{name:{width}}" + "".join(f"{word:>12}" for word in words))
+            value = found.get(column)
+            if not isinstance(value, str):
+                value = "-" if value is None else f"{value:.1f}"
+            words.append(value)
+        lines.append(f"{name:{width}}" + "".join(f"{word:>13}" for word in words))
     return "\n".join(lines)
 
 
 def columns_of(measured, lines):
-    """What was measured of a network, {protocol: result}, as {column: number or text}. lines: of
-    the metrics.jsonl of its run."""
+    """What was measured of a network, {protocol: result}, as {column: number, text or None}. lines:
+    of the metrics.jsonl of its run."""
     columns = {**measured.get("features", {}), **measured.get("svm", {})}
     if "cost" in measured:
         cost = measured["cost"]
         columns["params"] = f"{cost['parameters'] / 1e6:.2f}"
         columns["mflops"] = cost["flops"] / 1e6
         columns["images/s"] = f"{cost['images_per_s']:.0f}"
-        columns |= {"train s": line["train_seconds"] for line in lines if "train_seconds" in line}
+        last = lines[-1] if lines else {}  # a finished run ends with what it cost
+        flops = last.get("train_flops")
+        columns["train s"] = last.get("train_seconds")
+        columns["train TFLOPs"] = flops and flops / 1e12
+        columns["peak GB"] = last.get("peak_memory_gb")
     return columns
 
 
@@ -379,7 +379,7 @@ def main(argv=None):
     for name, rows in tables.items():
         texts = [table(rows, columns) for columns in TABLES]
         print0("\n".join([f"\n{name}", *filter(None, texts)]))
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
     leave_processes()
 
 

@@ -15,13 +15,13 @@ Five draws; of each draw the smaller set is a part of the larger. Accuracies on 
 percent: mean and deviation over the draws.
 
 With one label per class nothing is left to choose a weight decay on. So the classifier is always
-the logistic regression of scikit-learn with its default, C = 1,
+the logistic regression of scikit-learn with its default, C = 1:
 
     minimum over w, b of   1/2 ||w||^2 + sum over the labelled images of their cross-entropy
 
-on features that are standardised over the bank, whose other labels are not looked at, and divided
-by sqrt(D): their mean squared length is then 1 in every network. The paper of 1 % and 10 % trains
-all weights instead.
+Each feature is standardised with the mean and deviation of all bank images (no label is needed),
+then divided by sqrt(D): in every network the mean squared length is 1. The paper of 1 % and 10 %
+trains all weights instead.
 
 Run.
     python methods/eval_few.py runs/simclr-emoji-0
@@ -53,9 +53,9 @@ BUDGETS = {"1": 1, "2": 2, "5": 5, "10": 10, "20": 20, "1 %": 0.01, "10 %": 0.1}
 
 
 def draw_labels(labels, budget, draw):
-    """Indices of the images whose labels are known: of each class `budget` images, or all if it has
-    fewer; below 1, this share of the class, but at least one image. Of a draw (a number, the seed)
-    the smaller sets are parts of the larger. labels (N,) int64, on the CPU."""
+    """Indices of the images whose labels are known. budget >= 1: that many images of each class, or
+    all it has. budget < 1: that share of each class, at least one. draw: the seed; of one draw the
+    smaller sets are parts of the larger. labels (N,) int64, on the CPU."""
     order = torch.from_numpy(np.random.default_rng(draw).permutation(len(labels)))
     chosen = []
     for name in labels.unique():
@@ -66,12 +66,8 @@ def draw_labels(labels, budget, draw):
 
 
 def few_labels(bank, labels, test, test_labels):
-    """Accuracies in percent with few labels: {budget: {images, accuracies, mean, deviation}}.
-
-    With one image per class nothing is left to choose a weight decay on. So the classifier is
-    scikit-learn's LogisticRegression with its default, C = 1, on features that are standardised
-    over the bank, whose other labels are not used, and divided by sqrt(D): in every network their
-    mean squared length is 1."""
+    """Accuracies in percent with few labels: {budget: {images, accuracies, mean, deviation}}. The
+    classifier is described at the top of this file."""
     mean = bank.float().mean(0)
     scale = (bank.float().std(0) + 1e-6) * bank.shape[1] ** 0.5
     test = (test.float() - mean) / scale
@@ -105,6 +101,7 @@ def few_labels(bank, labels, test, test_labels):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network and of the k-means features"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
 }
@@ -228,7 +225,7 @@ def main(argv=None):
         draw_few(folder / "few.png", tables)
     for name, measured in tables.items():
         print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
     leave_processes()
 
 

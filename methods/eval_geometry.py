@@ -20,9 +20,11 @@ which are the variances along their principal directions. --only chooses what is
                 nmi, ami    how much the cluster of an image tells about its label (mutual
                             information), normalised; adjusted, so that random clusters have 0
                 ari         on how many pairs of images both agree, adjusted (Rand index)
-                accuracy    share of images in the cluster of their class, if each class has one
-                            cluster, the best choice; of 3 K clusters, 2 K stay without a class
-    spectrum    exponent        a of l_i ~ i^-a, fitted to i = 11 to 100
+                accuracy    each class gets the one cluster that suits it, in the best assignment;
+                            share of images in the cluster of their class. With 3 K clusters, the
+                            images of 2 K clusters count as wrong
+    spectrum    exponent        a of l_i ~ i^-a, fitted to i = 11 to 100, at most to half of the l_i
+                                that are not 0, so 11 to 64 for 128 features
                 participation   (sum l)^2 / sum l^2: how many directions hold most variance
                 twonn           dimension d of the curved surface on which the features lie: the
                                 distances r1 < r2 of an image to the two nearest others follow
@@ -32,9 +34,10 @@ which are the variances along their principal directions. --only chooses what is
                                 an image; B: covariance of the images' mean features
                 correlation     mean |correlation| of two columns, less that of shuffled columns
                 rankme, alignment, uniformity: as in the results of every run
-    smoothness  lipschitz       ||J(x)|| mean ||x - x'|| / mean ||f(x) - f(x')||: how much the pixel
-                                change to which the network f is most sensitive moves the features,
-                                compared with a change to another image; J: Jacobian. Pixels: 1
+    smoothness  lipschitz       ||J(x)|| mean ||x - x'|| / mean ||f(x) - f(x')||: how much the
+                                features change under the worst small change of pixels (largest
+                                singular value of the Jacobian J), relative to how much they change
+                                from one image to another. 1 for raw pixels; larger is less smooth
                 rotation, shift, brightness   sum ||f(x_k+1) - f(x_k)|| / ||f(x_end) - f(x_0)||
                                 while an image is turned, moved or darkened: 1 is a straight line
     tsne        maps in which near neighbours stay near; distances between groups mean nothing
@@ -219,8 +222,8 @@ def smoothness(network, images):
 
 def spectrum(x, drawing, network, views):
     """Of features (N, D), and of random views of images: a list of batches. drawing: (N,) or None.
-    The dimension is the mean over artists: the drawings of one emoji lie together and would make
-    it too small."""
+    twonn is measured for each artist and averaged: the four drawings of an emoji lie close together
+    and would lower it."""
     values = eigenvalues(x)
     shares = values / values.sum().clamp(min=1e-30)  # of the variance; 0 if all is equal
     artists = [x]
@@ -300,6 +303,7 @@ COLUMNS = {
 }
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "only": ("all", "what is measured", ("all", *PROTOCOLS)),
@@ -340,8 +344,6 @@ def measure(candidate, split, measured, results):
     x = x.float().cpu()
     if not readable.all():
         fail(f"--data {candidate.data}: remove the images that cannot be read")
-    if not x.isfinite().all():
-        fail(f"{candidate.name}: its features are not finite numbers; leave this run out")
     rounding = 1e-6 * x.abs().max()
     if (x - x[0]).abs().max() <= rounding:
         x = x[:1].repeat(len(x), 1)  # equal to the last bit
@@ -360,17 +362,7 @@ def measure(candidate, split, measured, results):
     }
     settings = {"images": len(x), "views": args.views, "probes": args.probes}
     for name, rows in measured.items():
-        rows[candidate.name] = results.measure(
-            name, candidate, lambda: defined(jobs[name]()), **settings
-        )
-
-
-def defined(result):
-    """A result with Python's numbers, as JSON has them; None for what is not defined."""
-    for name, value in result.items():
-        if not isinstance(value, list):
-            result[name] = float(value) if math.isfinite(value) else None
-    return result
+        rows[candidate.name] = results.measure(name, candidate, jobs[name], **settings)
 
 
 def table(results, columns):
@@ -407,7 +399,7 @@ def draw_spectrum(path, results):
         label = f"{name}: {number(result['exponent'])}"
         color = colormaps["tab20"](kind % 20)
         axes.plot(range(1, len(shares) + 1), shares, color=color, label=label)
-    figure.legend(loc="outside right upper", fontsize=8, title="exponent a of i^-a, i = 11 to 100")
+    figure.legend(loc="outside right upper", fontsize=8, title="exponent a of i^-a, from i = 11")
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -475,7 +467,7 @@ def main(argv=None):
             for word, numbers, names in colourings(data.name, split):
                 path = folder / f"tsne-{data.name}-{word}.png"
                 draw_maps(path, measured["tsne"], numbers, names, word)
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
 
 
 if __name__ == "__main__":

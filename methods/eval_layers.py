@@ -22,7 +22,9 @@ At 224 pixels F = 9000 gives resnet50 the sizes of Goyal et al., 9216, 9216, 819
 
 The probe is linear_probe() in common.py: logistic regression, whose weight decay is chosen on a
 fifth of the training images. (Papers: SGD on augmented images.) Accuracies on the test images, in
-percent. The deepest number may differ from the table of a run, which has the whole feature.
+percent. The last layer may differ from `linear` in a run's table: there the network pools its
+feature itself. A network whose layers are not known, as that of CPC, which sees each patch of an
+image by itself, is left out.
 
 Run.
     python methods/eval_layers.py runs/simclr-emoji-0
@@ -110,6 +112,7 @@ def probe(bank, labels, test, test_labels, groups):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "features": (800, "features per layer, about; 9000 in the papers, at 224 pixels", "[1, inf)"),
@@ -160,7 +163,8 @@ def name_lines(axes, lines, right):  # copy of: methods/eval_features.py::name_l
 
 def draw_layers(path, tables):
     """Accuracy against depth: one panel per data set and kind of network; raw pixels are a dotted
-    line, untrained networks are dashed. tables: {data set: {network: {layer: accuracy}}}."""
+    line, untrained networks are dashed. tables: {data set: {network: {layer: accuracy}}}. Without
+    a network there is no picture."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # here, so --help need not wait for it
 
@@ -169,6 +173,8 @@ def draw_layers(path, tables):
         for name, found in results.items():
             panels.setdefault((data, tuple(found)), {})[name] = list(found.values())
     raw = {data: panels.pop((data, ("pixels",)), {}) for data in tables}
+    if not panels:
+        return
     height = max(4, 0.25 * max(map(len, panels.values())))  # of a panel: the names need room
     figure = Figure((8, height * len(panels)), dpi=110, layout="constrained")
     subplots = figure.subplots(len(panels), squeeze=False)[:, 0]
@@ -212,6 +218,7 @@ def main(argv=None):
         images = [len(data.bank.images), len(data.test.images)]
         accuracies = {}
         for layer, module in layers(network).items():
+            # Raw pixels: the image at full size, not the baseline's averaged one.
             view = Layer(network if layer != "pixels" else module, module, args.features)
             measured = results.measure(
                 f"linear probe of {layer}",
@@ -231,7 +238,7 @@ def main(argv=None):
         draw_layers(folder / "layers.png", tables)
     for name, measured in tables.items():
         print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
     leave_processes()
 
 

@@ -16,8 +16,9 @@ a(c, s): the same probe's with corruption c at strength s = 1, 2, 3; C = 8 corru
 
     mean relative loss = 100 / (3 C) x sum over c and s of (a - a(c, s)) / a
 
-0 means that nothing is lost, 100 that everything is. The random numbers of a corruption belong to
-an image and --seed: they are the same for all strengths and all networks.
+0 means that nothing is lost, 100 that everything is; below 0, that the corruptions help. Random
+numbers of a corruption are drawn from --seed and the number of the image, so all strengths and
+networks meet the same. A "-" in a table stands for a number that is not defined.
 
 Run.
     python methods/eval_robustness.py runs/simclr-emoji-0 runs/rotnet-emoji-0
@@ -29,10 +30,8 @@ not measured again, so a command that was stopped continues. One emoji run takes
 one CPU core, raw pixels take one minute.
 
 Differs from the paper. (This file | the paper.)
-    1. The loss is relative to the accuracy of the same probe on clean images | mCE: the sum over s
-       of the error, divided by AlexNet's, averaged over c; relative mCE: the same after the error
-       on clean images has been subtracted from both. mCE falls when a network gets better on clean
-       images; ours does not, and it needs no AlexNet.
+    1. The part of the clean accuracy that is lost | the error, divided by AlexNet's (mCE), or the
+       growth of the error, divided by AlexNet's (relative mCE). Ours needs no AlexNet.
     2. Eight corruptions at three strengths | fifteen at five, among them weather and other blurs;
        no rotation and no occlusion.
     3. Brightness is added to all three channels | to the value in HSV.
@@ -50,6 +49,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Results, candidates, features, join_processes, linear_classifier, load_data,
@@ -63,7 +63,7 @@ ARTISTS = ("twemoji", "noto", "fluent-3d", "fluent-flat")  # of emoji, by Split.
 
 
 def mean_relative_loss(clean, corrupted):
-    """In percent, the equation above; nan if the accuracy on clean images is 0.
+    """In percent, the equation above; NaN if the accuracy on clean images is 0.
 
     clean: accuracy. corrupted: {corruption: [accuracy at each strength]}."""
     if not clean:
@@ -75,7 +75,9 @@ def mean_relative_loss(clean, corrupted):
 
 
 def mean(numbers):
-    return sum(numbers) / len(numbers)
+    """None if one of them is None, which means that it is not defined."""
+    numbers = list(numbers)
+    return None if None in numbers else sum(numbers) / len(numbers)
 
 
 # The corruptions take images x (n, 3, H, W) in [0, 1], how strong they are, and one numpy generator
@@ -200,6 +202,7 @@ def percent(right):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
+    "seed": (0, "seed of the untrained network and of the corruptions"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
 }
@@ -218,17 +221,18 @@ def robustness(candidate, data, device, args):
     test, readable = features(network, data.test, *how)
     labels = data.test.labels.to(device)[readable]
     result = {}
+
+    # Process 0 fits the probe; the others only compute features.
     if rank() == 0:
         bank = bank[bank_readable]
-        if not (bank.isfinite().all() and test.isfinite().all()):
-            fail(f"{candidate.name}: some of its features are infinite or not a number")
         bank_labels = data.bank.labels.to(device)[bank_readable]
         classify = linear_classifier(bank.clone(), bank_labels, data.bank.emoji)
         right = classify(test[readable]) == labels
         result["clean"] = percent(right)
         result["corrupted"] = {}
 
-    for corruption, (_, strengths, _) in CORRUPTIONS.items():
+    for corruption in tqdm(CORRUPTIONS, leave=False, disable=rank() > 0 or None):
+        strengths = CORRUPTIONS[corruption][1]
         accuracies = []
         for strength in strengths:
             reader = Corrupted(data.test.images, corruption, strength, args.seed)
@@ -285,13 +289,16 @@ def table(results):
 
 
 def columns(rows):
-    """{name: {column: number}} as text, one line per name."""
+    """{name: {column: number or None}} as text, one line per name."""
     width = max(len(name) for name in rows)
     heads = list(next(iter(rows.values())))
     lines = [" " * width + "".join(f"  {head:>5}" for head in heads)]
     for name, row in rows.items():
-        numbers = [f"  {row[head]:{max(5, len(head))}.1f}" for head in heads]
-        lines.append(f"{name:{width}}" + "".join(numbers))
+        line = f"{name:{width}}"
+        for head in heads:
+            word = "-" if row[head] is None else f"{row[head]:.1f}"
+            line += f"  {word:>{max(5, len(head))}}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -374,7 +381,7 @@ def main(argv=None):
             draw_curves(folder / f"robustness{ending}", measured)
             draw_corruptions(folder / f"corruptions{ending}", sets[name], args.seed)
             print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
     leave_processes()
 
 

@@ -356,8 +356,10 @@ def table(results):  # copy of: methods/eval_dense.py::table
     columns = [name for name in COLUMNS if any(name in found for found in results.values())]
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
     for heading, found in results.items():
-        words = [f"{found[name]:.3g}" if name in found else "-" for name in columns]
-        lines.append(f"{heading:{width}}" + "".join(f"{word:>14}" for word in words))
+        line = f"{heading:{width}}"
+        for value in map(found.get, columns):
+            line += f"{'-' if value is None else format(value, '.3g'):>14}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -430,7 +432,7 @@ def main(argv=None):
         clips = visible("test", args.test_clips, args.mask_clips)
         draw_masks(folder / "masks.png", shown, clips.part(slice(SHOWN)))
     print0(f"\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
 
 
 if __name__ == "__main__":

@@ -143,9 +143,11 @@ def test_pixels_without_a_surface_count_in_neither_normals_nor_depth():
     predicted = turned(90)[None, :, None, None].repeat(1, 1, 1, 4)
     predicted[..., 0] = turned(0)[None, :, None]
     assert normal_scores(predicted, truth)["mean_angle"] == pytest.approx(45)
+    assert normal_scores(predicted, 0 * truth) == {}
 
     truth = torch.tensor([[[2.0, 4.0, 0.0]]])
     predicted = torch.tensor([[[3.0, 2.0, 99.0]]])
+    assert math.isnan(depth_scores(predicted, 0 * truth)["rmse"])  # null in results.jsonl
     scores = depth_scores(predicted, truth)
     assert scores["rmse"] == pytest.approx(math.sqrt((1 + 4) / 2))
     assert scores["abs_rel"] == pytest.approx((1 / 2 + 2 / 4) / 2)
@@ -422,14 +424,27 @@ def test_the_test_scenes_choose_nothing():
     torch.testing.assert_close(both[0][:3], both[1])
 
 
-def test_maps_or_losses_that_are_not_finite_end_in_one_sentence(capsys):
+class LastStep(torch.optim.AdamW):
+    """Diverges after the loss of a step is known."""
+
+    def step(self):
+        super().step()
+        self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_maps_or_answers_that_are_not_finite_end_in_one_sentence(capsys, monkeypatch, steps):
+    """Of one step the loss is finite."""
     with pytest.raises(SystemExit):
         output("depth", Fixed(lambda x: x / 0))
     assert "not finite" in capsys.readouterr().err
+    if steps == 1:
+        monkeypatch.setattr(torch.optim, "AdamW", LastStep)
     with pytest.raises(SystemExit):
-        output("depth", Fixed(lambda x: x), lr=1e30, steps=5)
+        output("depth", Fixed(lambda x: x), lr=1e30, steps=steps)
     error = capsys.readouterr().err
-    assert error.startswith("error: the loss of depth is") and "--lr" in error
+    assert error.startswith("error: some answers for depth are infinite or not a number")
+    assert "--lr" in error and error.count("\n") == 1
 
 
 # -------- The script ------------------------------------------------------------------------------
@@ -539,8 +554,22 @@ def test_continues_after_a_kill_and_measures_nothing_twice(tmp_path):
     asked.clear()
     again = run_script(*flags, train_and_test=counting)
     assert asked == [] and again.rows == found.rows
-    run_script(*flags, "--seed", 1, train_and_test=counting)
-    assert len(asked) == 6  # another head; of the runs, too
+
+    # another head; of the runs, too: the outputs of both are kept, and each shows its own
+    first = {heading: found["normals"] for heading, found in drawn.items()}
+    run_script(*flags, "--seed", 1, train_and_test=counting, draw_scenes=draw)
+    assert len(asked) == 6
+    name = "a, frozen"
+    assert not torch.equal(drawn[name]["normals"], first[name])
+    run_script(*flags, train_and_test=counting, draw_scenes=draw)
+    assert len(asked) == 6 and torch.equal(drawn[name]["normals"], first[name])
+
+
+def test_the_table_of_what_is_not_defined():
+    lines = eval_dense.table({"a": {"rmse": None, "abs_rel": 0.25}, "b": {"rmse": 2.0}})
+    assert [line.split() for line in lines.splitlines()] == [
+        ["rmse", "abs_rel"], ["a", "-", "0.25"], ["b", "2", "-"]
+    ]
 
 
 def test_refusals(tmp_path):
@@ -554,4 +583,6 @@ def test_refusals(tmp_path):
     assert "--only" in refusal("--only", "colours")
     assert "--data" in refusal("--data", "emoji")
     assert "--size 30: choose a multiple of 4" in refusal("--size", 30)
+    scenes = {"load_solids": lambda split: {"train": TRAIN, "test": TEST}[split]}
+    assert "--batch 41: choose at most 40" in refusal("--batch", 41, **scenes)
     assert "one process" in refusal(world=lambda: 2)

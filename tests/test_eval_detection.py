@@ -1,5 +1,6 @@
 """methods/eval_detection.py: its AP is COCO's, box by box and against pycocotools; the detector
-learns; a frozen trunk is left as it was; the script continues after a kill."""
+learns; a frozen trunk is left as it was; what is not finite ends in one sentence; the script
+continues after a kill."""
 
 import contextlib
 import io
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main
-from test_eval_dense import TEST, TRAIN
+from test_eval_dense import TEST, TRAIN, LastStep
 from test_eval_features import write_run
 
 from common import Candidate, backbone, read_lines
@@ -255,6 +256,40 @@ def test_boxes_are_in_pixels_of_the_scene_at_any_size():
         assert max(image["boxes"].max(initial=0) for image in found) <= 16
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_detector_that_diverges_ends_in_one_sentence(steps, capsys, monkeypatch):
+    """Of one step the loss is finite."""
+    torch.manual_seed(0)
+    if steps == 1:
+        monkeypatch.setattr(torch.optim, "AdamW", LastStep)
+    with pytest.raises(SystemExit):
+        find(backbone("resnet14", 16).eval(), False, steps=steps, lr=1e30)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "a lower --lr" in error
+
+
+def test_boxes_and_scores_that_are_not_finite_end_in_one_sentence(monkeypatch, capsys):
+    """Though all weights are finite."""
+    real = eval_detection.detector
+
+    def spoiled(*args):
+        model = real(*args)
+        model.register_forward_hook(lambda module, inputs, found: found and spoil(module, found))
+        return model
+
+    def spoil(module, found):
+        if not module.training:
+            found[0]["scores"] = torch.full_like(found[0]["scores"], math.nan)
+            found[0]["boxes"] = torch.ones(1, 4) / 0
+        return found
+
+    monkeypatch.setattr(eval_detection, "detector", spoiled)
+    with pytest.raises(SystemExit):
+        find(backbone("vit_micro", 24).eval(), True, steps=1)
+    error = capsys.readouterr().err
+    assert error.startswith("error: some boxes or scores are infinite or not a number")
+
+
 @pytest.mark.thorough
 def test_the_detector_learns_scenes_whose_colours_tell_the_shape():
     torch.manual_seed(0)
@@ -292,10 +327,20 @@ def run_script(*flags, **patches):
 
 
 def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
+    """Though a kill comes in the middle."""
     write_run(tmp_path / "a", arch="vit_micro", size=24)
     flags = [tmp_path / "a", "--out", tmp_path / "out"]
+
+    def stopping(trunk, frozen, *others):
+        if not frozen:
+            raise InterruptedError
+        return train_and_test(trunk, frozen, *others)
+
+    with pytest.raises(InterruptedError):
+        run_script(*flags, train_and_test=stopping)
     found = run_script(*flags)
     assert found.code == 0, found.err
+    assert found.out.count("already measured") == 2
     untrained = "untrained vit_micro, 24 px"
     expected = [(name, mode) for mode in ("frozen", "fine-tuned") for name in (untrained, "a")]
     assert [(row["network"], row["protocol"].split(", ")[1]) for row in found.rows] == expected
@@ -327,8 +372,10 @@ def test_refusals(tmp_path):
         (["--data", "emoji"], "--data"),
         (["--size", 30], "--size 30: choose a multiple of 12"),
         (["--steps", 0], "--steps 0: choose at least 1"),
+        (["--batch", 41], "--batch 41: choose at most 40, the training scenes"),
     ):
-        found = call_main_raw(tmp_path / "a", *flags)
+        scenes = {"load_solids": lambda split: {"train": TRAIN, "test": TEST}[split]}
+        found = call_main_raw(tmp_path / "a", *flags, **scenes)
         assert found.code == 1 and found.err.count("\n") == 1 and words in found.err
     found = call_main_raw(tmp_path / "a", world=lambda: 2)
     assert found.code == 1 and "one process" in found.err

@@ -18,7 +18,6 @@ from common import backbone, evaluate, pixels, read_lines
 from methods.eval_features import (
     COSTS,
     average_precision,
-    count_cost,
     fit_svm,
     knn_curve,
     spread,
@@ -359,27 +358,26 @@ def test_degenerate_features_and_classes_have_defined_precisions():
     labels[:4] = torch.tensor([3, 4, 4, 0])
     rare = svm(x, labels, x[4:], labels[4:], None)
     assert rare["precisions"][3:] == [None, None] and 0 < rare["svm"] <= 100
+    one = svm(x, torch.zeros(30, dtype=torch.int64), x, torch.zeros(30, dtype=torch.int64), None)
+    assert one["precisions"] == [100]
     two = svm(x[:2], torch.tensor([0, 1]), x[:2], torch.tensor([0, 1]), None)
     assert two["svm"] == 100
 
 
-# -------- Cost ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("images, groups", [(1, None), (30, torch.zeros(30, dtype=torch.int64))])
+def test_svm_of_one_image_or_one_group_is_refused(images, groups, capsys):
+    x, labels = clusters(30)
+    with pytest.raises(SystemExit):
+        svm(x[:images], labels[:images], x, labels, groups)
+    error = capsys.readouterr().err
+    assert error.startswith("error: all training images show the same thing")
+    assert error.count("\n") == 1
 
 
-def test_cost_by_hand():
-    net = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1, bias=False), nn.ReLU(), nn.Flatten())
-    net.append(nn.Linear(5 * 16, 7))
-    expected = 2 * 3 * 3 * 3 * 5 * 4 * 4 + 2 * 80 * 7  # 4x4 places; additions count too
-    assert count_cost(net, 8) == {"parameters": 135 + 567, "flops": expected}
-    assert count_cost(pixels(8), 8) == {"parameters": 0, "flops": 0}
-
-
-def test_cost_of_a_vit_has_its_attention():
-    """T = 5 tokens of width 96 (8 pixels, patches of 4), four blocks."""
-    net = backbone("vit_micro", 8)
-    tokens, dim = 5, 96
-    block = 2 * tokens * 12 * dim**2 + 2 * 2 * tokens**2 * dim  # linear layers; QK and its sum of V
-    assert count_cost(net, 8)["flops"] == 4 * block + 2 * 4 * (3 * 16) * dim
+def test_svm_without_a_test_image_of_a_known_class_is_not_defined():
+    x, labels = clusters(30)
+    found = svm(x, labels, x, labels + 9, None)
+    assert math.isnan(found["svm"]) and found["precisions"] == [None] * 3
 
 
 # -------- All parts -------------------------------------------------------------------------------
@@ -390,8 +388,8 @@ def test_all_parts_of_a_run(tmp_path):
     as it was, a second call measures nothing."""
     write_run(tmp_path / "a", arch="resnet14")
     metrics = tmp_path / "a" / "metrics.jsonl"
-    seconds = '}, "train_seconds": 61.5, "pixels"'
-    metrics.write_text(metrics.read_text().replace('}, "pixels"', seconds))
+    costs = '}, "train_seconds": 61.5, "train_flops": 3.4e12, "peak_memory_gb": 0.71, "pixels"'
+    metrics.write_text(metrics.read_text().replace('}, "pixels"', costs))
     seen = []
 
     def watched(network, *args):
@@ -418,7 +416,9 @@ def test_all_parts_of_a_run(tmp_path):
     svm_column = float(last[0].split()[3])
     assert svm_column == round(found.rows[-2]["result"]["svm"], 1)
     assert last[1].split()[1:3] == ["1.13", f"{cost['flops'] / 1e6:.1f}"]
-    assert last[1].split()[-1] == "61.5"
+    assert last[1].split()[-3:] == ["61.5", "3.4", "0.7"]
+    raw = [line for line in found.out.splitlines() if line.startswith("raw pixels, 8 px  ")]
+    assert raw[1].split()[-3:] == ["-"] * 3  # it was not trained
     again = run_script(*flags, kmeans=True, evaluate=no_evaluation)
     assert again.rows == found.rows and again.out.splitlines()[-14:] == found.out.splitlines()[-14:]
 

@@ -10,7 +10,8 @@ from conftest import CPU, call_main, noise, tiny_data
 from sklearn.linear_model import LogisticRegression
 from test_eval_features import write_run
 
-from common import labelled_features, pixels, read_lines
+from common import candidates, fit_logistic, labelled_features, pixels, read_lines
+from methods import eval_few
 from methods.eval_few import BUDGETS, draw_labels, few_labels
 
 DATA = tiny_data(40, 16)
@@ -73,9 +74,30 @@ def test_degenerate_features():
     perfect = torch.nn.functional.one_hot(labels).float()
     found = few_labels(perfect, labels, perfect, labels)
     assert all(part["accuracies"] == [100.0] * 5 for part in found.values())
+    one = few_labels(perfect, 0 * labels, perfect, 0 * labels)  # there is one class
+    assert all(part["accuracies"] == [100.0] * 5 for part in one.values())
     # a class that has one image
     labels[:3] = torch.tensor([0, 1, 3])
     assert few_labels(perfect, labels, perfect, labels)["20"]["images"] == 30
+
+
+def test_test_labels_choose_nothing(monkeypatch):
+    """Other test images, and other labels of them, leave all weights as they are."""
+    fits = []
+
+    def spy(*args):
+        fits.append(fit_logistic(*args)[0])
+        return fit_logistic(*args)
+
+    monkeypatch.setattr(eval_few, "fit_logistic", spy)
+    monkeypatch.setattr(eval_few, "BUDGETS", {"2": 2})
+    labels = torch.arange(30) % 3
+    bank = noise(30, 4, dtype=torch.float32)
+    few_labels(bank, labels, bank, labels)
+    few_labels(bank, labels, bank[:9] + 1, labels[:9].flip(0))
+    half = len(fits) // 2
+    assert half == 5  # draws
+    assert all(torch.equal(*pair) for pair in zip(fits[:half], fits[half:]))
 
 
 def run_script(*flags, data=DATA, **patches):
@@ -86,16 +108,36 @@ def run_script(*flags, data=DATA, **patches):
 
 
 def test_run(tmp_path):
-    """One line per network; a second call measures nothing; the picture is there."""
-    net = write_run(tmp_path / "a")
+    """One line per network, after a kill in the middle; a second call measures nothing; the network
+    stays as it was, batch-norm included; the picture is there."""
+    net = write_run(tmp_path / "a", arch="resnet14")
     out = tmp_path / "out"
-    found = run_script(tmp_path / "a", "--out", out)
+    loaded = []
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def stopping(bank, *args):
+        if len(read_lines(out / "results.jsonl")) == 2:
+            raise InterruptedError
+        return few_labels(bank, *args)
+
+    def watched(args):
+        loaded.extend(candidates(args))
+        return loaded
+
+    with pytest.raises(InterruptedError):
+        run_script(tmp_path / "a", "--out", out, few_labels=stopping)
+    found = run_script(tmp_path / "a", "--out", out, candidates=watched)
     assert found.code == 0, found.err
-    names = ["k-means, 8 px", "raw pixels, 8 px", "untrained vit_micro, 8 px", "a"]
+    assert found.out.count("already measured") == 2
+    for name, value in loaded[-1].network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not loaded[-1].network.training
+    names = ["k-means, 8 px", "raw pixels, 8 px", "untrained resnet14, 8 px", "a"]
     assert [row["network"] for row in found.rows] == names
     assert {row["protocol"] for row in found.rows} == {"few"}
     known = labelled_features(pixels(8), DATA, 8, CPU, 0)
     assert found.rows[1]["result"] == json.loads(json.dumps(few_labels(*known[:4])))
+    net.to(memory_format=torch.channels_last)  # as in training
     known = labelled_features(net, DATA, 8, CPU, 0)
     assert found.rows[3]["result"]["1"]["accuracies"] == few_labels(*known[:4])["1"]["accuracies"]
 
@@ -139,3 +181,32 @@ def test_refusals(tmp_path):
     torch.save(saved, tmp_path / "a" / "backbone.pt")
     found = run_script(tmp_path / "a", "--out", tmp_path / "out")
     assert found.code == 1 and "a/backbone.pt: a weight is NaN or infinite" in found.err
+
+
+def test_one_image_is_too_few(tmp_path):
+    write_run(tmp_path / "a")
+    alone = tiny_data(1, 16)
+    found = run_script(tmp_path / "a", "--out", tmp_path / "out", data=alone, with_kmeans=as_given)
+    assert found.code == 1 and found.err.count("\n") == 1
+    assert found.err.startswith("error: tiny: at least two training images with labels")
+
+
+def as_given(found, *_):
+    """In place of with_kmeans."""
+    return found
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_end_in_one_sentence(tmp_path, value):
+    """Though all weights are finite."""
+    write_run(tmp_path / "a")
+
+    def spoiled(args):
+        run = candidates(args)[-1]
+        network = torch.nn.Sequential(run.network, torch.nn.Threshold(1e9, value))
+        return [run._replace(network=network)]
+
+    patches = {"candidates": spoiled, "with_kmeans": as_given}
+    found = run_script(tmp_path / "a", "--out", tmp_path / "out", **patches)
+    assert found.code == 1 and found.err.count("\n") == 1 and not found.rows
+    assert found.err.startswith("error: some features are infinite or not a number")

@@ -24,6 +24,7 @@ from common import (
     pixels,
     read_lines,
 )
+from methods import eval_finetune
 from methods.eval_finetune import (
     PARTS,
     fine_tune,
@@ -190,8 +191,9 @@ def test_frozen_line_is_the_linear_probe_and_the_network_stays():
     "case, words",
     [
         ("one image", "1% of the labels is one image: at least two are needed"),
-        ("NaN", "some of its features are infinite or not a number"),
+        ("NaN", "some features are infinite or not a number"),
         ("diverges", "choose lower learning rates"),
+        ("diverges in the last step", "infinite or not a number: leave this network out"),
     ],
 )
 def test_what_cannot_be_measured_ends_in_one_sentence(case, words, capsys):
@@ -204,11 +206,37 @@ def test_what_cannot_be_measured_ends_in_one_sentence(case, words, capsys):
         net.norm.bias.data.fill_(math.nan)
     else:
         rate = "1e30"
-    args = get_args(["x", "--steps", "3", "--workers", "0", "--lr-trunk", rate])
+    steps = "1" if case.endswith("last step") else "3"
+    args = get_args(["x", "--steps", steps, "--workers", "0", "--lr-trunk", rate])
     with pytest.raises(SystemExit):
         measure(run_of(net), data, 0.01, 0, CPU, args)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_test_labels_choose_nothing(monkeypatch):
+    """Other labels of the test images: all weights are the same."""
+    args = get_args(["x", "--steps", "2", "--workers", "0"])
+    candidate = run_of(backbone("vit_micro", 8))
+    models = []
+
+    def spy(*job):
+        models.append(fine_tune(*job))
+        return models[-1]
+
+    monkeypatch.setattr(eval_finetune, "fine_tune", spy)
+    frozen = []
+    monkeypatch.setattr(
+        eval_finetune,
+        "linear_probe",
+        lambda bank, labels, test, *rest: frozen.append((bank, labels, test)) or 50.0,
+    )
+    for labels in (DATA.test.labels, DATA.test.labels.flip(0)):
+        data = DATA._replace(test=DATA.test._replace(labels=labels))
+        measure(candidate, data, 0.1, 0, CPU, args)
+    assert all(torch.equal(*pair) for pair in zip(*frozen))
+    weights = [model.state_dict().values() for model, _ in models]
+    assert all(torch.equal(*pair) for pair in zip(*weights))
 
 
 def test_constant_features_give_the_share_of_a_label():

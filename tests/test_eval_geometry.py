@@ -469,12 +469,12 @@ DATA = tiny_data(40, 64)
 PROTOCOLS = ("clusters", "spectrum", "smoothness", "tsne")
 
 
-def write_run(folder, network=None):
+def write_run(folder, network=None, arch="vit_micro"):
     """A finished run of an untrained network."""
     folder.mkdir(parents=True)
     torch.manual_seed(3)
-    network = network or backbone("vit_micro", 8)
-    saved = {"method": "simclr", "arch": "vit_micro", "size": 8, "data": "emoji"}
+    network = network or backbone(arch, 8)
+    saved = {"method": "simclr", "arch": arch, "size": 8, "data": "emoji"}
     torch.save({**saved, "weights": network.state_dict()}, folder / "backbone.pt")
     line = {"method": "simclr", "settings": {"data": "emoji", "seed": 3}}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -610,7 +610,32 @@ def test_features_that_are_not_numbers_are_refused(tmp_path, monkeypatch):
     write_run(tmp_path / "a", Scaled("vit_micro", 8))
     found = run_script(tmp_path / "a", "--out", tmp_path / "out", "--only", "smoothness")
     assert found.code == 1 and found.err.count("\n") == 1
-    assert "its features are not finite numbers; leave this run out" in found.err
+    assert found.err.startswith("error: some features are infinite or not a number")
+
+
+def test_a_resnet_stays_as_it_was_and_a_kill_costs_one_measurement(tmp_path):
+    """To the last bit, batch-norm's statistics too."""
+    net = write_run(tmp_path / "a", arch="resnet14")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    looked_at = []
+
+    def only_the_run(args):
+        looked_at[:] = common.candidates(args)[-1:]
+        return looked_at
+
+    def killed(*args):
+        raise InterruptedError
+
+    flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    patches = {"candidates": only_the_run, "draw_spectrum": skip, "draw_maps": skip}
+    with pytest.raises(InterruptedError):
+        run_script(*flags, smoothness=killed, **patches)
+    found = run_script(*flags, **patches)
+    assert found.code == 0 and found.out.count(": already measured") == 2
+    assert [row["protocol"] for row in found.rows] == list(PROTOCOLS)
+    network = looked_at[0].network
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
+    assert not network.training and all(p.grad is None for p in network.parameters())
 
 
 def test_several_processes_are_refused(tmp_path):

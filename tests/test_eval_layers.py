@@ -1,13 +1,24 @@
 """methods/eval_layers.py: maps of equal numbers of features, of the layers that they are named
 after, and a linear probe on each."""
 
+import math
+
 import pytest
 import torch
 from conftest import CPU, call_main, light_backbone, noise, tiny_data
 from test_eval_features import write_run
 
-from common import backbone, features, linear_probe, pixels, read_lines
-from methods.eval_layers import Layer, average, layers
+import common
+from common import (
+    backbone,
+    candidates,
+    features,
+    fit_logistic,
+    linear_probe,
+    pixels,
+    read_lines,
+)
+from methods.eval_layers import Layer, average, layers, probe
 
 DATA = tiny_data(40, 16)
 
@@ -85,15 +96,72 @@ def test_what_has_no_known_layers():
     assert layers(torch.nn.Linear(3, 3)) == {}
 
 
+def test_a_run_without_known_layers_alone(tmp_path):
+    """Raw pixels are measured, and there is no picture."""
+    write_run(tmp_path / "a")
+
+    def unknown(args):
+        raw, *_, run = candidates(args)
+        return [raw, run._replace(network=torch.nn.Linear(3, 3))]
+
+    out = tmp_path / "out"
+    found = run_script(tmp_path / "a", "--out", out, candidates=unknown)
+    assert found.code == 0, found.err
+    assert "a: left out" in found.out and not (out / "layers.png").exists()
+    assert [row["network"] for row in found.rows] == ["raw pixels, 8 px"]
+
+
+def test_features_that_are_not_finite_end_in_one_sentence(tmp_path):
+    """Though all weights are finite."""
+    write_run(tmp_path / "a")
+
+    def spoiled(args):
+        run = candidates(args)[-1]
+        run.network.blocks[1].register_forward_hook(lambda *_: _[2] * math.inf)
+        return [run]
+
+    found = run_script(tmp_path / "a", "--out", tmp_path / "out", candidates=spoiled)
+    assert found.code == 1 and found.err.count("\n") == 1
+    assert found.err.startswith("error: some features are infinite or not a number")
+    assert [row["protocol"] for row in found.rows] == ["linear probe of block1"]
+
+
+def test_one_class_and_test_labels_that_choose_nothing(monkeypatch):
+    x = noise(30, 4, dtype=torch.float32)
+    labels = torch.arange(30) % 3
+    assert probe(x.clone(), 0 * labels, x.clone(), 0 * labels, None)["linear"] == 100
+
+    fits = []
+
+    def spy(*args, **options):
+        fits.append(fit_logistic(*args, **options)[0])
+        return fit_logistic(*args, **options)
+
+    monkeypatch.setattr(common, "fit_logistic", spy)
+    for test_labels in (labels, labels.flip(0)):
+        probe(x.clone(), labels, x.clone(), test_labels, None)
+    half = len(fits) // 2
+    assert half > 2 and all(torch.equal(*pair) for pair in zip(fits[:half], fits[half:]))
+
+
 def test_run(tmp_path):
-    """One line per layer; the last one of a ResNet is the linear probe of its features; a second
-    call measures nothing."""
+    """One line per layer, after a kill in the middle; the last one of a ResNet is the linear probe
+    of its features; a second call measures nothing."""
     net = write_run(tmp_path / "a", arch="resnet14")
     write_run(tmp_path / "vit", seed=4)
     out = tmp_path / "out"
     flags = [tmp_path / "a", tmp_path / "vit", "--out", out, "--features", 20]
+
+    def stopping(*sets):
+        if len(read_lines(out / "results.jsonl")) == 7:
+            raise InterruptedError
+        return probe(*sets)
+
+    with pytest.raises(InterruptedError):
+        run_script(*flags, probe=stopping)
     found = run_script(*flags)
     assert found.code == 0, found.err
+    assert found.out.count("already measured") == 7
     rows = {}
     for row in found.rows:
         layer = row["protocol"].removeprefix("linear probe of ")

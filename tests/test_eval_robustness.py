@@ -12,7 +12,15 @@ from conftest import CPU, ROOT, call_main, tiny_data
 from PIL import Image
 from test_eval_features import write_run
 
-from common import backbone, candidates, evaluate, load_data, read_lines
+from common import (
+    Candidate,
+    backbone,
+    candidates,
+    evaluate,
+    linear_classifier,
+    load_data,
+    read_lines,
+)
 from methods import eval_robustness
 from methods.eval_robustness import (
     ARTISTS,
@@ -371,11 +379,12 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tmp_path, monkeypatch):
     assert found.err.startswith("error: --data emoji: a probe needs labels")
     found = run_script(*flags, candidates=spoiled(math.nan))
     assert found.code == 1 and found.err.count("\n") == 1
-    assert found.err.startswith("error: a: some of its features are infinite or not a number")
+    assert found.err.startswith("error: some features are infinite or not a number")
 
 
 def test_collapsed_features_lose_nothing(tmp_path, monkeypatch):
-    """All images give the same features: the most frequent label is right as often as before."""
+    """All images give the same features: the most frequent label is right as often as before. If it
+    is never right, the loss is not defined."""
     some = few(monkeypatch)
     write_run(tmp_path / "a")
     found = run_script(tmp_path / "a", "--out", tmp_path / "out", candidates=spoiled(1.0))
@@ -385,7 +394,60 @@ def test_collapsed_features_lose_nothing(tmp_path, monkeypatch):
     clean = 100 * (DATA.test.labels == most).double().mean().item()
     assert row["result"]["clean"] == clean
     assert row["result"]["corrupted"] == dict.fromkeys(some, [clean] * 3)
-    assert row["result"]["relative_loss"] == (0 if clean else pytest.approx(math.nan, nan_ok=True))
+    assert clean > 0 == row["result"]["relative_loss"]
+
+    wrong = torch.full_like(DATA.test.labels, (most + 1) % 9)
+    data = DATA._replace(test=DATA.test._replace(labels=wrong))
+    flags = [tmp_path / "a", "--out", tmp_path / "none"]
+    found = run_script(*flags, data=data, candidates=spoiled(1.0))
+    assert found.code == 0, found.err
+    assert found.rows[0]["result"]["relative_loss"] is None
+    assert "NaN" not in (tmp_path / "none" / "results.jsonl").read_text()
+    line = next(line for line in found.out.splitlines() if line.startswith("a  "))
+    assert line.split() == ["a", *["0.0"] * 4, "-"]
+
+
+def test_an_artist_without_test_images_is_not_defined(tmp_path, monkeypatch):
+    few(monkeypatch)
+    write_run(tmp_path / "a")
+    test = DATA.test
+    kept = (test.drawing != 2).nonzero()[:, 0]
+    numbers = [part[kept] for part in (test.labels, test.emoji, test.drawing)]
+    data = DATA._replace(test=type(test)(test.images.part(kept), *numbers))
+    flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    found = run_script(*flags, data=data, candidates=only_the_run)
+    assert found.code == 0, found.err
+    for kind in ("artist_known", "artist_new"):
+        values = found.rows[0]["result"][kind]
+        assert [name for name in ARTISTS if values[name] is None] == ["fluent-3d"]
+    lines = [line.split() for line in found.out.splitlines() if line.startswith("a  ")]
+    assert [i for i, word in enumerate(lines[1]) if word == "-"] == [3, 5, 6]  # it, and the means
+
+
+def test_test_labels_choose_nothing(monkeypatch):
+    """Other labels of the test images: the same classifier is fitted."""
+    few(monkeypatch)
+    args = eval_robustness.get_args(["a", "--workers", "0"])
+    net = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten())
+    answers = []
+
+    def spy(*sets):
+        classify = linear_classifier(*sets)
+
+        def kept(x):
+            answers.append(classify(x))
+            return answers[-1]
+
+        return kept
+
+    monkeypatch.setattr(eval_robustness, "linear_classifier", spy)
+    candidate = Candidate("a", net, "tiny", 32, {})
+    for labels in (DATA.test.labels, DATA.test.labels.flip(0)):
+        data = DATA._replace(test=DATA.test._replace(labels=labels))
+        robustness(candidate, data, CPU, args)
+    half = len(answers) // 2
+    assert half == 1 + 3 * 3 + 4  # clean, corrupted, each artist
+    assert all(torch.equal(*pair) for pair in zip(answers[:half], answers[half:]))
 
 
 def only_the_run(args):

@@ -3,6 +3,8 @@ or by scikit-learn. It leaves a network as it was, and gives the same for any nu
 processes."""
 
 import math
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,3 +451,39 @@ def test_classifier_of_fewer_images_than_features():
     kept = data.bank.drawing != 0
     bank, labels, groups = bank[kept], data.bank.labels[kept], data.bank.emoji[kept]
     assert linear_probe(bank, labels, test, data.test.labels, groups) > 30
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["bank", "test"])
+def test_features_that_are_not_finite_are_refused(value, where, capsys):
+    """Those of one image are enough."""
+    data = some_emoji(16, 8)
+
+    class Spoiled(torch.nn.Flatten):
+        def forward(self, x):
+            h = super().forward(x).clone()
+            if len(h) == {"bank": len(data.bank.images), "test": len(data.test.images)}[where]:
+                h[3, 5] = value
+            return h
+
+    with pytest.raises(SystemExit):
+        evaluate(Spoiled(), data, 8, CPU, only_knn=True)
+    error = capsys.readouterr().err
+    assert error.startswith("error: some features are infinite or not a number")
+    assert error.count("\n") == 1
+
+
+def test_results_lock_their_folder_and_write_json(tmp_path):
+    """Numbers of numpy and torch become Python's, what is not defined becomes null."""
+    args = SimpleNamespace(out=str(tmp_path / "out"), argv=[])
+    results = common.Results("eval_x", args, CPU)
+    assert str(os.getpid()) in (tmp_path / "out" / ".lock").read_text()
+    candidate = common.Candidate("a", None, "tiny", 8, {})
+    parts = {"a": np.float32(0.5), "b": torch.tensor(2.0), "c": [math.nan, {"d": math.inf}]}
+    found = results.measure("x", candidate, lambda: parts)
+    assert found == {"a": 0.5, "b": 2.0, "c": [None, {"d": None}]}
+    text = results.path.read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert results.measure("x", candidate, None) == found
+    del results
+    assert common.Results("eval_x", args, CPU).rows[0]["result"] == found

@@ -736,7 +736,10 @@ def check_metrics(name, flags, text):
     assert "knn20" not in rows[3]  # after the last epoch comes the whole evaluation
 
     results = ("evaluation", "random_init", "pixels")
-    assert set(last) == {*results, "train_seconds", "peak_memory_gb", "unreadable_files"}
+    costs = {"parameters", "flops", "train_flops", "images_per_s"}
+    costs |= {"train_seconds", "peak_memory_gb"}
+    assert set(last) == {*results, *costs, "unreadable_files"}
+    assert all(last[cost] > 0 for cost in costs)
     accuracies = {"knn20", "knn200", "linear"}
     if tiny(name).test.emoji is not None:
         accuracies |= {"retrieval1", "retrieval5"}

@@ -1,0 +1,85 @@
+"""What a network and its training cost, in floating-point operations: each addition and each
+multiplication of a convolution or a product of matrices counts as one. They follow from shapes, so
+every machine gives the same; normalisation, activations and kernels of Triton count nothing.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from kernels.collectives import world
+
+aten = torch.ops.aten
+
+
+def cpu_attention_flop(query, key, value, *args, **kwargs):
+    return sdpa_flop(query, key, value)
+
+
+def cpu_attention_backward_flop(grad, query, key, value, *args, **kwargs):
+    return sdpa_backward_flop(grad, query, key, value)
+
+
+# torch knows the operations of all kernels of attention but those for CPUs.
+FORMULAS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward_flop,
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the operations between start() and stop(), those of backward passes too, in `flops`.
+    What is computed stays the same, to the last bit."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+        self.counting = False
+
+    def start(self):
+        self.counting = True
+        self.__enter__()
+
+    def stop(self):
+        """Does nothing if it is not counting."""
+        if self.counting:
+            self.counting = False
+            self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        formula = FORMULAS.get(getattr(function, "_overloadpacket", None))
+        if formula:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
+
+
+@torch.no_grad()
+def network_cost(network, size):
+    """{"parameters": the numbers that a network has learned, "flops": of one image}. The network is
+    used in eval mode, and left as it was."""
+    some = next(network.parameters(), torch.zeros(1))
+    training = network.training
+    network.eval()
+    counter = FlopCounter()
+    counter.start()
+    network(some.new_zeros(1, 3, size, size))
+    counter.stop()
+    network.train(training)
+    parameters = sum(weight.numel() for weight in network.parameters())
+    return {"parameters": parameters, "flops": counter.flops}
+
+
+def run_cost(run):
+    """network_cost of the backbone of a Run (common.py); train_flops, those of its first step in
+    this process times processes and steps, None if they were not counted, as with --compile; and
+    the mean speed of the training."""
+    counted = run.counter.flops * world() * run.total
+    speed = run.total * run.args.batch / run.seconds if run.seconds else 0.0
+    return {
+        **network_cost(run.model.backbone, run.args.size),
+        "train_flops": counted or None,
+        "images_per_s": round(speed, 1),
+    }
