@@ -20,6 +20,7 @@ Rate        Work / ms, where the work is one number for all implementations of a
                               additions; with stored logits 6 N^2 D are enough
                 moco_loss     4 B K D FLOPs: the logits, and the weighted mean of the keys, which is
                               the gradient
+                bank_loss     4 B M D FLOPs: the same, of the M rows of a bank
                 others        bytes: inputs read once and results written once; Sinkhorn reads the
                               scores once more than it has iterations
 Share       The rate divided by that of multiplying two 8192 x 8192 fp16 matrices, or of copying
@@ -67,6 +68,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import commit, device_name, fail
 from kernels import implementation
 from kernels.infonce import (
+    bank_loss,
+    bank_reference,
     clip_loss,
     clip_reference,
     moco_loss,
@@ -84,7 +87,7 @@ from kernels.sinkhorn import (
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 
-TAU = 0.1  # temperature of SimCLR, MoCo and SwAV
+TAU = 0.1  # temperature of SimCLR, MoCo, InstDisc and SwAV
 SCALE = 1 / 0.07  # of CLIP, where training starts
 EPSILON = 0.05
 ITERATIONS = 3
@@ -245,6 +248,11 @@ def flex_moco(q, k, queue):
     positive = (q * k).sum(1) / TAU
     negatives = flex_lse(q, queue, 1 / TAU)
     return (torch.logaddexp(negatives, positive) - positive).mean()
+
+
+def flex_bank(q, bank, own):
+    positive = (q * bank[own]).sum(1) / TAU
+    return (flex_lse(q, bank, 1 / TAU) - positive).mean()
 
 
 def lightly_simclr(z1, z2):
@@ -436,6 +444,28 @@ def moco_case(B, K, D):
     )
 
 
+def bank_case(B, M, D):
+    """InstDisc: B queries, and a memory bank of M rows."""
+
+    def inputs(device):
+        views, bank = pairs(device, M, D)
+        own = torch.arange(B, device=device) * (M // B)
+        return views[own].requires_grad_(), bank, own
+
+    return contrastive(
+        op="bank_loss",
+        size=f"B={B} M={M} D={D}",
+        D=D,
+        elements=B * M,
+        flops=4,
+        inputs=inputs,
+        ours=lambda *x: bank_loss(*x, TAU),
+        plain=lambda *x: bank_reference(*x, TAU),
+        flex=flex_bank,
+        packages={},
+    )
+
+
 def sinkhorn_case(B, K, dtype=torch.float16):
     """The assignment of B samples to K prototypes."""
     ways = {
@@ -586,6 +616,8 @@ MOCO_SIZES = [  # B, K, D
     (4096, 65536, 128), (1024, 65536, 128), (256, 65536, 128),
     (4096, 65536, 256), (1024, 65536, 256), (256, 65536, 256),
 ]  # fmt: skip
+# B, M, D: the memory bank of ImageNet, and the keys of a batch of MoCo v3
+BANK_SIZES = [(256, 1281167, 128), (4096, 4096, 256)]
 SINKHORN_SIZES = [  # B, K
     (4096, 65536), (4096, 16384), (4096, 3000), (32768, 3000), (32768, 65536), (8192, 65536),
     (8192, 16384), (8192, 3000), (32768, 16384),
@@ -599,6 +631,7 @@ def gpu_cases():
     cases = [simclr_case(*size) for size in SIMCLR_SIZES]
     cases += [clip_case(*size) for size in CLIP_SIZES]
     cases += [moco_case(*size) for size in MOCO_SIZES]
+    cases += [bank_case(*size) for size in BANK_SIZES]
     for make in (sinkhorn_case, potentials_case):
         cases += [make(B, K) for B, K in SINKHORN_SIZES]
     for make in (sinkhorn_case, potentials_case):

@@ -1,9 +1,10 @@
-"""InfoNCE without the matrix of logits, for the three shapes it has in self-supervised learning.
+"""InfoNCE without the matrix of logits, for the four shapes it has in self-supervised learning.
 
 van den Oord, Li, Vinyals 2018 (CPC), Eq. 4: https://arxiv.org/abs/1807.03748
 Chen et al. 2020 (SimCLR), Eq. 1: https://arxiv.org/abs/2002.05709
 Radford et al. 2021 (CLIP), Figure 3: https://arxiv.org/abs/2103.00020
 He et al. 2020 (MoCo), Eq. 1: https://arxiv.org/abs/1911.05722
+Wu et al. 2018 (InstDisc), Eq. 2: https://arxiv.org/abs/1805.01978
 
     simclr_loss(z1, z2, temperature, group)   2N anchors, each against the 2N - 1 others; the
                                               positive is the other view of the same image
@@ -11,11 +12,14 @@ He et al. 2020 (MoCo), Eq. 1: https://arxiv.org/abs/1911.05722
                                               averaged; the scale may be learned
     moco_loss(q, k, queue, temperature)       each q against its own k and the whole queue;
                                               only q gets a gradient
+    bank_loss(q, bank, own, temperature)      each q against a bank that holds its own row, too;
+                                              only q gets a gradient
 
 Notation. x (R, D) are the anchors of this process, y (C, D) the candidates of all processes; every
 row has length 1. a = scale = 1 / temperature, s_ij = x_i . y_j, and t (R, D) are the positives.
 In SimCLR anchor i is itself candidate first + i, which must be masked; in CLIP and MoCo no anchor
-is among the candidates.
+is among the candidates. In bank_loss the positive of anchor i is candidate own_i, which is masked:
+what is left are the negatives, and the loss is that of MoCo.
 
     lse_i = log sum over j != self of exp(a s_ij)          L = mean over i of lse_i - a x_i . t_i
     p_ij = exp(a s_ij - lse_i)
@@ -34,7 +38,7 @@ number their steps in the same way; lse_kernel_simple is these lines, lse_kernel
 Where a <= 43, exp(a s) neither overflows nor vanishes for |s| <= 1, and the fast kernel needs no
 maximum. Above, it rounds the maximum of log2(e) a s to a whole number. Then exp(top - new) only
 shifts bits, and each logit costs one power. MoCo keeps one more sum, o_i = sum_j p_ij y_j. It is
-already the gradient, so the queue is read only once.
+already the gradient, so the queue is read only once. The same holds for bank_loss.
 
 Backward. An anchor is also a candidate of other anchors. Row i of the gradient of the GLOBAL mean
 has both parts, and needs only the rows of this process and the lse of all processes: no atomic
@@ -69,9 +73,10 @@ mean loss, for every parameter and for the scale. If you sum gradients instead o
 divide by the number of processes. Candidates are ordered by process, z1 before z2 in each.
 
 Limits. Rows have length 1, a <= 170, and all processes hold equally many rows. The length is
-checked, see require_unit_rows. A scale that is a tensor, MoCo's queue and the numbers of rows on
-other processes are checked only under torch.autograd.set_detect_anomaly. First derivatives only.
-Deterministic: no atomics, sums in a fixed order. Measured speed: not run on a GPU.
+checked, see require_unit_rows. A scale that is a tensor, MoCo's queue, the rows of a bank and the
+numbers of rows on other processes are checked only under torch.autograd.set_detect_anomaly. First
+derivatives only. Deterministic: no atomics, sums in a fixed order. Measured speed: not run on a
+GPU.
 
 Give rows in float32: on CUDA they are rounded to float16 inside, whose range and digits suit unit
 rows, but the gradient is float32, because in float16 most of it would become 0 once the views of an
@@ -80,9 +85,9 @@ that dtype, as autograd wants it.
 
 The kernels run on CUDA for D up to 256, and sum in float32. Everything else takes the PyTorch path,
 which goes through blocks of rows in float32 (in float64 for float64); on CUDA its products of 16
-bits are those of cuBLAS, summed in float32. moco_loss computes its gradients along with the loss;
-on a CPU with one process clip_loss does so too, and holds three blocks. Calling operators takes
-about 0.1 ms on a CPU, which is noticeable below about 200 rows.
+bits are those of cuBLAS, summed in float32. moco_loss and bank_loss compute their gradients along
+with the loss; on a CPU with one process clip_loss does so too, and holds three blocks. Calling
+operators takes about 0.1 ms on a CPU, which is noticeable below about 200 rows.
 """
 
 import torch
@@ -113,6 +118,10 @@ LSE_TILES = [
 MEAN_TILES = [
     dict(BM=64, BN=128, num_warps=4, num_stages=3),
     dict(BM=64, BN=64, num_warps=4, num_stages=2),
+]
+BANK_TILES = [  # of the mean with OWN, which needs more registers
+    dict(BM=64, BN=128, num_warps=4, num_stages=3),
+    dict(BM=64, BN=32, num_warps=4, num_stages=2),
 ]
 GRAD_TILES = [
     dict(BM=64, BN=128, num_warps=4, num_stages=2),
@@ -145,6 +154,13 @@ def moco_reference(q, k, queue, temperature):
     negatives = q @ queue.detach().T  # (n, K)
     logits = torch.cat([positive, negatives], 1) / temperature  # (n, 1 + K)
     return (logits.logsumexp(1) - logits[:, 0]).mean()
+
+
+def bank_reference(q, bank, own, temperature):
+    """InstDisc Eq. 2: -log P(own_i | q_i). q: (n, D); bank: (M, D); own: (n,)."""
+    logits = q @ bank.detach().T / temperature  # (n, M)
+    positive = logits.gather(1, own[:, None])[:, 0]  # (n,)
+    return (logits.logsumexp(1) - positive).mean()
 
 
 # -------- 2. The PyTorch path: one block of rows at a time ----------------------------------------
@@ -206,12 +222,15 @@ def lse_torch(x, y, scale, large_scale, first):
     return lse
 
 
-def mean_torch(q, queue, scale):
+def mean_torch(q, queue, scale, own=None):
     """The PyTorch form of lse_and_mean."""
     lse = q.new_empty(len(q), dtype=math_dtype(q))
     mean = q.new_empty(q.shape, dtype=math_dtype(q))
     q, queue = factors(q, queue)
     for rows, s in row_blocks(q, queue):
+        if own is not None:
+            # not -inf: where there is no other row, s - top would be inf - inf
+            s.scatter_(1, own[rows, None], -1e30)
         top = s.amax(1, keepdim=True)
         total = s.sub_(top).mul_(scale).exp_().sum(1, keepdim=True)
         mean[rows] = product(s.mul_(FP16_GAIN), queue) / (FP16_GAIN * total)
@@ -309,7 +328,8 @@ if triton is not None:
     # What the fast kernels do beyond version 1:
     # - The columns are split among several programs, for otherwise a few rows against many columns
     #   would leave most of the GPU idle. PyTorch then combines the results of the splits.
-    # - Only the tiles that need masks have them: those of the diagonal, and the last tile.
+    # - Only the tiles that need masks have them: those of the diagonal, and the last tile. With
+    #   OWN, where any tile may need one, all have that of the own column.
     # - Powers of 2 instead of e.
 
     @triton.jit
@@ -362,14 +382,15 @@ if triton is not None:
 
     @triton.jit
     def lse_kernel(
-        x_ptr, y_ptr, scale_ptr, lse_ptr, mean_ptr, R, C, first, per_split,
+        x_ptr, y_ptr, scale_ptr, own_ptr, lse_ptr, mean_ptr, R, C, first, per_split,
         D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        LARGE_SCALE: tl.constexpr, MEAN: tl.constexpr,
+        LARGE_SCALE: tl.constexpr, MEAN: tl.constexpr, OWN: tl.constexpr,
     ):
         """lse_i, and with MEAN also sum_j p_ij y_j, over the columns of each split.
 
         Reads x (R, D), y (C, D) and scale (); writes lse (splits, R) and mean (splits, R, D). A
-        program owns BM rows and `per_split` tiles of BN columns.
+        program owns BM rows and `per_split` tiles of BN columns. With OWN it reads own (R,), too:
+        row i meets itself in column own_i; first = C then says that there is no diagonal.
         """
         # The rows and the tiles of this program.
         row = tl.program_id(0) * BM + tl.arange(0, BM)  # (BM,)
@@ -379,6 +400,10 @@ if triton is not None:
         )
         x_at = addresses(x_ptr, row, D)  # (BM, D)
         x = tl.load(x_at, mask=row[:, None] < R, other=0.0)
+        if OWN:
+            itself = tl.load(own_ptr + row, mask=row < R, other=0)  # (BM,)
+        else:
+            itself = first + row
         scale2 = tl.load(scale_ptr) * TL_LOG2E  # exp(scale s) = 2^(scale2 s)
 
         top = tl.full((BM,), ROUND - 1024, tl.float32)  # the maximum so far, rounded, plus ROUND
@@ -393,12 +418,13 @@ if triton is not None:
                 y = load_tile(y_ptr, column, C, D, MASKED)  # (BN, D)
 
                 # an anchor never meets itself (unused without masks, and then not compiled)
-                others = column[None, :] != first + row[:, None]
-                counts = others & (column[None, :] < C)  # (BM, BN)
+                counts = column[None, :] != itself[:, None]  # (BM, BN)
+                if MASKED:
+                    counts = counts & (column[None, :] < C)
 
                 # 1. the logits of this tile, for powers of 2
                 s = tl.dot(x, tl.trans(y), input_precision="ieee") * scale2  # (BM, BN)
-                if MASKED:
+                if MASKED or OWN:
                     s = tl.where(counts, s, -float("inf"))
 
                 if LARGE_SCALE:
@@ -416,6 +442,10 @@ if triton is not None:
                 else:
                     # 2. and 3. without a maximum
                     total += tl.sum(tl.exp2(s), 1)
+
+        if OWN:
+            # The own column may be the only one of a split: a weight of almost 0, instead of 0 / 0.
+            total = tl.where(total == 0, 1e-37, total)
 
         # 4. undo the shift, and go back from powers of 2 to powers of e
         lse2 = tl.log2(total)
@@ -559,8 +589,8 @@ def lse_op(x: Tensor, y: Tensor, scale: Tensor, large_scale: bool, first: int) -
     grid, per_split = plan(x, y, tiles["BM"], tiles["BN"])
     lse = x.new_empty(grid[1], len(x), dtype=torch.float32)
     sizes = (len(x), len(y), first, per_split)
-    options = dict(LARGE_SCALE=large_scale, MEAN=False, **tiles)
-    launch(lse_kernel, grid, x, y, scale, lse, lse, *sizes, **options)
+    options = dict(LARGE_SCALE=large_scale, MEAN=False, OWN=False, **tiles)
+    launch(lse_kernel, grid, x, y, scale, lse, lse, lse, *sizes, **options)
     return lse.logsumexp(0)
 
 
@@ -569,19 +599,21 @@ def lse_fake(x, y, scale, large_scale, first):
     return x.new_empty(x.shape[0], dtype=math_dtype(x))
 
 
-def lse_and_mean(q, queue, scale):
-    """-> lse (R,), and sum_j p_ij y_j (R, D). Right for rows of any length."""
+def lse_and_mean(q, queue, scale, own=None):
+    """-> lse (R,), and sum_j p_ij y_j (R, D); over j != own_i, if own (R,) is given. Right for rows
+    of any length. Where no j is left, exp(lse) is 0."""
     if not use_kernel(q):
-        return mean_torch(q, queue, scale)
+        return mean_torch(q, queue, scale, own)
 
     x, y = padded(q), padded(queue)
-    tiles = MEAN_TILES[x.shape[1] > 128]
+    tiles = (MEAN_TILES if own is None else BANK_TILES)[x.shape[1] > 128]
     grid, per_split = plan(x, y, tiles["BM"], tiles["BN"])
     lse = x.new_empty(grid[1], len(x), dtype=torch.float32)
     mean = x.new_empty(*lse.shape, x.shape[1], dtype=torch.float32)
     sizes = (len(x), len(y), len(y), per_split)  # first = len(y): no row meets itself
-    options = dict(LARGE_SCALE=True, MEAN=True, **tiles)
-    launch(lse_kernel, grid, x, y, scale, lse, mean, *sizes, **options)
+    options = dict(LARGE_SCALE=True, MEAN=True, OWN=own is not None, **tiles)
+    own = lse if own is None else own.int()
+    launch(lse_kernel, grid, x, y, scale, own, lse, mean, *sizes, **options)
 
     total = lse.logsumexp(0)
     share = (lse - total).exp()[:, :, None]  # (splits, R, 1)
@@ -700,11 +732,14 @@ def contrast_backward(ctx, grad):
 
 
 @library.custom_op("ssl_kernels::infonce_moco", mutates_args=())
-def moco_op(q: Tensor, k: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """-> loss (), and its gradient to q (n, D)."""
+def moco_op(
+    q: Tensor, k: Tensor, queue: Tensor, scale: Tensor, own: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-> loss (), and its gradient to q (n, D). own (n,): the rows of the queue that are k, if it
+    holds them, too."""
     require_unit_rows(q, k)
     q, k, queue = rounded(q), rounded(k), rounded(queue)
-    lse, mean = lse_and_mean(q, queue, scale)
+    lse, mean = lse_and_mean(q, queue, scale, own)
     positive = scale * (q.to(lse.dtype) * k).sum(1)
     total = torch.logaddexp(lse, positive)
 
@@ -715,7 +750,7 @@ def moco_op(q: Tensor, k: Tensor, queue: Tensor, scale: Tensor) -> tuple[Tensor,
 
 
 @moco_op.register_fake
-def moco_fake(q, k, queue, scale):
+def moco_fake(q, k, queue, scale, own):
     return scale.new_empty(()), scale.new_empty(q.shape)
 
 
@@ -805,7 +840,7 @@ def scale_gradients(ctx, grad, *second):
 def no_second_derivative(ctx, *grads):
     raise RuntimeError(
         "the InfoNCE losses have no second derivative; "
-        "use simclr_reference, clip_reference or moco_reference"
+        "use simclr_reference, clip_reference, moco_reference or bank_reference"
     )
 
 
@@ -849,7 +884,7 @@ def all_gather_detached(x, group):
 
 def checked(**matrices):
     """The matrices (rows, D), made contiguous. TypeError or ValueError unless they have one dtype,
-    device and D, and the first two equally many rows."""
+    device and D."""
     names = ", ".join(matrices)
     one = next(iter(matrices.values()))
     for name, x in matrices.items():
@@ -871,14 +906,17 @@ def checked(**matrices):
             raise ValueError(
                 f"the rows of {name} must have length 1: normalise first, F.normalize(z, dim=1)"
             )
+    return [x.contiguous() for x in matrices.values()]
 
-    a, b = list(matrices)[:2]
-    rows = [len(matrices[a]), len(matrices[b])]
+
+def require_one_length(**pair):
+    """ValueError unless both tensors have equally many rows."""
+    a, b = pair
+    rows = [len(x) for x in pair.values()]
     if rows[0] != rows[1]:
         raise ValueError(
             f"{a} and {b} must have the same number of rows, not {rows[0]} and {rows[1]}"
         )
-    return [x.contiguous() for x in matrices.values()]
 
 
 def inverse(temperature, x):
@@ -904,6 +942,7 @@ def simclr_loss(z1, z2, temperature, group=None):
     ValueError that names the argument.
     """
     z1, z2 = checked(z1=z1, z2=z2)
+    require_one_length(z1=z1, z2=z2)
     scale, large_scale = inverse(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):
         x = torch.cat([z1, z2])  # (2n, D)
@@ -927,6 +966,7 @@ def clip_loss(x, y, scale, group=None):
     group, result and errors: as for simclr_loss.
     """
     x, y = checked(x=x, y=y)
+    require_one_length(x=x, y=y)
     if not isinstance(scale, Tensor):
         if not abs(scale) <= MAX_SCALE:
             raise ValueError(f"scale must be at most {MAX_SCALE:.0f}, not {scale}")
@@ -971,6 +1011,29 @@ def moco_loss(q, k, queue, temperature):
     temperature, dtypes, result and errors: as for simclr_loss.
     """
     q, k, queue = checked(q=q, k=k, queue=queue)
+    require_one_length(q=q, k=k)
     scale, _ = inverse(temperature, q)
     with torch.autocast(q.device.type, enabled=False):
-        return moco_op(q, k.detach(), queue.detach(), scale)[0]
+        return moco_op(q, k.detach(), queue.detach(), scale, None)[0]
+
+
+def bank_loss(q, bank, own, temperature):
+    """InstDisc, Eq. 2: each query must name its own row of the bank. The mean over the n queries of
+    -log P(own_i | q_i), in nats. Communicates nothing.
+
+    q: (n, D), rows of length 1. Only q gets a gradient: not for CPC, whose candidates learn, too.
+    bank: (M, D), rows of all images, or the keys of all processes. The length of all but the own
+        rows is checked only under torch.autograd.set_detect_anomaly; the loss is right for any.
+        A bank in float32 on CUDA is copied to float16 in each call.
+    own: (n,), int64, the row that belongs to each query. Two queries may have the same one.
+    temperature, dtypes, result and errors: as for simclr_loss. IndexError if there is no such row.
+    """
+    if not isinstance(own, Tensor) or own.dtype != torch.int64 or own.ndim != 1:
+        raise TypeError(f"own must be an int64 tensor of shape (n,), not {own}")
+    q, bank = checked(q=q, bank=bank)
+    require_one_length(q=q, own=own)
+    scale, _ = inverse(temperature, q)
+    bank = bank.detach()
+    k = bank.index_select(0, own)  # (n, D)
+    with torch.autocast(q.device.type, enabled=False):
+        return moco_op(q, k, bank, scale, own)[0]

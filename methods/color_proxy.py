@@ -5,22 +5,23 @@ Official code (TensorFlow): https://github.com/gustavla/self-supervision
 Idea. Predict the colours of a grey image, as colorization.py does, but in another way. At a few
 random points of the image the feature maps of all depths are read out and joined (a hypercolumn),
 and from it two histograms are predicted: of the hue, the place on the colour circle, and of the
-chroma, how far the colour is from grey. Grey has no hue, so an error in hue counts in proportion to
-the chroma. Reading points instead of whole maps is cheap and loses little, because neighbouring
-pixels say nearly the same.
+chroma, how far the colour is from grey. A grey point has no hue, so the loss of the hue is
+multiplied by the chroma. Reading points instead of whole maps is cheap and loses little, because
+neighbouring pixels say nearly the same.
 
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour
-images; P random points per image, at least --border pixels from the edge; at each point u the
-hypercolumn, then K = --bins logits of the hue and K of the chroma. For red, green and blue in
-[0, 1], chroma c = max - min, and hue is that of HSV in [0, 1). y_hue, y_chroma are the bins of the
-true values, floor(K v). With CE the cross-entropy and b = --hue-weight:
+images; P random points per image, at least --border pixels from the edge. From the hypercolumn at a
+point u a small network gives two histograms: K = --bins logits of the hue, K of the chroma. For
+red, green and blue in [0, 1], chroma c = max - min, and hue is that of HSV in [0, 1). y_hue and
+y_chroma are the bins of the true values v: floor(0.99999 K v), so that 1 falls into the last bin.
+With CE the cross-entropy and b = --hue-weight:
 
     L = mean over points of  CE(chroma(u), y_chroma)  +  b c CE(hue(u), y_hue)
 
 If the network guesses, the first part is log K, 3.47 for 32 bins.
 
 Run.
-    python methods/color_proxy.py                             two CPU cores, 3 minutes
+    python methods/color_proxy.py                             one CPU core, about 13 minutes
     python methods/color_proxy.py --recipe cifar10            one GPU
     torchrun --nproc_per_node 8 methods/color_proxy.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
@@ -37,7 +38,8 @@ Differs from the paper. (This file | the paper, or the official code.)
        blue, as in the official code.
     3. The hypercolumn and the hidden layer have batch-norm, so maps of different scale count alike
        | official code: a learned scale for each map, where it is asked for; dropout of 0.5.
-    4. Maps are read with the centres of their pixels in place | official code: with the corners.
+    4. A map of w places covers the image as w equal cells, read between their centres | official
+       code: its first place lies at the image's first pixel.
     5. The target is the bin of the pixel, as in the default of the official code | one of its
        variants: a histogram over 7 x 7 pixels.
     6. Adam, whose learning rate after a warm-up falls to zero by a cosine | the official code holds

@@ -20,17 +20,17 @@ discriminator gives to R being real; a = --adv-weight. Section 3.2, as in the of
     L     = (1 - a) L_rec + a L_adv                        the loss of encoder and decoder
     L_D   = mean over images of  -log D(x) - log(1 - D(y)) the loss of the discriminator
 
-With --mask center, R is the central square, a quarter of the image. A border of it is not hidden,
-so that what is painted fits its surroundings; in this overlap w = --overlap-weight. With --mask
-random, R is the whole image, a quarter of it is hidden, and w = 1 everywhere.
+--mask random: R is the whole image, a quarter of it is hidden, and w = 1 everywhere.
+--mask center: R is the central square, a quarter of the image. Only its inside is hidden; a border
+of --overlap pixels stays visible, with w = --overlap-weight, so that the painting fits around it.
 
 Run.
-    python methods/context_encoder.py                         two CPU cores, 3 minutes
+    python methods/context_encoder.py                         one CPU core, about 12 minutes
     python methods/context_encoder.py --recipe cifar10        one GPU
     torchrun --nproc_per_node 8 methods/context_encoder.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
-The run folder also gets inpainted.png: test images with holes, filled.
---adv-weight 0 is reconstruction alone, as for the features that the authors published.
+--adv-weight 0 is reconstruction alone, as for the features that the authors published. The run
+folder also gets inpainted.png: test images with holes, filled.
 
 Reached. On emoji after 40 epochs, 743 seconds on one busy CPU core: kNN 56.7 % (untrained 51.2, raw
 pixels 53.9); linear 59.0 % (untrained 53.9, raw pixels 54.1); mean of 2 runs. Other recipes: not
@@ -44,16 +44,16 @@ Differs from the paper. (This file | the paper, or the official code.)
     2. Each image has a hole of its own, a quarter of its pixels exactly: those with the least of a
        smooth random pattern | official code: one hole per batch, where a pattern is below 1/4,
        drawn again until it covers 20 to 30 %.
-    3. Holes are filled with ImageNet's mean colour | official code: the numbers of this colour,
-       117, 104, 123, in the order of red, green and blue; they belong to green, blue and red.
-    4. Encoder and decoder meet the discriminator after its step | official code: with what it
-       computed before. The convolutions of decoder and discriminator have no offsets | official
-       code: offsets that are set to 0 before each step.
-    5. The learning rates fall to zero by a cosine, after a warm-up where --warmup asks for one |
-       official code: constant. Crops are random resized crops, half of them mirrored | official
-       code: 128 pixels of an image whose shorter side has 350, half of them mirrored.
-    6. The official code can weigh the visible pixels of random holes ten times; its README does
-       not, and neither does this file.
+    3. Holes get ImageNet's mean colour (123, 117, 104 of 255 for red, green, blue) | official code:
+       the same numbers in the wrong order, 117, 104, 123.
+    4. First the discriminator takes its step, then the others are judged by the new one | official
+       code: by the one before its step. The convolutions of decoder and discriminator have no
+       offsets | official code: offsets that are set to 0 before each step.
+    5. The learning rates fall to zero by a cosine, after a warm-up | official code: constant, and a
+       tenth without adversarial loss: add --lr 8e-4 to --recipe paper --adv-weight 0. Views are
+       random resized crops, half of them mirrored | official code: 128 pixels of an image whose
+       shorter side has 350, half of them mirrored.
+    6. The visible pixels of random holes weigh 1 | official code: 1, or 10 by an option.
 """
 
 import math

@@ -6,9 +6,10 @@ Idea. Cut two neighbouring patches out of an image and ask where the second lies
 the left, at one of four corners? To answer, the network must recognise what the patches are parts
 of. The same network encodes each patch by itself, and only then are two compared. Clues that need
 no recognition are taken away. Patches have gaps and random offsets, because edges would continue
-from one into the next. Some are shrunk and enlarged again, because compression leaves traces. Their
-colours are dropped or projected, because the colour fringes of a lens (chromatic aberration: it
-moves green against magenta) tell where in the picture a patch was.
+from one into the next. A third of them is shrunk and enlarged again, because compression leaves
+traces; in the others these stay. Their colours are dropped or projected, because the colour fringes
+of a lens (chromatic aberration: it moves green against magenta) tell where in the picture a patch
+was.
 
 Notation. N images in the global batch, n = N / processes on this process; x (n, 9, 3, t, t) the
 patches of a grid of 3 x 3 of each image; h = f(x) (9n, D) representation, kept for later use; the
@@ -25,7 +26,7 @@ logits (n, 40, 8), by layers that are thrown away after training. Section 3:
 A network that guesses has the loss log 8 = 2.079.
 
 Run.
-    python methods/context_prediction.py                      two CPU cores, 4 minutes
+    python methods/context_prediction.py                      one CPU core, about 11 minutes
     python methods/context_prediction.py --recipe stl10       one GPU
     torchrun --nproc_per_node 8 methods/context_prediction.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
@@ -44,14 +45,13 @@ Differs from the paper. (This file | the paper, or the official code.)
     3. Each patch gets zero mean per channel and then unit mean square over all channels, in
        backbone(...), and so does the whole image in evaluation, also for the untrained baseline |
        official code: zero mean in the kept channel alone, and a mean square of 50^2.
-    4. The noise in place of dropped channels is uniform, as in the official code, with the paper's
-       1/100 of the deviation of the channel that is kept; the nine patches of an image have the
-       same noise | paper: Gaussian; official code: each has its own, up to 0.5 of 255 grey levels.
-    5. Images are random resized crops | official code: whole images, resized to 150,000 to 450,000
-       pixels.
-    6. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one; SGD
-       with momentum 0.9 | paper: momentum up to 0.999; official code: a constant rate of 1e-5 for
-       the sum over some 2,300 pairs, without momentum and weight decay.
+    4. Dropped channels become uniform noise, as in the official code, with 1/100 of the kept
+       channel's deviation, as in the paper. All nine patches of an image share the noise | paper:
+       Gaussian noise; official code: each patch its own, up to 0.5 of 255 grey levels.
+    5. Random resized crops | official code: whole images, resized to 150,000 to 450,000 pixels.
+    6. The learning rate falls to zero by a cosine, after a warm-up; SGD with momentum 0.9 | paper:
+       momentum up to 0.999; official code: a constant rate of 1e-5 for the sum over some 2,300
+       pairs, without momentum and weight decay. Batch and epochs of the column `paper` are ours.
 """
 
 import copy
@@ -114,9 +114,9 @@ def backbone(arch, size):  # copy of: methods/jigsaw.py::backbone
     the paper, a whole image in evaluation. The names of its weights are unchanged."""
     net = common.backbone(arch, size)
 
-    # Up to 64 pixels resnet14 loses its max-pool; the other ResNets have none. The last stage then
-    # sees 2 x 2 places of a tile instead of one, and more of its 3 x 3 filters learn what they need
-    # in a whole image.
+    # Up to 64 pixels resnet14 loses its max-pool; the other ResNets have none. With it a tile of 12
+    # pixels would give one place in the last stage: only the middle of each 3 x 3 filter would meet
+    # the tile, the rest would meet padding and not learn. Without it there are 2 x 2 places.
     if arch == "resnet14" and size <= 64:
         net.maxpool = nn.Identity()
     net.first_layer.register_forward_pre_hook(
@@ -200,8 +200,8 @@ def resampling(side):
 
 
 def resample(x, rand, matrices, p=1 / 3, least=10 / 96):
-    """Patches (n, 9, 3, t, t), of which some are shrunk and enlarged again. Their area in between
-    is uniform, from that of 10 x 10 pixels in a patch of 96 x 96 to that of the patch."""
+    """Patches (n, 9, 3, t, t), of which a third is shrunk and enlarged again. The area of a shrunk
+    patch is uniform between (10/96)^2 and 1 of the patch's area."""
     t = x.shape[4]
     side = rand.uniform(least**2, 1, columns=(9,)).sqrt() * t
     side = side.ceil().long()  # (n, 9): 1 to t
@@ -258,7 +258,7 @@ SETTINGS = {
     # makes steps ten times as long, so 0.0023 for a batch of 64 does the same: 0.0092 for 256.
     "lr": (0.1, 0.1, 0.0092, "learning rate per 256 images"),
     "weight_decay": (5e-4, 5e-4, 0.0, "on all parameters"),
-    "patch": (12, 24, 96, "side of a patch, pixels", "[1, inf)"),
+    "patch": (12, 24, 96, "side of a patch, pixels", "[2, inf)"),
     "gap": (4, 8, 48, "pixels between two patches", "[1, inf)"),
     "jitter": (1, 2, 7, "pixels by which a patch is moved at most; less than half of --gap"),
     "color": ("project", "project", "drop", "against aberration", ("project", "drop")),
@@ -303,8 +303,9 @@ def show(views):
 
 
 def draw_neighbours_of_patches(path, run, untrained):
-    """The patch in the middle of each of ten test images, and its four nearest patches of other
-    test images by the features of the network, after its training and before."""
+    """Ten patches, each from the middle of a test image, and their four nearest patches of other
+    test images by the features of the network, after its training and before. The ten have the most
+    variance among the first 30 images, so that none is blank."""
 
     def cut(x, rand):
         return cut_patches(x, grid_corners(rand, run.args), run.args.patch)
@@ -315,9 +316,10 @@ def draw_neighbours_of_patches(path, run, untrained):
     (x,) = first_batch(split, [view], count, run.args.seed, run.device)
     patches = x.flatten(0, 1)  # (9n, 3, t, t)
     image = torch.arange(len(patches), device=x.device) // 9
-    middle = torch.arange(4, len(patches), 9, device=x.device)
-    middle = middle[:10]  # of the first ten images
-    shown = [x[:10, 4]]
+    variance = x[:30, 4].var((1, 2, 3))
+    chosen = variance.topk(min(10, len(variance))).indices
+    middle = 9 * chosen + 4  # among all patches
+    shown = [patches[middle]]
     for network in (run.model.backbone, untrained):
         h = F.normalize(embed(network, normalize(patches)), dim=1)
         similarity = h[middle] @ h.T  # (10, 9n)

@@ -19,7 +19,7 @@ Eq. 1 and 2:
 A network that guesses has the loss log P.
 
 Run.
-    python methods/exemplar.py                                two CPU cores, 5 minutes
+    python methods/exemplar.py                                one CPU core, about 9 minutes
     python methods/exemplar.py --recipe cifar10               one GPU
     torchrun --nproc_per_node 8 methods/exemplar.py --recipe paper --data stl10
 --batch counts the images of all processes together.
@@ -36,10 +36,10 @@ Differs from the paper. (This file | the paper.)
        places | of the image at its own size, the maxima in each quarter, for an SVM.
     2. Each step draws new transformations, several of each seed | a fixed set of up to 300 per
        seed.
-    3. Candidates are four times as many as seeds, at random places and of random sizes in the
-       square of each image's centre. Sides go from --min-seed to all of the square | not given.
-       Where there are more candidates than images, an image may give several seeds | patches of
-       different images. What a transformed patch needs from beyond its image repeats the border.
+    3. Four times as many candidate squares as seeds are cut at random places from the images'
+       central squares. Their sides go from --min-seed to all of that square | the paper does not
+       say. Where there are more candidates than images, an image may give several seeds | patches
+       of different images. What a transformed patch needs from beyond its image repeats the border.
     4. Factors and powers are drawn log-uniformly, so that they neither brighten nor darken on
        average; angles and offsets uniformly | only their ranges are given. The factors of the
        first change of contrast act on the distance from the mean colour. Saturation and value have
@@ -60,10 +60,11 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import ARCHS, InMemory, Loader, Run, Split, backbone, join_processes, load_data, parse
+from common import (ARCHS, InMemory, Loader, Run, Split, backbone, fail, join_processes, load_data,
+                    parse)
 from kernels.collectives import distribute, gather
-from kernels.views import (METHOD, BatchRandom, column, normalize, resized_crop, shift_hue,
-                           whole_image)
+from kernels.views import (METHOD, BatchRandom, column, denormalize, normalize, resized_crop,
+                           shift_hue, whole_image)
 
 KIND = "image"  # what it learns from; the tests ask for what is due to each kind
 
@@ -102,8 +103,8 @@ class Exemplar(nn.Module):
 SHIFT = 0.2  # at most a fifth of the patch's side, in both directions
 SCALE = 0.7, 1.4
 ANGLE = math.radians(20)
-# How far a transformed patch reaches beyond the seed, in sides of the seed: 0.2 by the shift, and
-# (1.4 (cos 20° + sin 20°) - 1) / 2 = 0.397 at each side by scale and angle.
+# How far a transformed patch reaches beyond the seed, in sides of the seed. Scale and angle need
+# (1.4 (cos 20° + sin 20°) - 1) / 2 = 0.397 of the side, the shift 0.2 more: 0.597 together.
 MARGIN = 0.6
 
 
@@ -130,6 +131,12 @@ def cut_windows(x, u, smallest, size):
     return resized_crop(255 * x, boxes, window_side(size))
 
 
+def middles(windows, size):
+    """Windows (n, 3, W, W) -> the seeds (n, 3, size, size), without their margins."""
+    margin = round(MARGIN * size)
+    return windows[:, :, margin:-margin, margin:-margin]
+
+
 def gradient_energy(x):
     """Mean squared length of the gradient, over the pixels and channels of x (n, 3, h, w): (n,)."""
     down = x.diff(dim=2).square().mean((1, 2, 3))
@@ -140,8 +147,8 @@ def gradient_energy(x):
 def draw_by_energy(energy, count, rand):
     """Indices (count,) of different candidates, drawn one after the other with probabilities in
     proportion to energy (M,). rand: a BatchRandom of M."""
-    # If candidate i arrives after a random time with rate e_i, it is the first with probability
-    # e_i / sum of e; and so on among the others.
+    # Each candidate waits a random time, exponential with rate e_i. The first to arrive is i with
+    # probability e_i / sum of e, and likewise among the rest. The `count` earliest are taken.
     arrival = -torch.log1p(-rand.uniform()).to(energy) / energy.clamp(min=1e-6)
     return arrival.topk(count, largest=False).indices
 
@@ -165,8 +172,7 @@ def seed_windows(split, args, device):
             windows.append(gather(part).mul(255).round().byte())
     windows = torch.cat(windows)
 
-    margin = round(MARGIN * args.size)
-    seeds = windows[:, :, margin:-margin, margin:-margin]
+    seeds = middles(windows, args.size)
     energy = torch.cat([gradient_energy(part.float()) for part in seeds.split(1024)])
     rand = BatchRandom([args.seed, 0, 0, 0, METHOD], len(windows))
     return windows[draw_by_energy(energy, args.seeds, rand)]
@@ -270,6 +276,13 @@ SETTINGS = {
 }
 
 
+def get_args(argv=None):
+    args = parse(__doc__, SETTINGS, argv)
+    if args.batch > args.seeds:
+        fail(f"--batch {args.batch}: choose at most {args.seeds}, the number of --seeds")
+    return args
+
+
 def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::learning_rate
     """Base rate x batch / 256, linear warm-up, then cosine to 0. `step` counts from 0 over the
     whole run."""
@@ -283,7 +296,7 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
 
 
 def main(argv=None):
-    args = parse(__doc__, SETTINGS, argv)
+    args = get_args(argv)
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
     windows = seed_windows(data.train, args, device)
@@ -295,7 +308,14 @@ def main(argv=None):
     optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     chance = math.log(args.seeds)
     state = {"optimizer": optimizer}
-    run = Run("exemplar", args, data, loader, model, state, ("chance", chance))
+
+    def show(views):
+        """For views.png, whose first column is the window: the seed, and its copies."""
+        index, _ = loader.first_shown
+        pictures = {"seed": middles(windows[index.to(device)], args.size).cpu() / 255}
+        return pictures | {f"copy {k}": denormalize(x) for k, x in enumerate(views, 1)}
+
+    run = Run("exemplar", args, data, loader, model, state, ("chance", chance), show)
     wrapped = distribute(model, device, args.compile)
 
     # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.

@@ -92,9 +92,9 @@ def backbone(arch, size):
     the paper, a whole image in evaluation. The names of its weights are unchanged."""
     net = common.backbone(arch, size)
 
-    # Up to 64 pixels resnet14 loses its max-pool; the other ResNets have none. The last stage then
-    # sees 2 x 2 places of a tile instead of one, and more of its 3 x 3 filters learn what they need
-    # in a whole image.
+    # Up to 64 pixels resnet14 loses its max-pool; the other ResNets have none. With it a tile of 12
+    # pixels would give one place in the last stage: only the middle of each 3 x 3 filter would meet
+    # the tile, the rest would meet padding and not learn. Without it there are 2 x 2 places.
     if arch == "resnet14" and size <= 64:
         net.maxpool = nn.Identity()
     net.first_layer.register_forward_pre_hook(

@@ -18,12 +18,12 @@ embedding, L2-normalised, thrown away after training; C (M, d) targets, random u
     label : in every --permute-th epoch the targets of a batch are permuted by the P that maximises
             sum over i of  z_i . c_P(i),  found by the Hungarian method
 
-If all embeddings are the same, the exchange gains nothing, and the loss is about 2. It is lower in
-the epochs of an exchange, when each image is offered the nearest target, than in the others, when
-the network has to remember.
+If all embeddings are equal, no exchange helps and the loss is about 2. While training works, the
+loss is lower in epochs with an exchange, where each image is offered a near target, than in the
+others, where the network must remember.
 
 Run.
-    python methods/nat.py                                     two CPU cores, 4 minutes
+    python methods/nat.py                                     one CPU core, about 4 minutes
     python methods/nat.py --recipe cifar10                    one GPU
     torchrun --nproc_per_node 8 methods/nat.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
@@ -74,9 +74,9 @@ def nat_loss(z, c):
 
 
 def assign(z, c):
-    """Which target suits which image: the order (N,) of the rows of c for which the sum over i of
-    z_i . c_order(i) is largest, by the Hungarian method. Unit vectors with the largest product have
-    the smallest distance. It runs on the CPU, so a GPU waits for it."""
+    """order (N,): image i gets target order[i]. Of all assignments this one has the largest sum of
+    z_i . c_order[i], which for unit vectors is the smallest sum of squared distances. The Hungarian
+    method finds it on the CPU, so a GPU waits for it."""
     from scipy.optimize import linear_sum_assignment  # here, so --help need not wait for it
 
     scores = z @ c.T  # (N, N)
@@ -167,9 +167,9 @@ def views(args):
 
 SETTINGS = {
     "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
-    "size": (32, 32, 224, "side of a view, pixels"),
+    "size": (32, 32, 224, "side of a view, pixels", "[2, inf)"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
-    # 64: 5,000 images have four times as many steps, in which targets are learnt
+    # 64 instead of 256: four times as many steps per epoch, and 5,000 images give few
     "batch": (64, 256, 256, "images per step, over all processes; they exchange their targets"),
     "epochs": (36, 200, 100, "passes over the training images"),
     "warmup": (1.0, 1.0, 0.0, "epochs of linear learning-rate warm-up"),

@@ -25,28 +25,28 @@ lightness of predicted.png are means of the classes, after the predicted distrib
 by a temperature T, as in Colorization.
 
 Run.
-    python methods/split_brain.py                             two CPU cores, 3 minutes
+    python methods/split_brain.py                             one CPU core, about 10 minutes
     python methods/split_brain.py --recipe cifar10            one GPU
     torchrun --nproc_per_node 8 methods/split_brain.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
 The run folder also gets predicted.png: test images, and what each half predicts of the other's.
---predict own --loss regression is the plain autoencoder, for comparison.
+--predict own --loss regression is an autoencoder in two halves, for comparison.
 
 Reached. On emoji after 60 epochs, 600 seconds on one busy CPU core: kNN 62.3 % (untrained 52.0, raw
 pixels 53.9); linear 59.4 % (untrained 56.3, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet with convolutions in two groups, so the halves share nothing | paper:
-       AlexNet, split in the same way; the released networks were trained one by one.
-    2. Four of a half's feature maps, brought to a quarter of the image's side, are added (a
-       hypercolumn), and two convolutions predict | paper: fc6 and fc7 as convolutions predict
-       12 x 12 places of 180 x 180 pixels.
+       AlexNet, split in the same way.
+    2. Each of a half's four maps goes through a 1 x 1 convolution, is brought to a quarter of the
+       image's side, and the four are added; two convolutions predict from the sum | paper: fc6 and
+       fc7 as convolutions predict 12 x 12 places of 180 x 180 pixels.
     3. The targets are pixels 2, 6, 10, ... of each axis | paper: the downsampled image. The losses
        are means over places | paper: sums.
     4. Q = 261: the points to which at least one 8-bit sRGB colour is nearest | paper: 313.
     5. L - 50 and ab are divided by 50 | official code: not divided.
-    6. The plain autoencoder has the same two halves, each of which predicts its own input | paper:
-       one network that sees Lab and predicts Lab.
+    6. The autoencoder for comparison has the same two halves, each of which predicts its own input
+       | paper: one network that sees Lab and predicts Lab.
     7. Adam, whose learning rate after a warm-up falls to zero by a cosine | paper: nothing is said
        of the optimiser, so batch, epochs, rate and decay of the column `paper` are ours. Images are
        random resized crops, half of them mirrored | paper: crops of 180 pixels.
@@ -160,8 +160,8 @@ def scaled_lab(x):
 
 
 def what_halves_see(x):
-    """Normalised colour images -> (n, 4, H, W): L twice for the first half, ab for the second. A
-    convolution in two groups needs as many channels in one as in the other."""
+    """Normalised colour images -> (n, 4, H, W): L, L, a, b. The first half sees L alone; it is
+    given twice because both groups of a convolution must have the same number of channels."""
     lab = scaled_lab(x)
     return torch.cat([lab[:, :1], lab], 1)
 
@@ -212,7 +212,7 @@ class Head(nn.Module):
     def forward(self, maps):
         total = 0
         for feature_map, lateral in zip(maps, self.lateral):
-            # the pooling repeats pixels where a map is smaller than a quarter of the image
+            # adaptive pooling shrinks large maps; small ones it enlarges by repeating places
             total = total + F.adaptive_avg_pool2d(lateral(feature_map), self.side)
         return self.predict(total)  # (n, outputs, H/4, W/4)
 

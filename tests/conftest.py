@@ -153,6 +153,7 @@ SHORT = {
     "patch": 4,
     "gap": 1,
     "jitter": 0,
+    "permute": 1,
     "queue": 20,
     "queue_from": 0,
     "hard_from": 1,

@@ -16,6 +16,7 @@ SMALL = [
     bench.simclr_case(64, 32),
     bench.clip_case(64, 128),
     bench.moco_case(8, 100, 32),
+    bench.bank_case(8, 100, 32),
     bench.sinkhorn_case(20, 30, torch.float32),
     bench.potentials_case(20, 30, torch.float32),
     bench.assignment_case(20, 30, torch.float32),
@@ -56,10 +57,10 @@ def test_rows_of_ours_and_of_the_plain_formula(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("case", SMALL[:3], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", SMALL[:4], ids=lambda case: case.op)
 def test_other_ways(case):
-    """They multiply in bf16, with errors of 2^-9 in each logit. Logits reach 10 (simclr, moco) or
-    14 (clip): 0.03 in the loss."""
+    """They multiply in bf16, with errors of 2^-9 in each logit. Logits reach 10, or 14
+    (clip): 0.03 in the loss."""
     inputs = case.inputs(CPU)
     want = case.ways["ours"](*inputs).item()
     assert case.ways["eager bf16"](*inputs).item() == pytest.approx(want, abs=0.03)
@@ -68,6 +69,7 @@ def test_other_ways(case):
         "simclr_loss": bench.flex_simclr,
         "clip_loss": bench.flex_clip,
         "moco_loss": bench.flex_moco,
+        "bank_loss": bench.flex_bank,
     }
     detached = [x.detach() for x in inputs]
     assert flex[case.op](*detached).item() == pytest.approx(want, abs=0.03)

@@ -153,6 +153,42 @@ def test_a_third_of_the_patches_is_resampled_to_uniform_areas(matrices):
     torch.testing.assert_close(share, expected, rtol=0, atol=0.01)
 
 
+def fourier_noise(n, size, power):
+    """Grey images (n, 1, size, size) of mean 0 and deviation 1 whose amplitudes fall with the
+    frequency to that power, as those of photographs do."""
+    row = torch.fft.fftfreq(size, dtype=torch.float64)
+    frequency = (row[:, None].square() + row.square()).sqrt()
+    frequency[0, 0] = math.inf  # no mean
+    spectrum = torch.fft.fft2(noise(n, 1, size, size)) / frequency**power
+    x = torch.fft.ifft2(spectrum).real
+    return (x / x.std()).float()
+
+
+def test_traces_of_compression_are_blurred_where_patches_are_resampled():
+    """Images with and without a grid of blocks of 8 pixels, as JPEG leaves it. Second differences
+    tell the patches of one from those of the other if they are left alone (two thirds are), and
+    much worse if they are resampled. 0.5 is a guess; 576 patches have a standard error of 0.017."""
+    args = arguments("context_prediction", "--size", 96, "--patch", 24)
+    matrices = context.resampling(24)
+    plain = fourier_noise(64, 96, 1.5)
+    blocks = F.interpolate(noise(64, 1, 12, 12, seed=3).float(), scale_factor=8)  # nearest
+
+    def roughness(x, p):
+        patches = context.cut_patches(x, context.grid_corners(rand(64), args), 24)
+        patches = context.resample(patches, rand(64, 1), matrices, p)
+        return patches.diff(n=2, dim=4).square().mean((2, 3, 4)).flatten()
+
+    def told(p):
+        """How often a patch with blocks is rougher than one without."""
+        rougher = roughness(plain + 0.3 * blocks, p)[:, None] > roughness(plain, p)
+        return rougher.double().mean().item()
+
+    left_alone = told(0)
+    assert left_alone > 0.95
+    assert told(1) - 0.5 < (left_alone - 0.5) / 3
+    assert told(1) + 4 * 0.017 < told(1 / 3) < left_alone - 4 * 0.017
+
+
 # -------- Colours ---------------------------------------------------------------------------------
 
 
@@ -348,7 +384,7 @@ def test_the_picture_compares_with_the_network_before_training(monkeypatch, tmp_
     assert len(rows) == 10 and columns[0] == "patch" and len(columns) == 9
     for patch, *others in rows:
         assert patch.shape == (3, 4, 4) and 0 <= patch.min() and patch.max() <= 1
-        assert len(others) == 8
+        assert len(others) == 8 and patch.std() > 0.01  # none is blank
 
 
 @pytest.mark.parametrize(
@@ -357,6 +393,7 @@ def test_the_picture_compares_with_the_network_before_training(monkeypatch, tmp_
         (("--jitter", 2), "--jitter 2: choose less than half of --gap 4"),
         (("--patch", 14), "--size 48: choose at least 52, for three patches of --patch 14"),
         (("--gap", 0), "--gap 0: choose at least 1"),
+        (("--patch", 1), "--patch 1: choose at least 2"),
         (("--arch", "vit_micro", "--patch", 10), "--patch 10: choose a multiple of 4"),
         (("--color", "grey"), "--color: invalid choice: 'grey'"),
     ],

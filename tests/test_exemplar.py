@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, arguments, call_main, noise, tiny_data, write_images
+from conftest import CPU, arguments, call_main, light, noise, tiny_data, write_images
 
 import common
 from common import Data, InMemory, Split, make_views
@@ -32,6 +32,10 @@ class Given:
 def logs(*factors):
     """What log_uniform makes these factors of, for one image."""
     return torch.tensor([factors], dtype=torch.float64).log()
+
+
+def unchanged(x, *others):
+    return x
 
 
 def colours(*shape, seed=0):
@@ -133,7 +137,7 @@ def test_flat_patches_become_no_classes(monkeypatch):
 
 def test_there_are_as_many_seeds_as_asked_for_and_all_differ():
     """Also more than images, and where the last batch of images is incomplete."""
-    for seeds, batch in ((24, 24), (60, 10), (7, 13)):
+    for seeds, batch in ((24, 24), (60, 10), (14, 13)):
         args = arguments("exemplar", "--size", 16, "--seeds", seeds, "--batch", batch)
         windows = exemplar.seed_windows(tiny_data().train, args, CPU)
         assert len(windows) == seeds == len(windows.unique(dim=0))
@@ -249,6 +253,31 @@ def test_second_contrast_is_that_of_colorsys(power, factor, offset):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("hue, offset", [(0.97, 0.1), (0.03, -0.1), (0.4, 0.05)])
+def test_the_hue_turns_around_the_circle_as_in_colorsys(monkeypatch, hue, offset):
+    """All copies are turned by the offset that was drawn, between -0.1 and 0.1; 0.97 + 0.1 = 0.07.
+    Grey has no hue and stays."""
+    pixel = colorsys.hsv_to_rgb(hue, 0.6, 0.8)
+    windows = torch.tensor(pixel).view(1, 3, 1, 1).expand(1, 3, 36, 36).clone()
+    windows[:, :, :, 20:] = 0.5
+    drawn = []
+
+    class Drawn:
+        def uniform(self, low=0.0, high=1.0, columns=()):
+            drawn.append((low, high))
+            return torch.tensor([offset])
+
+    for name in ("contrast_of_components", "contrast_of_saturation_and_value"):
+        monkeypatch.setattr(exemplar, name, unchanged)
+    monkeypatch.setattr(exemplar, "warp", lambda x, rand, size: x[:, :, 10:26, 10:26])
+    ((_, augment), *_) = exemplar.views(arguments("exemplar", *FLAGS), None, None)
+    shown = denormalize(augment(windows, Drawn()))[0]
+    assert drawn == [(-0.1, 0.1)]
+    expected = torch.tensor(colorsys.hsv_to_rgb((hue + offset) % 1, 0.6, 0.8))
+    torch.testing.assert_close(shown[:, 8, 4], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(shown[:, 8, 12], torch.full((3,), 0.5), rtol=0, atol=1e-5)
+
+
 def copies_of(windows, seed=0, **patches):
     """Copies of windows, as the network sees them: (copies, n, 3, 16, 16) in [0, 1]."""
     args = arguments("exemplar", *FLAGS, "--copies", 6)
@@ -258,10 +287,6 @@ def copies_of(windows, seed=0, **patches):
         transformed = exemplar.views(args, *exemplar.principal_colours(windows))
         shown = make_views(windows, transformed, seed)
     return denormalize(torch.stack(shown))
-
-
-def unchanged(x, *others):
-    return x
 
 
 NO_COLOUR = {
@@ -365,4 +390,25 @@ def test_impossible_flags_are_refused(capsys, flags, words):
 def test_a_batch_larger_than_the_seeds_is_refused(tmp_path):
     found = call_main("exemplar", *FLAGS, "--seeds", 8, "--out", tmp_path / "run")
     assert found.code == 1 and not (tmp_path / "run").exists()
-    assert found.err == "error: --batch 12: choose 2 to 8, the number of images\n"
+    assert found.err == "error: --batch 12: choose at most 8, the number of --seeds\n"
+
+
+def test_the_picture_shows_the_seed_between_its_window_and_its_copies(tmp_path, monkeypatch):
+    drawn = {}
+
+    def see(path, rows, columns, note=""):
+        drawn[path.name] = rows, columns
+
+    results = {"knn20": 50.0, "knn200": 40.0, "linear": 60.0}
+    monkeypatch.setattr(common, "evaluate", lambda *args, **options: dict(results))
+    monkeypatch.setattr(common, "save_grid", see)
+    for name in ("draw_curve", "draw_neighbours"):
+        monkeypatch.setattr(common, name, lambda *args: None)
+    flags = [*FLAGS, "--copies", 2, "--epochs", 1, "--warmup", 0, "--workers", 0]
+    found = call_main("exemplar", *flags, "--out", tmp_path / "run", **light("exemplar"))
+    assert found.code == 0, found.err
+    rows, columns = drawn["views.png"]
+    assert columns == ["image", "seed", "copy 1", "copy 2"] and len(rows) == 8
+    for window, seed, *copies in rows:
+        assert window.shape == (3, 36, 36) and copies[0].shape == (3, 16, 16)
+        assert torch.equal(seed, window[:, 10:26, 10:26])

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import implementation, infonce
 from kernels.infonce import (
+    bank_loss,
+    bank_reference,
     clip_loss,
     clip_reference,
     moco_loss,
@@ -27,11 +29,13 @@ from kernels.infonce import (
     simclr_loss,
     simclr_reference,
 )
+from methods.instance_discrimination import softmax_loss
 from methods.moco import info_nce
+from methods.moco_v3 import ctr
 from methods.simclr import nt_xent
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOSSES = ("simclr", "clip", "moco")
+LOSSES = ("simclr", "clip", "moco", "bank")
 
 
 def unit(*shape, seed=0, dtype=torch.float64, near=None):
@@ -52,7 +56,15 @@ def inputs(loss, n, D, tau, C=None, dtype=torch.float64):
     if loss == "clip":
         scale = torch.tensor(1 / tau, dtype=torch.float64)
         return [a, b, scale.to(infonce.math_dtype(a))], []
-    return [a], [b, unit(C or n, D, seed=3, dtype=dtype), tau]
+    others = unit(C or n, D, seed=3, dtype=dtype)
+    if loss == "moco":
+        return [a], [b, others, tau]
+    # The own rows of the queries stand anywhere among the others, in no order; the first two
+    # queries share one.
+    places = torch.randperm(n + len(others), generator=torch.Generator().manual_seed(4))
+    own = places[:n].clone()
+    own[1:2] = own[0]
+    return [a], [torch.cat([b, others])[places.argsort()], own, tau]
 
 
 def aligned(n, D, cosine):
@@ -68,8 +80,15 @@ def relative(found, exact):
 
 
 def moved(part, to):
-    """The tensors of a list on a device or in a dtype; numbers stay as they are."""
-    return [x.to(to) if torch.is_tensor(x) else x for x in part]
+    """The tensors of a list on a device or in a dtype; numbers, and indices as to their dtype, stay
+    as they are."""
+
+    def move(x):
+        floating = torch.is_tensor(x) and x.is_floating_point()
+        index = torch.is_tensor(x) and not isinstance(to, torch.dtype)
+        return x.to(to) if floating or index else x
+
+    return [move(x) for x in part]
 
 
 def value_and_gradients(function, tensors, rest):
@@ -99,6 +118,10 @@ def test_references_are_the_formulas_of_the_methods(tau):
 
     assert_close(simclr_reference(a, b, tau), nt_xent(a, b, tau), **close)
     assert_close(moco_reference(a, b, queue, tau), info_nce(a, b, queue, tau), **close)
+    own = torch.tensor([30, 2, 2, 0, 17, 5, 6, 29, 1])
+    exact = bank_reference(a, queue, own, tau)
+    assert_close(exact, softmax_loss(a, queue, own, tau), **close)
+    assert_close(exact, ctr(a, queue, own, tau) / (2 * tau), **close)
 
     logits = a @ b.T / tau
     from_a = F.cross_entropy(logits, torch.arange(9))
@@ -126,6 +149,9 @@ def test_by_hand():
 
     log_2 = torch.tensor(2.0, dtype=torch.float64).log()
     assert_close(moco_loss(z, z, z.flip(0)[:1], 0.5), (exact + log_2) / 2)
+
+    # the first row is right for the first query, and the wrong one for the second
+    assert_close(bank_loss(z, z, torch.tensor([0, 0]), 0.5), exact + 1)
 
 
 # The PyTorch path, in float64.
@@ -250,7 +276,8 @@ def test_types_of_float32_rows_on_a_gpu(monkeypatch):
             sent.clear()
             assert clip_loss(x, x, 10.0).dtype == single
             assert sent == [half, half, single, single]
-            value, gradient = infonce.moco_op(x, x, x, x.new_full((), 10.0, dtype=single))
+            scale = x.new_full((), 10.0, dtype=single)
+            value, gradient = infonce.moco_op(x, x, x, scale, None)
             assert value.dtype == gradient.dtype == single
 
             # autograd cannot be asked without a GPU
@@ -316,7 +343,7 @@ def kernels(monkeypatch):
         # float32 is not rounded, for it shows errors that float16 hides
         monkeypatch.setattr(infonce, "rounded", lambda x: x)
         little = dict(BM=32, BN=16, num_warps=4, num_stages=2)
-        for name in ("LSE_TILES", "MEAN_TILES", "GRAD_TILES"):
+        for name in ("LSE_TILES", "MEAN_TILES", "BANK_TILES", "GRAD_TILES"):
             monkeypatch.setattr(infonce, name, [little] * 2)
         monkeypatch.setattr(infonce, "SIMPLE_TILES", little)
     return monkeypatch
@@ -418,6 +445,7 @@ def test_float32_rows_get_a_true_gradient(request, monkeypatch, loss, tau, bound
         "simclr": ([a, b], [tau]),
         "clip": ([a, b], [1 / tau]),
         "moco": ([a], [b, unit(2 * n, D, seed=3), tau]),
+        "bank": ([a], [torch.cat([unit(n, D, seed=3), b]), torch.arange(n, 2 * n), tau]),
     }[loss]
     exact = value_and_gradients(pick_reference(loss), tensors, rest)
     tensors = moved(moved(tensors, torch.float32), DEVICE)
@@ -466,6 +494,47 @@ def test_splits_of_the_columns(kernels, processors):
     assert_close(mean, exact_mean, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("D, C", [(16, 33), (130, 65)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_split_without_any_other_column(kernels, D, C, dtype):
+    """One tile of 16 columns per split, and the last one has a single column: the own one of some
+    rows. To the others it counts. Against the formula, and with the weight of such a split."""
+    if DEVICE == "cuda":
+        pytest.skip("tiles of 16 columns are not used on a GPU")
+    kernels.setattr(infonce, "plan", lambda x, y, BM, BN: ((-(-len(x) // BM), -(-len(y) // BN)), 1))
+    q = unit(40, D, seed=1, dtype=dtype)
+    bank = unit(C, D, seed=2, dtype=dtype)
+    own = torch.arange(40) % 3 * (C - 1) // 2  # the first, the middle and the last row
+    scale = torch.tensor(10.0)
+
+    logits = 10 * q.double() @ bank.double().T
+    logits.scatter_(1, own[:, None], -torch.inf)
+    lse, mean = infonce.lse_and_mean(q, bank, scale, own)
+    # four roundings of a logit of 10, and of a probability as it enters the product
+    step = 4 * torch.finfo(torch.float32).eps * 10
+    assert_close(lse.double(), logits.logsumexp(1), rtol=0, atol=step)
+    step = max(step, 4 * torch.finfo(dtype).eps)
+    assert_close(mean.double(), logits.softmax(1) @ bank.double(), rtol=0, atol=step)
+
+
+def one_row(dtype):
+    """Two queries, and a bank that has only the row of both."""
+    q = unit(2, 16, dtype=dtype).to(DEVICE)
+    own = torch.zeros(2, dtype=torch.long, device=DEVICE)
+    value, gradient = value_and_gradients(bank_loss, [q], [q[:1].clone(), own, 0.01])
+    assert value == 0 and gradient.shape == q.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_bank_of_one_row_costs_nothing(dtype):
+    one_row(dtype)
+
+
+def test_kernel_of_a_bank_of_one_row(kernels):
+    for dtype in DTYPES:
+        one_row(dtype)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_runs_are_equal_bit_for_bit(kernels, loss):
     tensors, rest = inputs(loss, 33, 20, 0.1, 64, dtype=torch.float16)
@@ -483,16 +552,19 @@ def test_collapsed_and_opposite_embeddings_are_finite(kernels, loss, tau):
     tensors, rest = inputs(loss, 8, 16, tau, 8, dtype=torch.float16)
     one = unit(1, 16, dtype=torch.float16).to(DEVICE)
     same = [one.expand(8, 16).clone() if x.ndim else x.to(DEVICE) for x in tensors]
-    rest = [one.expand(8, 16).clone() if torch.is_tensor(x) else x for x in rest]
+    for i, x in enumerate(moved(rest, DEVICE)):
+        rows = torch.is_tensor(x) and x.ndim == 2
+        rest[i] = one.expand(x.shape).clone() if rows else x
     found = value_and_gradients(pick(loss), same, rest)
 
     # float16 rounds the length of the rows: the logits of the positives and of the others have the
     # same error
-    guess = torch.tensor({"simclr": 15.0, "clip": 8.0, "moco": 9.0}[loss]).log()
+    candidates = {"simclr": 15.0, "clip": 8.0, "moco": 9.0, "bank": 16.0}
+    guess = torch.tensor(candidates[loss]).log()
     assert abs(found[0].item() - guess.item()) < 1e-4 / tau
     assert all(x.isfinite().all() for x in found)
 
-    if loss != "moco":
+    if loss in ("simclr", "clip"):
         found = value_and_gradients(pick(loss), [same[0], -same[1], *same[2:]], rest)
         assert all(x.isfinite().all() for x in found)
 
@@ -508,6 +580,7 @@ def test_no_loss_is_negative(loss, dtype):
             "simclr": (x, x, 0.01),
             "clip": (x, x, 100.0),
             "moco": (x, x, unit(8, 128, seed=99, dtype=dtype), 0.01),
+            "bank": (x, x, torch.arange(8), 0.01),
         }
         assert pick(loss)(*arguments[loss]) >= 0
 
@@ -523,6 +596,8 @@ def on_process(loss, tensors, rest):
     tensors = [x[rows] if x.ndim else x for x in tensors]
     if loss == "moco":  # the keys are shared out, the queue is not
         rest = [rest[0][rows], *rest[1:]]
+    if loss == "bank":  # it is the same on all processes
+        rest = [rest[0], rest[1][rows], rest[2]]
     return value_and_gradients(pick(loss), tensors, rest)
 
 
@@ -726,7 +801,8 @@ def test_operators_pass_torchs_own_check(loss):
             (infonce.clip_op, (x, y[:6], learned, True)),
             (infonce.clip_op, (x.detach(), y[:6], scale, False)),
         ],
-        "moco": [(infonce.moco_op, (x, y[:6], y, scale))],
+        "moco": [(infonce.moco_op, (x, y[:6], y, scale, None))],
+        "bank": [(infonce.moco_op, (x, y[:6], y, scale, torch.arange(6)))],
     }
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, arguments in checks[loss]:
@@ -761,6 +837,13 @@ def test_second_derivative_is_refused(loss):
     (lambda z: clip_loss(z, z, 171), ValueError, "scale must be at most 170, not 171"),
     (lambda z: moco_loss(z, z[:2], z, 0.1), ValueError, "same number of rows"),
     (lambda z: moco_loss(z, z, z[None], 0.1), ValueError, "queue"),
+    (lambda z: bank_loss(z, z, [0, 1, 2, 3], 0.1), TypeError, "own must be an int64 tensor"),
+    (lambda z: bank_loss(z, z, torch.ones(4), 0.1), TypeError, "own must be an int64 tensor"),
+    (lambda z: bank_loss(z, z, torch.arange(3), 0.1), ValueError, "q and own must have the same"),
+    (lambda z: bank_loss(z, z, torch.arange(1, 5), 0.1), IndexError, "out of range"),
+    (lambda z: bank_loss(z, z, torch.arange(4) - 1, 0.1), IndexError, "out of range"),
+    (lambda z: bank_loss(z, z[:, :3], torch.arange(4), 0.1), ValueError, "bank is"),
+    (lambda z: bank_loss(z, z, torch.arange(4), 0.001), ValueError, "temperature must be"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(call, error, words):
     with pytest.raises(error, match=words):
@@ -775,6 +858,8 @@ def test_bad_input_is_one_sentence(call, error, words):
     lambda z, wrong: clip_loss(z.clone().requires_grad_(), wrong, 10.0),
     lambda z, wrong: moco_loss(wrong, z, z, 0.1),
     lambda z, wrong: moco_loss(z, wrong, z, 0.1),
+    lambda z, wrong: bank_loss(wrong, z, torch.arange(6), 0.1),
+    lambda z, wrong: bank_loss(z, wrong, torch.arange(6), 0.1),
 ])  # fmt: skip
 def test_rows_that_are_not_normalised_are_refused(call, dtype):
     """One row of many is enough; too long or too short."""
@@ -818,15 +903,36 @@ def test_nan_is_left_to_show_in_the_loss():
     assert simclr_loss(broken, z, 0.1).isnan()
     assert clip_loss(broken, z, 10.0).isnan()
     assert moco_loss(broken, z, z, 0.1).isnan()
+    assert bank_loss(broken, z, torch.arange(4), 0.1).isnan()
+    assert bank_loss(z[:2], broken, torch.arange(2), 0.1).isnan()
+
+
+def test_kernel_leaves_nan_to_show_in_the_loss(kernels):
+    z = unit(4, 16, dtype=torch.float32).to(DEVICE)
+    own = torch.arange(2, device=DEVICE)
+    broken = z.clone()
+    broken[2, 3] = torch.nan
+    assert bank_loss(z[:2], z, own, 0.1).isfinite()
+    assert bank_loss(z[:2], broken, own, 0.1).isnan()
 
 
 @pytest.mark.parametrize("factor", [0.2, 5.0])
-def test_moco_is_right_for_a_queue_of_any_length(factor):
-    """The queue is not checked. Error: float64 rounding of logits up to 50."""
+def test_moco_and_bank_are_right_for_rows_of_any_length(factor):
+    """The queue is not checked, nor are the rows of a bank that no query has. Error: float64
+    rounding of logits up to 50."""
     tensors, (k, queue, tau) = inputs("moco", 6, 16, 0.1, 11)
     rest = [k, factor * queue, tau]
     exact = value_and_gradients(moco_reference, tensors, rest)
     found = value_and_gradients(moco_loss, tensors, rest)
+    for f, e in zip(found, exact, strict=True):
+        assert_close(f, e, rtol=1e-11, atol=1e-11)
+
+    tensors, (bank, own, tau) = inputs("bank", 6, 16, 0.1, 11)
+    others = torch.ones(len(bank), dtype=torch.bool)
+    others[own] = False
+    bank[others] *= factor
+    exact = value_and_gradients(bank_reference, tensors, [bank, own, tau])
+    found = value_and_gradients(bank_loss, tensors, [bank, own, tau])
     for f, e in zip(found, exact, strict=True):
         assert_close(f, e, rtol=1e-11, atol=1e-11)
 
@@ -882,6 +988,8 @@ def test_when_debugging_the_argument_is_named_and_a_great_scale_is_found():
             simclr_loss(z, 2 * z, 0.1)
         with pytest.raises(ValueError, match="rows of queue must have length 1"):
             moco_loss(z, z, 2 * z, 0.1)
+        with pytest.raises(ValueError, match="rows of bank must have length 1"):
+            bank_loss(z, torch.cat([z, 2 * z]), torch.arange(4), 0.1)
         with pytest.raises(ValueError, match="scale must be at most 170, not 171"):
             clip_loss(z, z, torch.tensor(171.0))
 
@@ -937,10 +1045,13 @@ def compiled_kernels(arch):
         D = (128, 256)[wide_rows]
         for kind in ("*fp16", "*bf16") if arch == 90 and not wide_rows else ("*fp16",):
             for mean in (False, True) if large_scale else (False,):
-                tiles = (infonce.MEAN_TILES if mean else infonce.LSE_TILES)[wide_rows]
                 pointers = ("scale_ptr", "lse_ptr", "mean_ptr")
-                options = dict(LARGE_SCALE=large_scale, MEAN=mean)
-                yield spec_of("lse_kernel", kind, D, tiles, arch, pointers, sizes, **options)
+                for own in (False, True) if mean else (False,):
+                    name = "BANK_TILES" if own else "MEAN_TILES" if mean else "LSE_TILES"
+                    tiles = getattr(infonce, name)[wide_rows]
+                    types = sizes | {"own_ptr": "*i32" if own else NUMBERS}
+                    options = dict(LARGE_SCALE=large_scale, MEAN=mean, OWN=own)
+                    yield spec_of("lse_kernel", kind, D, tiles, arch, pointers, types, **options)
 
             tiles = infonce.GRAD_TILES[wide_rows]
             pointers = ("wx_ptr", "wy_ptr", "scale_ptr", "out_ptr")

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from conftest import arguments, light, noise, tiny_data
 
 import common
+from kernels.infonce import bank_loss
 from kernels.views import BatchRandom
 from methods import instance_discrimination as instdisc
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+SAME = {"rtol": 1e-9, "atol": 1e-9}  # float64, summed in another order
 FLAGS = ["--size", 16, "--batch", 12, "--epochs", 2, "--warmup", 0, "--dim", 16]
 
 
@@ -141,6 +143,40 @@ def test_proximal_term_by_hand():
     torch.testing.assert_close(v.grad, 2 * (v.detach() - rows) / 3)
 
 
+@pytest.mark.parametrize("tau", [0.02, 0.1])
+def test_fused_loss_equals_the_formula(tau):
+    """Float32 against float64: logits of up to 50 are rounded by 3e-6, and the gradient has the
+    factor 1 / tau."""
+    v = units(5, 128, seed=1).float()
+    bank = units(60, 128).float()
+    index = torch.tensor([59, 3, 0, 3, 17])
+    plain = v.double().requires_grad_()
+    fused = v.clone().requires_grad_()
+    expected = instdisc.softmax_loss(plain, bank.double(), index, tau)
+    found = bank_loss(fused, bank, index, tau)
+    (3 * expected).backward()
+    (3 * found).backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused.grad.double(), plain.grad, rtol=1e-5, atol=1e-5 / tau)
+
+
+def test_softmax_loss_is_fused_unless_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(instdisc, "bank_loss", lambda *arguments: arguments)
+    on_cpu = units(3, 4), units(9, 4), torch.tensor([4, 0, 8]), 0.1
+    assert instdisc.softmax_loss(*on_cpu).shape == ()
+    elsewhere = *[x.to("meta") for x in on_cpu[:3]], 0.1
+    assert instdisc.softmax_loss(*elsewhere) == elsewhere
+
+
+def test_fused_loss_trains_the_same_on_two_processes(train):
+    name = "instance_discrimination"
+    flags = [*FLAGS, "--loss", "softmax"]
+    alone = train(name, *flags, **light(name))
+    fused = train(name, *flags, world=2, softmax_loss=bank_loss, **light(name))
+    torch.testing.assert_close(fused.losses, alone.losses, **SAME)
+    torch.testing.assert_close(fused.state["model/bank"], alone.state["model/bank"], **SAME)
+
+
 # -------- The others ------------------------------------------------------------------------------
 
 
@@ -229,9 +265,9 @@ def test_nce_is_the_same_on_two_processes_and_z_is_that_of_the_first_step(train)
     name = "instance_discrimination"
     alone = train(name, *NCE, spy=bank_and_z, **light(name))
     together = train(name, *NCE, world=2, **light(name))
-    torch.testing.assert_close(together.losses, alone.losses, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together.losses, alone.losses, **SAME)
     for key in ("model/bank", "model/Z"):
-        torch.testing.assert_close(together.state[key], alone.state[key], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.state[key], alone.state[key], **SAME)
     Z = [z.item() for _, z in alone.looks]
     assert Z[0] == 1 != Z[1] and Z[1:] == [Z[1]] * 4
 

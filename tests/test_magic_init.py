@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, arguments, call_main, light, light_backbone, noise, tiny_data
+from conftest import CPU, ROOT, arguments, call_main, light, light_backbone, noise, tiny_data
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -302,6 +302,15 @@ def test_a_run_leaves_the_folder_of_a_run(monkeypatch, tmp_path):
     assert {"evaluation", "random_init", "pixels", "train_seconds"} <= set(lines[1])
     assert lines[1]["evaluation"] != lines[1]["random_init"] and lines[1]["train_seconds"] > 0
 
+    # the table, as it was printed
+    table = lines[1]["table"]
+    assert list(table) == ["He", *magic_init.FILTERS]
+    assert table["pca"] == lines[1]["evaluation"] | {"speeds": table["pca"]["speeds"]}
+    for name, row in table.items():
+        assert (row["speeds"] > 2) == (name == "He")
+        words = found.out.split(f"\n{name} ")[1].split("\n")[0].split()
+        assert words[0] == f"{row['knn20']:.1f}" and words[-1] == f"{row['speeds']:.1f}"
+
     net = common.load_backbone(tmp_path / "run")
     assert (net.method, net.arch, net.size) == ("magic_init", "resnet14", SIZE)
     args = arguments("magic_init", "--size", SIZE, "--batch", 24)
@@ -370,9 +379,21 @@ def quick_run(folder):
     """A run in this process, with the others if there are any."""
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
-        found = run(folder, "--filters", "pca")
+        found = run(folder)  # k-means, whose centres depend on rounding the most
     assert found.code == 0, found.err
     return found.out
+
+
+def test_recorded_rows_have_the_gain_of_k_means():
+    """The vote of neighbours is better than in random filters by more than the seeds differ."""
+    text = (ROOT / "tests" / "results" / "rows.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [row for row in rows if row["method"] == "magic_init"]
+    assert all(row["settings"]["filters"] == "kmeans" for row in rows)
+    ours = np.array([row["evaluation"]["knn20"] for row in rows])
+    random = np.array([row["random_init"]["knn20"] for row in rows])
+    assert len(rows) >= 3
+    assert ours.mean() - random.mean() > 2 * (ours.std(ddof=1) + random.std(ddof=1))
 
 
 @pytest.mark.thorough

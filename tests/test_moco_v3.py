@@ -13,7 +13,7 @@ from conftest import CPU, arguments, call_main, double_precision, noise, tiny_da
 from torch import nn
 
 from common import Loader
-from kernels.infonce import clip_loss
+from kernels.infonce import bank_loss, clip_loss
 from methods import moco_v3
 
 BATCH, SIZE, STEPS, M, TRUST = 12, 16, 3, 0.9, 1e-3
@@ -75,6 +75,37 @@ def test_loss_is_the_mean_over_the_rows_of_the_processes():
     parts = [moco_v3.ctr(a, k, i, 0.2) for a, i in zip(q.split(4), own.split(4))]
     torch.testing.assert_close(torch.stack(parts).mean(), moco_v3.ctr(q, k, own, 0.2))
     assert (parts[1] - moco_v3.ctr(q[4:8], k, own[:4], 0.2)).abs() > 0.01
+
+
+def test_fused_loss_equals_the_formula():
+    """The second of three processes. Float32 against float64: logits of up to 5 are rounded by
+    3e-7."""
+    q = units(4, 8, seed=1).float()
+    k = units(12, 8, seed=2).float()
+    own = torch.arange(4, 8)
+    plain = q.double().requires_grad_()
+    fused = q.clone().requires_grad_()
+    expected = moco_v3.ctr(plain, k.double(), own, 0.2)
+    found = fused_ctr(fused, k, own, 0.2)
+    expected.backward()
+    found.backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fused.grad.double(), plain.grad, rtol=1e-5, atol=1e-6)
+
+
+def fused_ctr(q, k, own, tau):
+    return 2 * tau * bank_loss(q, k, own, tau)
+
+
+def test_loss_is_fused_unless_on_a_cpu(monkeypatch):
+    """What the fused loss is given, and that the factor 2 tau is applied to it."""
+    seen = []
+    monkeypatch.setattr(moco_v3, "bank_loss", lambda *arguments: seen.append(arguments) or 7.0)
+    on_cpu = units(3, 4), units(9, 4), torch.tensor([4, 0, 8]), 0.2
+    assert moco_v3.ctr(*on_cpu).shape == () and not seen
+    elsewhere = *[x.to("meta") for x in on_cpu[:3]], 0.2
+    assert moco_v3.ctr(*elsewhere) == 2 * 0.2 * 7.0
+    assert seen == [elsewhere]
 
 
 def test_loss_of_symmetric_cosines_is_the_fused_clip_loss():

@@ -268,6 +268,7 @@ def test_views_are_flipped_for_half_of_the_images():
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (("--size", 1), "--size 1: choose at least 2"),
         (("--permute", 0), "--permute 0: choose at least 1"),
         (("--dim", 1), "--dim 1: choose at least 2"),
         (("--momentum", 1), "--momentum 1: choose at least 0 and less than 1"),
