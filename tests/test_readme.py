@@ -157,65 +157,136 @@ def test_sentences_about_the_ranking_of_pretext_tasks(report):
     assert pretext == report.FAMILIES["Pretext tasks"].keys()
 
 
-def test_sentences_about_the_evaluations(report):
-    """The numbers of the section Evaluate are those of evaluations.jsonl: of the runs with seed 0,
-    at the defaults; what predicts linear accuracy, of all."""
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Evaluate") : text.index("## Read a file")]
-    evaluations = report.evaluations
-    every = evaluations.collect([r for r in evaluations.read_rows() if r["data"] == "emoji"])
-    rows = [row for row in evaluations.read_rows() if row.get("seed") in (None, 0)]
-    networks = evaluations.collect([row for row in rows if row["data"] == "emoji"])
-    of_videos = evaluations.collect([row for row in rows if row["data"] == "movers"])
-    untrained, raw = "untrained resnet14, 32 px", "raw pixels, 32 px"
-    quoted = {
-        ("robustness", "artist_new.mean"): (
-            "**exemplar**", "**alignment_uniformity**", "**simclr**", untrained, raw,
-        ),
-        ("robustness", "relative_loss"): ("**simclr**", "**color_proxy**", untrained, raw),
-        ("few", "1 %.mean"): (untrained, "**simclr**", "**swav**", "**drlim**"),
-        ("few", "10 %.mean"): ("**split_brain**", "untrained resnet14 of split_brain, 32 px"),
-        ("features", "linear"): ("k-means, 32 px",),
-    }
-    for layer in ("layer1", "layer4"):
-        names = ("jigsaw", "rotnet", "colorization", "simclr", "swav", "context_prediction")
-        quoted[f"linear probe of {layer}", "linear"] = [f"**{name}**" for name in names]
-    for (protocol, path), names in quoted.items():
-        for name in names:
-            (number,) = evaluations.numbers(networks[name][protocol], path)
-            assert f"{number:.1f}" in section, (name, protocol)
-    for protocol in ("motion", "masks"):
-        films = ("watching_objects_move", "shuffle_and_learn", "arrow_of_time")
-        for name in (*[f"**{film}**" for film in films], untrained, raw):
-            part = "J" if protocol == "masks" else protocol
-            (number,) = evaluations.numbers(of_videos[name][protocol], part)
-            assert f"{number:.1f}" in section, (name, protocol)
+@pytest.fixture(scope="module")
+def section():
+    """The section Evaluate of README.md, in one line."""
+    text = README[README.index("## Evaluate") : README.index("## Read a file")]
+    return " ".join(text.split())
 
-    linear = {}
-    for name, protocols in networks.items():
-        (linear[name],) = evaluations.numbers(protocols["features"], "linear")
+
+@pytest.fixture(scope="module")
+def measured(report):
+    """{block: what evaluations.jsonl holds of the networks in it}, of seed 0 only."""
+    evaluations = report.evaluations
+    rows = [row for row in evaluations.read_rows() if row.get("seed") in (None, 0)]
+    videos = report.FAMILIES["Video"]
+    blocks = ("features", "video")
+    return {name: evaluations.collect(evaluations.rows_of(name, rows, videos)) for name in blocks}
+
+
+UNTRAINED = "untrained resnet14, 32 px"
+RAW = "raw pixels, 32 px"
+
+
+def test_sentences_about_the_evaluations(report, measured, section):
+    """The numbers of the section Evaluate are those of evaluations.jsonl, of the runs with seed 0,
+    at the defaults."""
+    evaluations = report.evaluations
+    networks = measured["features"]
+    quoted = {
+        ("robustness", "artist_new/mean"): (
+            "**exemplar**", "**alignment_uniformity**", "**simclr**", UNTRAINED, RAW,
+        ),
+        ("robustness", "relative_loss"): ("**simclr**", "**color_proxy**", UNTRAINED, RAW),
+        ("few", "1 %/accuracies"): (UNTRAINED, "**simclr**", "**swav**", "**drlim**"),
+        ("few", "10 %/accuracies"): ("**split_brain**", "untrained resnet14 of split_brain, 32 px"),
+        ("features", "linear"): ("k-means, 32 px",),
+    }  # fmt: skip
+    for place, names in quoted.items():
+        for name in names:
+            assert f"{evaluations.mean(networks, name, *place):.1f}" in section, (name, place)
+
+    linear = {name: evaluations.mean(networks, name, "features", "linear") for name in networks}
     trained = {name: x for name, x in linear.items() if name.endswith("**")}
     more = sorted(name.strip("*") for name, x in trained.items() if x > linear["k-means, 32 px"])
-    assert f"Only {', '.join(more)} have more" in " ".join(section.split())
-    later = []
-    best = {}
-    for name in trained:
-        protocols = networks[name]
-        stages = [f"linear probe of {layer}" for layer in evaluations.LAYERS]
-        if stages[0] in protocols:
-            found = [protocols[stage][0]["linear"] for stage in stages]
-            best[name] = max(found)
-            if max(found) not in found[1:3]:
-                assert max(found) == found[3], name
-                later.append(name.strip("*"))
-    assert f"but for {' and '.join(sorted(later))}, whose third" in " ".join(section.split())
-    assert max(best, key=best.get) == "**split_brain**"
-    (first,) = networks["**split_brain**"]["linear probe of layer1"]
-    assert first["linear"] == best["**split_brain**"]
-    assert f"split_brain, {first['linear']:.1f}" in " ".join(section.split())
-    clear = [line[0] for line in evaluations.predictors(every) if line[2][0] == line[2][9]]
-    assert f"excludes 0: {', '.join(clear[:-1])} and {clear[-1]}." in " ".join(section.split())
-    assert not {"RankMe", "alignment", "uniformity"} & set(clear)
+    assert f"Only {', '.join(more)} have more" in section
+
+    def cost(name):
+        return f"{evaluations.mean(networks, name, 'cost', 'flops') / 1e6:.1f}"
+
+    costs = [cost(name) for name in trained]
+    assert costs.count(cost(UNTRAINED)) > len(costs) / 2
+    assert f"most trained ones {cost(UNTRAINED)} million" in section
+    assert f"an image of 48 pixels costs jigsaw's {cost('**jigsaw**')}" in section
+    assert f"K-means features cost {cost('k-means, 32 px')}" in section
+
+
+def test_sentences_about_depth(report, measured, section):
+    """Which stages are the best; the falls from the first stage to the last beside those of the
+    same networks untrained."""
+    evaluations = report.evaluations
+    networks = measured["features"]
+
+    def heights(name):
+        places = [f"linear probe of {layer}" for layer in evaluations.LAYERS]
+        return [evaluations.mean(networks, name, place, "linear") for place in places]
+
+    stages = {name: heights(name) for name in networks}
+    stages = {name: found for name, found in stages.items() if None not in found}
+    trained = {name.strip("*"): x for name, x in stages.items() if name.endswith("**")}
+    later = [name for name, found in trained.items() if max(found) not in found[1:3]]
+    assert all(max(trained[name]) == trained[name][3] for name in later)
+    assert f"but for {' and '.join(sorted(later))}, whose third" in section
+    best = max(trained, key=lambda name: max(trained[name]))
+    assert max(trained[best]) == trained[best][1]
+    assert f"the first of {best}, {trained[best][1]:.1f}" in section
+
+    falls = {}  # method: its own, that of its untrained network
+    for name, found in trained.items():
+        row = {"method": name, "arch": "resnet14", "settings": {"size": 32}}
+        start = stages[evaluations.start_of(row, stages)]
+        falls[name] = found[1] - found[4], start[1] - start[4]
+    a, b, c = [falls[name] for name in ("counting", "context_prediction", "jigsaw")]
+    words = f"counting by {a[0]:.1f} points, context_prediction by {b[0]:.1f}, jigsaw by {c[0]:.1f}"
+    assert words in section
+    assert f"by {a[1]:.1f}, {b[1]:.1f} and {c[1]:.1f}" in section
+    more = sorted(name for name, (trained, start) in falls.items() if trained - start > 1.4)
+    assert f"Only {', '.join(more[:-1])} and {more[-1]} fall more" in section
+
+
+def test_sentences_about_predictors(report, section):
+    """Of all seeds: the measures whose interval excludes 0, and those that say nothing."""
+    evaluations = report.evaluations
+    rows = evaluations.rows_of("features", evaluations.read_rows(), report.FAMILIES["Video"])
+    lines = {line[0]: line for line in evaluations.predictors(evaluations.collect(rows))}
+    clear = []
+    for name, needs, rank, interval, _ in lines.values():
+        low, high = interval.split(" to ")
+        if low[0] == high[0]:
+            clear.append(f"{name} ({rank}; {interval})")
+    assert f"excludes 0: {', '.join(clear[:-1])} and {clear[-1]}." in section
+    needs = [lines[text.split(" (")[0]][1] for text in clear]
+    assert needs == ["yes", "yes", "no", "no"]  # "the last two need no labels"
+    say_nothing = [f"{name} ({lines[name][2]})" for name in ("RankMe", "alignment", "uniformity")]
+    assert f"{say_nothing[0]}, {say_nothing[1]} and {say_nothing[2]} say nothing" in section
+    assert len(lines) == 12
+
+
+def test_sentences_about_videos(report, measured, section):
+    """Motions and masks of the best methods; which methods are below raw pixels by motion; that no
+    features tell the angle."""
+    evaluations = report.evaluations
+    networks = measured["video"]
+    films = ("watching_objects_move", "shuffle_and_learn", "arrow_of_time")
+    for place in (("motion", "motion"), ("masks", "J")):
+        for name in (*[f"**{film}**" for film in films], UNTRAINED, RAW):
+            assert f"{evaluations.mean(networks, name, *place):.1f}" in section, (name, place)
+
+    motion = {n.strip("*"): evaluations.mean(networks, n, "motion", "motion") for n in networks}
+    below = {n for n in report.FAMILIES["Video"] if n in motion and motion[n] < motion[RAW]}
+    assert below == {"odd_one_out", "tracking_triplet", "video_colorization", "egomotion"}
+    assert f"{motion['odd_one_out']:.1f}" == f"{motion['tracking_triplet']:.1f}"
+    assert f"by motion ({motion['odd_one_out']:.1f} each)" in section
+    assert f"video_colorization ({motion['video_colorization']:.1f})" in section
+    assert f"egomotion ({motion['egomotion']:.1f})" in section
+    for name in ("odd_one_out", "tracking_triplet"):
+        (evaluation, _, raw) = [means(report.at_home(report.read_rows())[name], part)
+                                for part in ("evaluation", "random_init", "pixels")]
+        assert evaluation["linear"] > raw["linear"]
+
+    constant = evaluations.mean(networks, "no network", "pose", "angle")
+    for name in networks:
+        assert evaluations.mean(networks, name, "pose", "angle") > constant - 1, name
 
 
 def test_the_command_of_every_row_gives_the_settings_of_the_row(report):
@@ -295,10 +366,11 @@ def test_evaluations_of_other_settings_have_own_lines(report, tmp_path, monkeypa
     lines = []
     for i, (settings, linear) in enumerate(runs):
         row = {"protocol": "features", "network": f"run{i}", "method": "drlim", "seed": 0}
+        row["weights"] = f"{i:016x}"
         row |= {"data": "emoji", "settings": {"size": 32}, "training": settings}
         lines.append(row | {"result": {"linear": linear}})
     # a row that was recorded without its variant is one of a default run
-    old = row | {"network": "old", "result": {"linear": 61.0}}
+    old = row | {"network": "old", "weights": "old", "result": {"linear": 61.0}}
     evaluations.ROWS.write_text(json.dumps(old) + "\n")
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -314,6 +386,135 @@ def test_evaluations_of_other_settings_have_own_lines(report, tmp_path, monkeypa
         "**drlim** `--epochs 7`": [50.0],
         "**drlim** `--data fashion`": [40.0],
     }
+
+
+def row_of(method, protocol, result, seed=0, data="emoji", size=32, **more):
+    """A row of evaluations.jsonl; without a method that of the untrained network."""
+    row = {"protocol": protocol, "network": more.pop("network", UNTRAINED), "seed": seed}
+    row |= {"data": data, "arch": "resnet14", "variant": more.pop("variant", "")}
+    if method:
+        row |= {"method": method, "weights": f"{method} {seed} {row['variant']}"}
+    return row | {"settings": {"size": size, **more}, "result": result}
+
+
+def test_draws_of_one_run_and_runs_are_told_apart(report):
+    """Several runs: mean ± deviation of their means. One run: that of its draws."""
+    evaluations = report.evaluations
+    rows = []
+    for seed, draw, tuned in ((0, 0, 50.0), (0, 1, 54.0), (1, 0, 60.0)):
+        rows.append(row_of("byol", "fine-tuning", {"tuned": tuned}, seed, part=0.1, draw=draw))
+    rows.append(row_of("byol", "few", {"1": {"accuracies": [10.0, 12.0]}}))
+    rows.append(row_of("byol", "few", {"1": {"accuracies": [20.0, 20.0]}}, seed=1))
+    runs = evaluations.collect(rows)["**byol**"]
+    assert evaluations.numbers(runs["fine-tuning 0.1"], "tuned") == [52.0, 60.0]
+    assert evaluations.cell(runs["fine-tuning 0.1"], "tuned", ".1f") == "56.0 ± 5.7"
+    assert evaluations.cell(runs["few"], "1/accuracies", ".1f") == "15.5 ± 6.4"
+    runs = evaluations.collect(rows[:2])["**byol**"]
+    assert evaluations.cell(runs["fine-tuning 0.1"], "tuned", ".1f") == "52.0 ± 2.8"
+    runs = evaluations.collect(rows[3:4])["**byol**"]
+    assert evaluations.cell(runs["few"], "1/accuracies", ".2f") == "11.00 ± 1.41"
+
+
+def test_the_size_of_an_evaluation_stands_in_the_name_if_there_are_several(report):
+    rows = [
+        row_of("byol", "features", {"linear": 1.0}),
+        row_of("byol", "few", {"linear": 1.0}),
+        row_of("byol", "features", {"linear": 2.0}, size=64),
+        row_of("jigsaw", "features", {"linear": 3.0}, size=48),
+        row_of("mae", "depth, frozen", {"rmse": 4.0}, data="solids", size=96, head_seed=0),
+        row_of("mae", "depth, frozen", {"rmse": 6.0}, 1, data="solids", size=96, head_seed=1),
+        row_of("mae", "depth, frozen", {"rmse": 5.0}, data="solids", size=48, steps=7),
+    ]
+    names = ["**byol**", "**byol**", "**byol**, 64 px", "**jigsaw**", *["**mae**, 96 px"] * 2]
+    assert report.evaluations.full_names(rows) == [*names, "**mae**, 48 px"]
+    longer = rows[4] | {"settings": {"size": 96, "head_seed": 0, "steps": 9}}
+    shorter = rows[4] | {"settings": {"size": 96, "head_seed": 0, "steps": 7}}
+    found = report.evaluations.full_names([shorter, longer])
+    assert found == ["**mae**, 96 px", "**mae**, 96 px, steps 9"]
+
+
+def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
+    """The constant answer, ViTs, films on still images, sets of tasks; sentences of README.md."""
+    evaluations = report.evaluations
+    monkeypatch.setattr(evaluations, "ROWS", tmp_path / "evaluations.jsonl")
+
+    def blocks(rows):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        evaluations.ROWS.write_text(text)
+        return evaluations.blocks(report.markdown, report.FAMILIES["Video"])
+
+    start = "untrained resnet14 made for 32, 96 px"
+    rows = [
+        row_of(None, "normals, constant", {"mean_angle": 60.0}, network="no network"),
+        row_of(None, "normals, frozen", {"mean_angle": 40.0}, network=start),
+        row_of("byol", "normals, frozen", {"mean_angle": 31.0, "within_11.25": 7.5}, size=96),
+        row_of("nat", "normals, frozen", {"mean_angle": 33.0}, size=96),
+        row_of("byol", "normals, fine-tuned", {"mean_angle": 25.0}, size=96),
+    ]
+    found = blocks([row | {"data": "solids"} for row in rows])
+    assert found["eval_normals"][2] == "| no network | 60.0 |  |  |  |  |  |  |  |  |  |  |  |"
+    line = found["eval_normals"][4]
+    assert line.startswith("| **byol**, 96 px | 31.0 |  |  | 7.5 |  |  | 25.0 |")
+    assert found["eval_depth"] == ["Not run."]
+    text = " ".join(line.strip() for line in found["scenes"])
+    beside = f"(no network, 60.0; {start}, 40.0)"
+    assert text.endswith(f"networks: normals, mean angle: byol, 96 px, 31.0 {beside}.")
+
+    raw = row_of(None, "linear probe of pixels", {"linear": 51.0}, network=RAW)
+    assert blocks([raw])["eval_layers_vit"] == ["Not run."]
+    block = row_of("mae", "linear probe of block2", {"linear": 52.0})
+    assert blocks([raw, block])["eval_layers_vit"][3] == "| **mae** |  |  | 52.0 |  |  |  |  |"
+
+    scores = {"knn20": 40.0, "linear": 41.0}
+    rows = [row_of(method, "features", scores) for method in (None, "egomotion", "byol")]
+    rows.append(row_of("byol", "features", {"linear": 42.0}, variant="--data movers"))
+
+    def names(block):
+        return [line.split(" | ")[0].strip("| ") for line in blocks(rows)[block][2:]]
+
+    assert names("eval_stills") == [UNTRAINED, "**egomotion**", "**byol** `--data movers`"]
+    assert names("eval_features") == [UNTRAINED, "**byol**"]
+    assert "| **egomotion** | 40.0 | 41.0 |  |  |" in blocks(rows)["eval_stills"]
+
+    tasks = {"category": 50.0}
+    all_four = row_of("multitask", "category", tasks, data="movers")
+    pair = all_four | {"variant": "--tasks position,motion", "result": {"category": 45.0}}
+    assert blocks([all_four])["eval_multitask"] == ["Not run."]
+    lines = blocks([all_four, pair])["eval_multitask"]
+    assert lines[2:] == ["| P+M | 45.0 |  |  |  |", "| all | 50.0 |  |  |  |"]
+
+
+def test_the_sentence_about_fine_tuning(report):
+    evaluations = report.evaluations
+    assert evaluations.tuned_words([]) == ["- **Fine-tuning.** Not run."]
+    values = {None: (30, 40), "byol": (45, 41), "swav": (39, 38)}  # frozen, tuned
+    rows = []
+    for part in (0.01, 0.1):
+        for method, (frozen, tuned) in values.items():
+            result = {"frozen": frozen, "tuned": tuned}
+            rows += [row_of(method, "fine-tuning", result, part=part, draw=i) for i in range(3)]
+    text = " ".join(line.strip() for line in evaluations.tuned_words(rows))
+    start = "- **Fine-tuning** (3 draws of the labels). With 1 % of the labels 1 of 2 pretrained"
+    assert text.startswith(start)
+    assert "the best is byol, 41.0 (from scratch 40.0)" in text
+    assert "for 2 of them, and has up to 45.0. With 10 %" in text
+
+
+def test_what_the_video_methods_answer(report):
+    """Held-out accuracy beside guessing, a rule, and the control, in percent."""
+    rows = report.read_rows()
+    (colours,), (arrow,) = [
+        report.chosen(rows, name)[:1] for name in ("video_colorization", "arrow_of_time")
+    ]
+    colours["pretext"] = {"held_out": 0.8, "most_frequent": 0.5, "same_place": 0.6}
+    arrow["pretext"] = {"held_out": 0.9, "control": 0.51}
+    plain = another(arrow)
+    del plain["pretext"]
+    lines = report.question_table([plain, arrow, colours])
+    rule = "76, larger differences come first"
+    assert lines[2] == f"| **arrow_of_time** | movers | 90.0 | 50.0 | {rule} | 51.0 | 1 |"
+    assert "| 80.0 | – | 60.0, the colour of the same place before; 50.0, the most" in lines[3]
+    assert report.question_table([plain]) == ["not run"]
 
 
 def test_the_mean_of_curves_that_were_measured_at_other_times(report):
@@ -394,7 +595,8 @@ def test_what_is_kept_of_a_run(report, tmp_path, monkeypatch, drlim):
     lines = [
         {name: plane[name] for name in start},
         {"step": 0, "first_gradient": 0.25},
-        {"step": 1, "first_gradient": 0.75, "seconds": 3.0, "knn20": 40.0},
+        {"step": 1, "first_gradient": 0.75, "seconds": 3.0, "knn20": 40.0, "held_out": 0.5},
+        {"step": 2, "held_out": 0.75, "control": 0.5, "loss": 1.0},
         {"table": {"He": {"linear": 1.0}}},
         {name: drlim[name] for name in ("evaluation", "pixels", "random_init", "train_seconds")},
     ]
@@ -404,6 +606,7 @@ def test_what_is_kept_of_a_run(report, tmp_path, monkeypatch, drlim):
     (row,) = report.read_rows()
     assert row["first_gradient"] == [0.25, 0.75]
     assert row["table"] == {"He": {"linear": 1.0}}
+    assert row["pretext"] == {"held_out": 0.75, "control": 0.5}
     assert row["curve"][1] == [3.0, 40.0] and len(row["curve"]) == 3
     assert Image.open(tmp_path / "drlim_points.png").size == (30, 20)
     assert not (tmp_path / "views").exists()

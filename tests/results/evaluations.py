@@ -1,34 +1,58 @@
-"""The tables and the picture of tests/results/EVALUATIONS.md, made from evaluations.jsonl.
+"""The tables of tests/results/EVALUATIONS.md, made from evaluations.jsonl.
 
 evaluations.jsonl has one line per measurement, as the results.jsonl of the eval_*.py scripts have
 them, without what is only drawn. report.py calls add() and blocks().
 """
 
 import json
+import re
 import statistics
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROWS = HERE / "evaluations.jsonl"
 DRAWN = {"points", "shares", "shown", "precisions", "costs", "iou", "pck", "correlations"}
 
-# block: {heading: (protocol, where in the result, format)}. "mean" of a list is its mean.
+FILMS = ("movers", "tripod", "bunny")
 LABELS = ("1", "2", "5", "10", "20", "1 %", "10 %")
 LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
 CORRUPTIONS = ("noise", "blur", "contrast", "brightness", "pixelation", "jpeg", "rotation",
                "occlusion")
+# Settings that only repeat a measurement. What they give is averaged.
+REPEATS = {"draw", "head_seed", "corruption_seed"}
+
+
+def probes(layers):
+    return {name: (f"linear probe of {name}", "linear", ".1f") for name in layers}
+
+
+def in_two_ways(task, columns):
+    """{heading: (where in the result, format)} -> columns of frozen and of fine-tuned networks."""
+    found = {}
+    for mode, prefix in (("frozen", ""), ("fine-tuned", "fine-tuned: ")):
+        for heading, place in columns.items():
+            found[prefix + heading] = (f"{task}, {mode}", *place)
+    return found
+
+
+FEATURES = {
+    "kNN": ("features", "knn20", ".1f"),
+    "linear": ("features", "linear", ".1f"),
+    "SVM, mAP": ("svm", "svm", ".1f"),
+    "R@1": ("features", "retrieval1", ".1f"),
+    "parameters": ("cost", "parameters", ",.0f"),
+    "MFLOPs": ("cost", "flops", "M"),
+}
+# block: {heading: (protocol, where in the result, format)}. The "mean" of a list is its mean; a
+# list without it holds draws.
 TABLES = {
-    "features": {
-        "kNN": ("features", "knn20", ".1f"),
-        "linear": ("features", "linear", ".1f"),
-        "SVM, mAP": ("svm", "svm", ".1f"),
-        "R@1": ("features", "retrieval1", ".1f"),
-        "parameters": ("cost", "parameters", ",.0f"),
-        "MFLOPs": ("cost", "flops", "M"),
-        "images/s": ("cost", "images_per_s", ".0f"),
-    },
-    "few": {label: ("few", f"{label}.mean", ".1f") for label in LABELS},
-    "layers": {name: (f"linear probe of {name}", "linear", ".1f") for name in LAYERS},
+    "features": FEATURES,
+    "fashion": {name: place for name, place in FEATURES.items() if name != "R@1"},
+    "few": {label: ("few", f"{label}/accuracies", ".1f") for label in LABELS},
+    "layers": probes(("pixels", *LAYERS)),
+    "layers_vit": probes(("pixels", *[f"block{i}" for i in range(1, 7)])),
     "clusters": {
         "NMI": ("clusters", "nmi", ".1f"),
         "adjusted MI": ("clusters", "ami", ".1f"),
@@ -54,9 +78,9 @@ TABLES = {
     },
     "robustness": {
         "clean": ("robustness", "clean", ".1f"),
-        **{name: ("robustness", f"corrupted.{name}.mean", ".1f") for name in CORRUPTIONS},
+        **{name: ("robustness", f"corrupted/{name}/mean", ".1f") for name in CORRUPTIONS},
         "mean relative loss": ("robustness", "relative_loss", ".1f"),
-        "unseen artist": ("robustness", "artist_new.mean", ".1f"),
+        "unseen artist": ("robustness", "artist_new/mean", ".1f"),
     },
     "finetune": {
         "1 %, frozen": ("fine-tuning 0.01", "frozen", ".1f"),
@@ -66,22 +90,25 @@ TABLES = {
         "all, frozen": ("fine-tuning 1.0", "frozen", ".1f"),
         "all, tuned": ("fine-tuning 1.0", "tuned", ".1f"),
     },
-    "dense": {
-        "segmentation, mean IoU": ("segmentation, frozen", "miou", ".1f"),
-        "normals, mean angle": ("normals, frozen", "mean_angle", ".1f"),
-        "normals, within 11.25°": ("normals, frozen", "within_11.25", ".1f"),
-        "depth, RMSE": ("depth, frozen", "rmse", ".2f"),
-        "depth, relative": ("depth, frozen", "abs_rel", ".3f"),
-        "keypoints, PCK area": ("keypoints, frozen", "auc", ".1f"),
-        "fine-tuned: mean IoU": ("segmentation, fine-tuned", "miou", ".1f"),
-        "mean angle": ("normals, fine-tuned", "mean_angle", ".1f"),
-    },
-    "detection": {
-        "AP": ("detection, frozen", "ap", ".1f"),
-        "AP50": ("detection, frozen", "ap50", ".1f"),
-        "AP75": ("detection, frozen", "ap75", ".1f"),
-        "fine-tuned: AP": ("detection, fine-tuned", "ap", ".1f"),
-    },
+    "segmentation": in_two_ways("segmentation", {
+        "mean IoU": ("miou", ".1f"),
+        "IoU of all objects": ("object_iou", ".1f"),
+    }),
+    "normals": in_two_ways("normals", {
+        "mean angle": ("mean_angle", ".1f"),
+        "median": ("median_angle", ".1f"),
+        "mean, objects": ("object_angle", ".1f"),
+        "within 11.25°": ("within_11.25", ".1f"),
+        "22.5°": ("within_22.5", ".1f"),
+        "30°": ("within_30", ".1f"),
+    }),
+    "depth": in_two_ways("depth", {"RMSE": ("rmse", ".2f"), "relative": ("abs_rel", ".3f")}),
+    "keypoints": in_two_ways("keypoints", {"PCK 0.1": ("pck_0.1", ".1f"), "area": ("auc", ".1f")}),
+    "detection": in_two_ways("detection", {
+        "AP": ("ap", ".1f"),
+        "AP50": ("ap50", ".1f"),
+        "AP75": ("ap75", ".1f"),
+    }),
     "video": {
         "J": ("masks", "J", ".1f"),
         "F": ("masks", "F", ".1f"),
@@ -92,13 +119,31 @@ TABLES = {
         "subject": ("subject", "subject", ".1f"),
         "shot R@1": ("shots", "shot_r1", ".1f"),
     },
-}
+    "stills": {
+        "emoji, kNN": ("features on emoji", "knn20", ".1f"),
+        "emoji, linear": ("features on emoji", "linear", ".1f"),
+        "fashion, kNN": ("features on fashion", "knn20", ".1f"),
+        "fashion, linear": ("features on fashion", "linear", ".1f"),
+    },
+}  # fmt: skip
+SCENES = ("segmentation", "normals", "depth", "keypoints", "detection")
+SCENE_BASELINES = ("no network", "untrained resnet14 made for 32, 96 px")
 DATA = {  # table: the data sets of its rows, where that is not emoji
-    "dense": ("solids",),
-    "detection": ("solids",),
-    "video": ("movers", "bunny"),
+    "fashion": ("fashion",),
+    **dict.fromkeys(SCENES, ("solids",)),
+    "video": FILMS,
+    "stills": ("emoji", "fashion"),
 }
-PREDICTORS = {  # what may tell good features without labels -> where it is
+MULTITASK = {  # task set: the flags; P position, C colour, E exemplar, M motion
+    "P": "--tasks position",
+    "P+C": "--tasks position,colour",
+    "P+E": "--tasks position,exemplar",
+    "P+M": "--tasks position,motion",
+    "P+C+E": "--tasks position,colour,exemplar",
+    "all": "",
+    "all, lasso": "--heads lasso",
+}
+PREDICTORS = {  # what may tell good features -> where it is
     "kNN accuracy": ("features", "knn20"),
     "cluster accuracy": ("clusters", "accuracy"),
     "RankMe": ("spectrum", "rankme"),
@@ -112,6 +157,7 @@ PREDICTORS = {  # what may tell good features without labels -> where it is
     "Lipschitz number": ("smoothness", "lipschitz"),
     "mean relative loss": ("robustness", "relative_loss"),
 }
+WITH_LABELS = {"kNN accuracy", "cluster accuracy", "mean relative loss"}  # these need labels
 
 
 def read_rows():
@@ -144,14 +190,16 @@ def add(path, variant):
 
 
 def protocol(row):
-    """Fine-tuning is one protocol with three shares of the labels."""
+    """Fine-tuning is one protocol with three shares of the labels. The constant answer to a dense
+    task stands beside those of the frozen networks."""
     part = row["settings"].get("part")
-    return row["protocol"] if part is None else f"{row['protocol']} {part}"
+    name = row["protocol"] if part is None else f"{row['protocol']} {part}"
+    return name.replace(", constant", ", frozen")
 
 
 def value(result, path):
-    """result["a"]["b"] for "a.b"; the mean of a list for "a.mean"; None if there is none."""
-    for name in path.split("."):
+    """result["a"]["b"] for "a/b"; the mean of a list for "a/mean"; None if there is none."""
+    for name in path.split("/"):
         if isinstance(result, list) and name == "mean":
             result = statistics.mean(result)
         elif isinstance(result, dict) and name == "mean" and "mean" not in result:
@@ -161,50 +209,96 @@ def value(result, path):
     return result
 
 
-def trained_name(row):
-    """**METHOD**, and for other runs than the default ones their flags."""
+def plain_name(row):
+    """**METHOD**, and for other runs than the default ones their flags; a baseline's own name."""
+    if "method" not in row:
+        return row["network"]
     flags = row.get("variant", "")
     name = f"**{row['method']}**" + (f" `{flags}`" if flags else "")
-    return name + (" (with labels)" if "--positives" in flags else "")
+    name += " (with labels)" if "--positives" in flags else ""
+    return name + (f", {row['settings']['size']} px" if row["data"] == "solids" else "")
+
+
+def full_names(rows):
+    """The name of each row's network. If it was measured with several values of a setting, all but
+    the most frequent one stand in the name."""
+    seen = {}  # (name, protocol, setting) -> its values
+    counts = {}  # (name, setting) -> how often it has each value
+    for row in rows:
+        name = plain_name(row)
+        for setting, number in row["settings"].items():
+            if setting not in REPEATS:
+                text = json.dumps(number)
+                seen.setdefault((name, protocol(row), setting), set()).add(text)
+                counts.setdefault((name, setting), Counter())[text] += 1
+    several = {(name, setting) for (name, _, setting), texts in seen.items() if len(texts) > 1}
+    usual = {key: counts[key].most_common(1)[0][0] for key in several}
+
+    names = []
+    for row in rows:
+        name = plain = plain_name(row)
+        for setting, number in row["settings"].items():
+            text = json.dumps(number)
+            if text != usual.get((plain, setting), text):
+                name += f", {text} px" if setting == "size" else f", {setting} {text}"
+        names.append(name)
+    return names
 
 
 def collect(rows):
-    """{network: {protocol: [its results]}}: the seeds of a method together, the baselines first."""
+    """{network: {protocol: {run: [results of its draws]}}}: all seeds of a method together, the
+    baselines first."""
     networks = {}
-    for row in rows:
-        name = trained_name(row) if "method" in row else row["network"]
-        networks.setdefault(name, {}).setdefault(protocol(row), []).append(row["result"])
+    for row, name in zip(rows, full_names(rows)):
+        runs = networks.setdefault(name, {}).setdefault(protocol(row), {})
+        runs.setdefault((row.get("weights"), row.get("seed")), []).append(row["result"])
     return dict(sorted(networks.items(), key=lambda item: item[0].startswith("**")))
 
 
-def numbers(results, path):
-    """The values of several results, without those that are not defined."""
-    found = [value(result, path) for result in results]
+def draws(results, path):
+    """The numbers of several results of one run, without those that are not defined."""
+    found = []
+    for result in results:
+        number = value(result, path)
+        found += number if isinstance(number, list) else [number]
     return [number for number in found if number is not None]
 
 
-def cell(found, how):
+def numbers(runs, path):
+    """One number per run, the mean of its draws."""
+    found = [draws(results, path) for results in runs.values()]
+    return [statistics.mean(drawn) for drawn in found if drawn]
+
+
+def mean(networks, name, measured, path):
+    """The mean over the runs of a network, None if it was not measured."""
+    found = numbers(networks.get(name, {}).get(measured, {}), path)
+    return statistics.mean(found) if found else None
+
+
+def cell(runs, path, how):
+    """The mean over the runs ± the deviation; of one run, the deviation of its draws."""
+    found = numbers(runs, path)
     if not found:
         return ""
     if how == "M":
         return f"{statistics.mean(found) / 1e6:.1f}"
     text = f"{statistics.mean(found):{how}}"
+    if len(found) == 1:
+        found = draws([result for results in runs.values() for result in results], path)
     return text + (f" ± {statistics.stdev(found):{how}}" if len(found) > 1 else "")
 
 
 def table(networks, columns):
     """One line per network that was measured, the baselines first. Untrained networks of several
-    methods may be the same: such a line stands once, though their speeds never agree."""
+    methods may be the same: such a line stands once."""
     lines = []
-    told = []  # the lines without speed
+    told = []
     for name, protocols in networks.items():
-        cells = {}
-        for heading, (measured, path, how) in columns.items():
-            cells[heading] = cell(numbers(protocols.get(measured, []), path), how)
-        what = {heading: text for heading, text in cells.items() if heading != "images/s"}
-        if any(what.values()) and what not in told:
-            told.append(what)
-            lines.append([name, *cells.values()])
+        cells = [cell(protocols.get(measured, {}), *how) for measured, *how in columns.values()]
+        if any(cells) and (name.startswith("**") or cells not in told):
+            told.append(cells)
+            lines.append([name, *cells])
     return lines
 
 
@@ -215,14 +309,14 @@ def predictors(networks):
     from scipy.stats import rankdata, spearmanr, zscore
 
     lines = []
-    trained = [protocols for name, protocols in networks.items() if name.endswith("**")]
-    for name, (measured, path) in PREDICTORS.items():
+    trained = [name for name in networks if name.endswith("**")]
+    for name, place in PREDICTORS.items():
         pairs = []
-        for protocols in trained:
-            x = numbers(protocols.get(measured, []), path)
-            y = numbers(protocols.get("features", []), "linear")
-            if x and y:
-                pairs.append((statistics.mean(x), statistics.mean(y)))
+        for network in trained:
+            x = mean(networks, network, *place)
+            y = mean(networks, network, "features", "linear")
+            if x is not None and y is not None:
+                pairs.append((x, y))
         if len(pairs) < 5:
             continue
         pairs = np.array(pairs)
@@ -233,21 +327,125 @@ def predictors(networks):
         several = (x * y).mean(1)  # Spearman's: the correlation of the ranks
         low, high = np.percentile(several, [2.5, 97.5])
         known = spearmanr(*pairs.T).statistic
-        lines.append([name, f"{known:+.2f}", f"{low:+.2f} to {high:+.2f}", len(pairs)])
+        needs = "yes" if name in WITH_LABELS else "no"
+        interval = f"{low:+.2f} to {high:+.2f}"
+        lines.append([name, needs, f"{known:+.2f}", interval, len(pairs)])
     return lines
 
 
-def blocks(markdown):
-    """{block of EVALUATIONS.md: its lines}. markdown: (heads, lines) -> a table."""
+def multitask(networks):
+    """The sets of tasks of multitask, in the order of the paper."""
+    columns = {name: TABLES["video"][name] for name in ("category", "motion", "J")}
+    columns["position, pixels"] = TABLES["video"]["position, pixels"]
+    lines = []
+    for tasks, flags in MULTITASK.items():
+        name = plain_name({"method": "multitask", "variant": flags, "data": "movers"})
+        for line in table({name: networks.get(name, {})}, columns):
+            lines.append([tasks, *line[1:]])
+    return ["task set", *columns], lines
 
-    def networks(data):
-        return collect([row for row in read_rows() if row["data"] in data])
+
+def learned_from(row, videos):
+    """What a network, or the one that it is the start of, learned from: "films" or "images"; None
+    for what both kinds have in common. videos: the methods that learn from films."""
+    method = row.get("method")
+    if method is None:
+        owner = re.search(r" of (\w+)", row["network"])
+        if owner is None:
+            return None
+        method = owner[1]
+    data = re.search(r"--data (\w+)", row.get("variant", ""))
+    film = data[1] in FILMS if data else method in videos
+    return "films" if film else "images"
+
+
+def rows_of(block, rows, videos):
+    """The rows of a table. Of images only networks that learned from images, but for "stills"."""
+    data = DATA.get(block, ("emoji",))
+    rows = [row for row in rows if row["data"] in data]
+    if block == "stills":
+        rows = [row | {"protocol": f"{row['protocol']} on {row['data']}"} for row in rows]
+        return [row for row in rows if learned_from(row, videos) != "images"]
+    if data[0] in ("emoji", "fashion"):
+        return [row for row in rows if learned_from(row, videos) != "films"]
+    return rows
+
+
+def start_of(row, networks):
+    """The name of the untrained network of a trained one: its method's own, or a shared one."""
+    own = [name for name in networks if re.search(rf" of {row['method']}\b", name)]
+    return own[0] if own else f"untrained {row['arch']}, {row['settings']['size']} px"
+
+
+def tuned_words(rows):
+    """For two shares of the labels: how many networks fine-tuning makes better than the same one
+    from scratch, and how many have better frozen features."""
+    networks = collect(rows)
+    starts = {plain_name(row): start_of(row, networks) for row in rows if "method" in row}
+    words = []
+    for share, part in (("1 %", 0.01), ("10 %", 0.1)):
+        place = f"fine-tuning {part}"
+        tuned = {name: mean(networks, name, place, "tuned") for name in networks}
+        frozen = {name: mean(networks, name, place, "frozen") for name in networks}
+        names = [n for n in starts if n.endswith("**") and tuned.get(n) and tuned.get(starts[n])]
+        if not names:
+            return ["- **Fine-tuning.** Not run."]
+        better = sum(tuned[name] > tuned[starts[name]] for name in names)
+        probe = sum(frozen[name] > tuned[name] for name in names)
+        best = max(names, key=tuned.get)
+        words.append(
+            f"With {share} of the labels {better} of {len(names)} pretrained networks are better "
+            f"than the same network trained from scratch; the best is {best.strip('*')}, "
+            f"{tuned[best]:.1f} (from scratch {tuned[starts[best]]:.1f}). The linear probe of the "
+            f"frozen features is better than fine-tuning for {probe} of them, and has up to "
+            f"{max(frozen[name] for name in names):.1f}."
+        )
+    count = max(len(drawn) for runs in networks[best].values() for drawn in runs.values())
+    text = f"- **Fine-tuning** ({count} draw{'s' * (count > 1)} of the labels). {' '.join(words)}"
+    return textwrap.wrap(text, 100, subsequent_indent="  ")
+
+
+def scene_words(networks):
+    """The first measure of each task on rendered scenes, of the best frozen network beside the
+    untrained one and the constant answer. networks: {task: those that were measured}"""
+    words = []
+    for task in SCENES:
+        heading, place = list(TABLES[task].items())[0]
+        found = {name: mean(networks[task], name, *place[:2]) for name in networks[task]}
+        found = {name: number for name, number in found.items() if number is not None}
+        trained = [name for name in found if name.startswith("**")]
+        if not trained:
+            continue
+        lowest = task in ("normals", "depth")  # their measures are errors
+        best = (min if lowest else max)(trained, key=found.get)
+        beside = [f"{name}, {found[name]:{place[2]}}" for name in found if name in SCENE_BASELINES]
+        name = best.replace("**", "")
+        beside = f" ({'; '.join(beside)})" if beside else ""
+        words.append(f"{task}, {heading}: {name}, {found[best]:{place[2]}}{beside}")
+    if not words:
+        return ["- **Dense tasks and detection.** Not run."]
+    text = f"- **Dense tasks and detection.** The best frozen networks: {'. '.join(words)}."
+    return textwrap.wrap(text, 100, subsequent_indent="  ")
+
+
+def blocks(markdown, videos):
+    """{block of a page: its lines}. markdown: (heads, lines) -> a table."""
+    rows = read_rows()
+    networks = {name: collect(rows_of(name, rows, videos)) for name in TABLES}
+    tables = {}
+    for name, columns in TABLES.items():
+        tables[name] = ["network", *columns], table(networks[name], columns)
+    heads = ["measure", "needs labels", "rank correlation with linear accuracy", "95 % interval"]
+    tables["predictors"] = [*heads, "methods"], predictors(networks["features"])
+    tables["multitask"] = multitask(networks["video"])
 
     found = {}
-    for name, columns in TABLES.items():
-        lines = table(networks(DATA.get(name, ("emoji",))), columns)
-        found[f"eval_{name}"] = markdown(["network", *columns], lines) if lines else ["Not run."]
-    lines = predictors(networks(("emoji",)))
-    heads = ["measure", "rank correlation with linear accuracy", "95 % interval", "methods"]
-    found["eval_predictors"] = markdown(heads, lines) if lines else ["Not run."]
+    for name, (heads, lines) in tables.items():
+        if name in ("stills", "layers_vit") and not any("**" in line[0] for line in lines):
+            lines = []  # baselines alone
+        if name == "multitask" and len(lines) < 2:
+            lines = []  # nothing to compare
+        found[f"eval_{name}"] = markdown(heads, lines) if lines else ["Not run."]
+    found["scenes"] = scene_words(networks)
+    found["tuned"] = tuned_words(rows_of("finetune", rows, videos))
     return found

@@ -12,7 +12,8 @@ the eval_*.py scripts measured of runs (see evaluations.py). From the rows are m
 tables of README.md and of tests/results/README.md, the line "Reached." in the docstring of each
 method, and the pictures knn.png, years.png, plane.png, layers.png and instability.png. A recorded
 run also leaves a picture of what its network is shown, views/NAME.png; SimCLR's default run the
-picture at the top of README.md, neighbours.png; a run of DrLIM in the plane drlim_points.png.
+picture at the top of README.md, neighbours.png; a run of DrLIM in the plane drlim_points.png;
+that of video_colorization coloured.png; the folder of eval_video.py masks.png.
 """
 
 import argparse
@@ -41,8 +42,9 @@ ROWS = HERE / "rows.jsonl"
 PAGES = dict.fromkeys(  # pages with blocks, and the root of their paths
     ("README.md", "tests/results/README.md", "tests/results/EVALUATIONS.md"), ROOT
 )
+PRETEXT = ("held_out", "control", "most_frequent", "same_place")  # of held-out clips
 FREE = {"data", "arch", "batch", "epochs", "seed", "eval_every"}  # have columns, or change nothing
-FILMS = ("movers", "tripod")
+FILMS = evaluations.FILMS
 FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own number)}
     "Pretext tasks": {
         "exemplar": (
@@ -244,7 +246,29 @@ VOC = {
     "rotnet": 73.0,
 }
 
+# What the accuracies of the video methods on their own questions stand beside, in percent:
+# guessing, and on some films a rule without a network. The docstrings of the files have the rules,
+# their tests measure them.
+GUESSES = {
+    "shuffle_and_learn": 50,
+    "odd_one_out": 100 / 6,
+    "arrow_of_time": 50,
+    "egomotion": 100 / 7,
+    "tracking_triplet": 50,
+}
+RULES = {
+    ("shuffle_and_learn", "movers"): "92, the middle frame is between the others",
+    ("shuffle_and_learn", "tripod"): "73, the middle frame is between the others",
+    ("odd_one_out", "movers"): "78, the steepest edges",
+    ("odd_one_out", "tripod"): "42, the steepest edges",
+    ("arrow_of_time", "movers"): "76, larger differences come first",
+    ("arrow_of_time", "tripod"): "90, larger differences come first",
+    ("watching_objects_move", "movers"): "19, a square in the middle",
+}
+
 PICTURES = {  # that may not exist yet -> what they show
+    "masks.png": "The mask of the first frame copied to later ones by the features of each network",
+    "coloured.png": "Grey frames of videos with colours copied from earlier frames",
     "drlim_points.png": "Test images of Fashion-MNIST as points in the plane",
     "instability.png": "kNN accuracy and gradients of MoCo v3 with a ViT over the epochs",
 }
@@ -264,6 +288,8 @@ def add(folders):
     for folder in folders:
         if (folder / "results.jsonl").exists():
             evaluations.add(folder / "results.jsonl", variant)
+            if (folder / "masks").exists():
+                draw_masks(folder / "masks", HERE / "masks.png")
             continue
         lines = common.read_lines(folder / "metrics.jsonl")
         if not lines or "evaluation" not in lines[-1]:
@@ -279,6 +305,8 @@ def add(folders):
         for line in lines:
             if "table" in line:
                 row["table"] = line["table"]
+            if "held_out" in line:
+                row["pretext"] = {name: line[name] for name in PRETEXT if name in line}
         same = ("method", "settings", "world_size", "device")
         rows = [r for r in rows if any(r[key] != row[key] for key in same)] + [row]
         keep_pictures(folder, row)
@@ -410,8 +438,9 @@ def title(row):
 
 
 def keep_pictures(folder, row):
-    """Of default runs with seed 0: views/NAME.png, what the network is shown; and of SimCLR
-    neighbours.png. Of DrLIM in the plane drlim_points.png."""
+    """Of default runs with seed 0: views/NAME.png, what the network is shown; of SimCLR
+    neighbours.png, and of video_colorization coloured.png. Of DrLIM in the plane drlim_points.png.
+    """
     method = row["method"]
     settings = row["settings"]
     if settings["seed"] != 0 or is_supervised(row):
@@ -420,26 +449,49 @@ def keep_pictures(folder, row):
         save_small(Image.open(folder / "points.png"), HERE / "drlim_points.png")
     if not is_default(row) or settings["data"] != home(method):
         return
-    picture = some_filters(folder) if method == "magic_init" else some_views(folder)
-    if picture.width > 420:
-        height = round(picture.height * 420 / picture.width)
-        picture = picture.resize((420, height), Image.Resampling.LANCZOS)
+    if method == "magic_init":
+        picture = some_filters(folder)
+    else:
+        picture = some_rows(folder / "views.png", 2)
     (HERE / "views").mkdir(exist_ok=True)
-    save_small(picture, HERE / "views" / f"{method}.png")
+    save_small(picture, HERE / "views" / f"{method}.png", width=420)
     if method == "simclr":
         draw_neighbours(folder, HERE / "neighbours.png")
+    if method == "video_colorization":
+        save_small(some_rows(folder / "coloured.png", 4), HERE / "coloured.png")
 
 
-def some_views(folder):
-    """The headings and the first two rows of views.png."""
-    picture = Image.open(folder / "views.png").convert("RGB")
-    picture = picture.crop((0, 0, picture.width, 26 + 2 * 72))  # save_grid: 26 above, 72 per row
+def some_rows(path, rows):
+    """The headings and the first rows of a picture by common.save_grid."""
+    picture = Image.open(path).convert("RGB")
+    picture = picture.crop((0, 0, picture.width, 26 + rows * 72))  # 26 above, 72 per row
     right = ImageOps.invert(picture).getbbox()[2]  # the note below may be wider than the images
     return picture.crop((0, 0, min(right + 8, picture.width), picture.height))
 
 
-def save_small(picture, path):
-    picture.convert("RGB").quantize(128).save(path, optimize=True)
+def save_small(picture, path, width=900):
+    """Saves a picture, at most as wide as that, with few colours."""
+    picture = picture.convert("RGB")
+    if picture.width > width:
+        height = round(picture.height * width / picture.width)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    picture.quantize(128).save(path, optimize=True)
+
+
+def draw_masks(folder, path):
+    """Of the masks that eval_video.py keeps those of one clip, for baselines and three methods."""
+    from methods import eval_video
+
+    baselines = ("no network", "raw pixels, 32 px", "untrained resnet14, 32 px")
+    methods = ("shuffle_and_learn", "watching_objects_move", "video_colorization")
+    names = dict(zip(baselines, baselines)) | {m: f"{m}-{home(m)}-0" for m in methods}
+    files = {name: folder / f"{file}.npy" for name, file in names.items()}
+    found = {name: torch.from_numpy(np.load(f)) for name, f in files.items() if f.exists()}
+    counts = [eval_video.SETTINGS[name][0] for name in ("test_clips", "mask_clips")]
+    eval_video.draw_masks(path, found, eval_video.visible("test", *counts).part(slice(1)))
+    picture = Image.open(path)
+    picture = picture.crop((0, 24, *picture.size))  # without the title, which is wider
+    save_small(picture, path, width=700)
 
 
 def some_filters(folder, names=("He", "rescaled", "PCA", "k-means")):
@@ -689,7 +741,7 @@ def draw_layers(path):
 
     def heights(network):
         measured = networks.get(network, {})
-        found = [measured.get(f"linear probe of {stage}", []) for stage in stages]
+        found = [measured.get(f"linear probe of {stage}", {}) for stage in stages]
         found = [evaluations.numbers(results, "linear") for results in found]
         return [statistics.mean(numbers) for numbers in found] if all(found) else None
 
@@ -866,6 +918,8 @@ def full_table(rows, data):
     """Everything that was measured on one data set, in two tables: the trained networks beside raw
     pixels; and, of the same runs, the untrained networks, the budget and the machines."""
     runs = [e for e in entries(rows) if e[0]["settings"]["data"] == data]
+    if not runs:
+        return ["not run"]
     runs = sorted(runs, key=lambda e: -mean(e, "evaluation", "linear"))
     heads = {"knn20": "kNN, k = 20", "knn200": "kNN, k = 200", "linear": "linear"}
     if any("retrieval1" in e[0]["evaluation"] for e in runs):
@@ -873,9 +927,7 @@ def full_table(rows, data):
     heads |= {"rankme": "RankMe"}
     before = {key: head for key, head in heads.items() if key not in ("knn200", "retrieval5")}
 
-    trained = []
-    if runs:
-        trained.append(["raw pixels", *[spread(runs[0][:1], "pixels", key) for key in heads], ""])
+    trained = [["raw pixels", *[spread(runs[0][:1], "pixels", key) for key in heads], ""]]
     other = []
     for e in runs:
         settings = e[0]["settings"]
@@ -905,6 +957,24 @@ def full_table(rows, data):
         "",
         *markdown(["run", *before.values(), "epochs × batch", "seconds", "commits"], other),
     ]
+
+
+def question_table(rows):
+    """How often the video methods answer their own questions on held-out clips."""
+    lines = []
+    for runs in entries([row for row in rows if "pretext" in row]):
+        found = [{"pretext": {k: 100 * v for k, v in run["pretext"].items()}} for run in runs]
+        numbers = {key: spread(found, "pretext", key) for key in PRETEXT}
+        method, film = runs[0]["method"], runs[0]["settings"]["data"]
+        guess = f"{GUESSES[method]:.1f}" if method in GUESSES else "–"
+        rule = RULES.get((method, film), "–")
+        if method == "video_colorization":
+            rule = f"{numbers['same_place']}, the colour of the same place before; "
+            rule += f"{numbers['most_frequent']}, the most frequent colour"
+        right, control = numbers["held_out"], numbers["control"]
+        lines.append([title(runs[0]), film, right, guess, rule, control, len(runs)])
+    heads = ["run", "film", "held out", "guessing", "a rule without a network", "control", "runs"]
+    return markdown(heads, lines) if lines else ["not run"]
 
 
 def gain(runs):
@@ -1070,16 +1140,17 @@ def pages(rows):
         "fashion": full_table(rows, "fashion"),
         "movers": full_table(rows, "movers"),
         "tripod": full_table(rows, "tripod"),
+        "bunny": full_table(rows, "bunny"),
+        "questions": question_table(rows),
         "ranking": ranking_table(rows),
         "years": years_words(rows),
         "pirl": pirl_table(rows),
         "mid": mid_table(rows),
         "magic": magic_table(rows),
-        "points": picture("drlim_points.png"),
-        "instability": picture("instability.png"),
+        **{name.removesuffix(".png"): picture(name) for name in PICTURES},
         "papers": papers_table(),
         "kernels": kernel_table(),
-        **evaluations.blocks(markdown),
+        **evaluations.blocks(markdown, FAMILIES["Video"]),
     }
     texts = {}
     used = []
