@@ -652,7 +652,8 @@ def test_images_among_videos_are_not_used(tmp_path, capsys):
     animations(tmp_path, ".webp", a=1)
     Image.fromarray(frame(0)).save(tmp_path / "a" / "0.png")
     data, line = opened(tmp_path, capsys)
-    assert sorted(line.partition("; not used: ")[2].split(", ")) == ["1 .png files", "1 .webp files"]
+    unused = line.partition("; not used: ")[2].split(", ")
+    assert sorted(unused) == ["1 .png files", "1 .webp files"]
     assert [Path(path).suffix for path in data.train.images.paths] == [".gif"] * 2
 
 
