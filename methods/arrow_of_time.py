@@ -20,7 +20,7 @@ network on the T maps together (late fusion) that is thrown away after training:
     L = mean over clips of  1/2 log(1 + exp(-a(x+))) + 1/2 log(1 + exp(a(x-)))
 
 A network that guesses has the loss log 2 = 0.693. Where nothing moves, no network can do better. In
-movers motion dies away. So a simple rule is right for 76 % of the clips (90 % in tripod, where the
+movers motion dies away. So a simple rule is right for 75 % of the clips (87 % in tripod, where the
 camera stands still): the film begins where the differences are larger. Only accuracy above this
 shows knowledge of how things move. In the run below, 91 % of the held-out clips are right.
 

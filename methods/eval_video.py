@@ -137,8 +137,11 @@ def propagate(features, first, radius, previous, nearest, temperature):
     for t in range(1, f.shape[1]):
         # Similarities to the places of the first frame and of the previous ones.
         earlier = sorted({0, *range(max(0, t - previous), t)})
-        s = [f[:, t].mT @ f[:, frame] for frame in earlier]  # (n, P, P) each
-        s = torch.cat([x.masked_fill(far, -torch.inf) for x in s], 2)  # (n, P, all their places)
+        s = [
+            (f[:, t].mT @ f[:, frame]).masked_fill(far, -torch.inf)  # (n, P, P)
+            for frame in earlier
+        ]
+        s = torch.cat(s, 2)  # (n, P, all their places)
 
         # The weighted mean of the values of the most similar places.
         best, index = s.topk(nearest, 2)  # (n, P, nearest)
@@ -188,7 +191,7 @@ def shot_scores(last, first):
     often the first frame of the same shot is one of the k most similar. If another one is equally
     similar, it ranks before it."""
     similar = F.normalize(last, dim=1) @ F.normalize(first, dim=1).T  # (n, N)
-    rank = (similar >= similar.diag()[:, None]).sum(1).double()  # 1 is best: itself alone
+    rank = (similar >= similar.diag()[:, None]).sum(1)  # 1 is best: itself alone
     scores = {}
     for k in (1, 5):
         scores[f"shot_r{k}"] = 100 * (rank <= k).double().mean().item()
@@ -266,27 +269,27 @@ def read(task, network, size, args, device):
         first = torch.cat([z, x])[:, 0]
         return shot_scores(z[:, -1], first)
     if task == "pose":
-        truth = poses(test, args.frames)
-        found = ridge(x.flatten(0, 1), poses(train, args.frames), z.flatten(0, 1))
-        return pose_scores(found, truth)
+        known = poses(train, args.frames)
+        found = ridge(x.flatten(0, 1), known, z.flatten(0, 1))
+        return pose_scores(found, poses(test, args.frames))
     return {task: probe(task, x, train, z, test)}
 
 
 def probe(task, x, train, z, test):
     """Accuracy of a linear probe that tells motion, category or subject."""
     groups = None  # near copies, which stay together when the probe chooses its weight decay
-    if task == "motion":  # of a clip: its frames side by side
-        x, z = x.flatten(1), z.flatten(1)
-        labels = [clips.motion[:, 0] for clips in (train, test)]
-    elif task == "category":  # of a clip: the mean of its frames
-        x, z = x.mean(1), z.mean(1)
-        labels = [clips.category[:, 0] for clips in (train, test)]
-        groups = train.identity[:, 0]
-    else:  # the subject of a frame, which is that of its shot
+    if task == "subject":  # of a frame: that of its shot
         frames = x.shape[1]
         x, z = x.flatten(0, 1), z.flatten(0, 1)
         labels = [shots.labels.repeat_interleave(frames) for shots in (train, test)]
         groups = train.blocks.repeat_interleave(frames)
+    else:
+        labels = [getattr(clips, task)[:, 0] for clips in (train, test)]
+        if task == "motion":  # of a clip: its frames side by side
+            x, z = x.flatten(1), z.flatten(1)
+        else:  # of a clip: the mean of its frames
+            x, z = x.mean(1), z.mean(1)
+            groups = train.identity[:, 0]
     # The probe overwrites its features, but the next task uses them, too.
     return linear_probe(x.clone(), labels[0], z.clone(), labels[1], groups)
 
@@ -310,8 +313,7 @@ def visible(split, count, most):
 def copied(network, clips, args, device, only=None):
     """{number of a map: predicted masks (n, T, H, W)}, of all maps or of one."""
     truth = clips.masks > 0
-    grid = (args.grid, args.grid)
-    how = args.radius, args.previous, args.nearest, args.temperature
+    grid = args.grid, args.grid
     predicted = {}
     for some in torch.arange(len(truth)).split(6):  # six clips at a time, to save memory
         first = F.adaptive_avg_pool2d(truth[some, 0].float(), grid).to(device)
@@ -324,7 +326,9 @@ def copied(network, clips, args, device, only=None):
             if x.shape[2] < args.grid:
                 x = F.interpolate(x, grid, mode="bilinear")
             x = F.adaptive_avg_pool2d(x, grid).unflatten(0, (len(some), -1))
-            values = propagate(x, first, *how)
+            values = propagate(
+                x, first, args.radius, args.previous, args.nearest, args.temperature
+            )
             found = as_masks(values, truth.shape[3]).cpu()
             predicted.setdefault(number, []).append(found)
     return {number: torch.cat(parts) for number, parts in predicted.items()}

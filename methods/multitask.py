@@ -8,8 +8,7 @@ move. One network, the trunk, learns several of them at once; a small head for e
 features and is thrown away after the training. With --heads lasso a head may read every stage of
 the trunk, but a penalty on the absolute values of its weights (a lasso) makes it choose few. So
 tasks that need different things can use different stages. The inputs are harmonised: the patches of
-position are grey, like the images to be coloured. Otherwise the trunk would first have to learn
-which task an input belongs to.
+position are grey, like the images to be coloured. Else the trunk would have to tell tasks apart.
 
 Notation. N clips in the global batch, n = N / processes on this process; each task t is shown one
 frame of each clip. u_m(x) output of stage m of the trunk, brought to `width` channels of mean 0 and
@@ -22,16 +21,15 @@ heads read the last stage alone. lambda strength of the penalty, 0 for naive hea
     exemplar    mean over images of              max(0, D(z1, z2) - D(z1, z3) + 1/2)
     motion      mean over places of              -v log sigmoid(s logit(r))
 
-c is the colour of a place. z1 and z2 are features of two distorted copies of an image, z3 is that
-of a copy of another image; D = 1 - cosine. For a place that moves s = 1 and v = 8, for one that
-rests s = -1 and v = 1; v = 0 where it is not known.
+c: colour of a place. z1, z2: of two distorted copies of an image, z3: of a copy of another image;
+D = 1 - cosine. s = 1, v = 8 where it moves; s = -1, v = 1 where it rests; v = 0 where unknown.
 
 Run.
     python methods/multitask.py                               one CPU core, about 11 minutes
     python methods/multitask.py --tasks position,colour --heads lasso
     torchrun --nproc_per_node 8 methods/multitask.py --recipe paper --data IMAGENET
---batch counts the clips of all processes together.
-The network sees nine patches for position, two images for exemplar, and one for each other task.
+--batch counts the clips of all processes together. The network sees nine patches for position, two
+images for exemplar, and one for each other task.
 
 Reached. On movers after 12 epochs, 668 seconds on one busy CPU core: kNN 45.0 % (untrained 33.6,
 raw pixels 34.4); linear 51.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.

@@ -28,9 +28,9 @@ Chance is log 6 = 1.792. Nothing but the order of the frames may tell which wind
       partly cancel, so e is faint: without the division, the faintest window is odd in 80 % of the
       clips of movers.
 One cue stays. Shuffled windows have more fine detail. In movers, where the camera pans, the odd
-window has the steepest edges in 78 % of the clips, nearly as often with the emoji painted over: the
+window has the steepest edges in 78 % of the clips, and as often with the emoji painted over: the
 background alone gives it away. In tripod, the default, where the camera stands still, this happens
-in 42 %.
+in 40 %.
 
 Run.
     python methods/odd_one_out.py                       one CPU core, about 7 minutes
