@@ -145,7 +145,7 @@ def load_data(name, root, device):
         return folder_data(Path(name).resolve())
     known = [*EMBEDDED, *DOWNLOADED]
     if Path(name).is_file():
-        fail(f"--data {name} is a file: give the folder of the images")
+        fail(f"--data {name} is a file: give the folder of the images or videos")
     near = difflib.get_close_matches(name.lower(), known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     fail(f"--data {name}: neither a data set ({', '.join(known)}) nor an existing folder{hint}")
@@ -252,9 +252,10 @@ class Loader(Plan):
     def __init__(self, split, views, batch, seed, device, workers=0):
         count = len(split.images)
         super().__init__(count, batch, seed, len(views))
+        noun = split.images.NOUN
         if not 0 < batch <= count or batch % world():
             several = f", a multiple of {world()} (the processes)" if world() > 1 else ""
-            fail(f"--batch {batch}: choose 2 to {count}, the number of images{several}")
+            fail(f"--batch {batch}: choose 2 to {count}, the number of {noun}{several}")
         self.reader = split.images
         self.reader.check([crop for crop, _ in views])
         self.views = views
@@ -645,21 +646,23 @@ def share(function, *args):
 
 @torch.no_grad()
 def held_out(network, split, settings, measure):
-    """{"held_out": the mean of measure(network(*views)), a scalar tensor, over batches of at most
-    1,000 held-out images or clips}; {} where there are not two for each process. settings: those of
-    a Loader; views, batch, seed and device are used. Every call shows the same. The network is in
-    eval mode, and left as it was."""
+    """{"held_out": the mean of measure(network(*views)), a scalar tensor or several numbers (k,),
+    over batches of at most 1,000 held-out images or clips}; {} where there are not two for each
+    process. settings: those of a Loader. Every call shows the same. The network is in eval mode,
+    and left as it was."""
     if not split or len(split.images) < 2 * world():
         return {}
     split = thin(split, 1000)
-    views, batch, seed, device, *_ = settings
+    views, batch, *others = settings
     batch = min(batch, len(split.images) // world() * world())
     training = network.training
     network.eval()
-    loader = Loader(split, views, batch, seed, device)
+    loader = Loader(split, views, batch, *others)
     values = [measure(network(*shown)) for _, shown in loader(epoch=0)]
+    loader.reader.stream = None  # of files: ends the processes that decode them
     network.train(training)
-    return {"held_out": all_reduce_sum(torch.stack(values).mean()).item() / world()}
+    mean = all_reduce_sum(torch.stack(values).mean(0)) / world()
+    return {"held_out": mean.tolist()}
 
 
 def flip_and_normalize(x, rand):
@@ -957,7 +960,8 @@ def parse(doc, settings, argv=None, runs=None):
     videos = columns[0] in FILMS  # the default of a method that learns from videos
     known = FILMS if videos else (*EMBEDDED, *DOWNLOADED)
     data = [column if column in known else "" for column in columns]
-    choices = f"{', '.join(known)}, or a folder of {'videos' if videos else 'images'}"
+    noun = "videos" if videos else "images"
+    choices = f"{', '.join(known)}, or a folder of {noun}"
     rows = {"data": (*data, choices), **settings}
     for name, (value, text) in (EVERY_SCRIPT | (EVERY_TRAINING if trains else {})).items():
         rows.setdefault(name, (*[value] * n, text))
@@ -988,7 +992,7 @@ def parse(doc, settings, argv=None, runs=None):
         refuse_outside(flag_of(name), getattr(args, name), allowed)
     if trains:
         if not args.data:
-            fail(f"--recipe {args.recipe} needs images: --data FOLDER, or the name of a data set")
+            fail(f"--recipe {args.recipe} needs {noun}: --data FOLDER, or the name of a data set")
         if not args.out:
             fail("--out is empty: give the name of a folder")
         if getattr(args, "warmup", 0) > args.epochs:

@@ -1,7 +1,8 @@
 """Folders: which files are shown in training, which are kept for the test, and their labels.
 
-A folder holds images or videos. It is one of videos if there is a video among the first thousand
-files that are found in it, or if the first of its images is an animated WebP.
+A folder holds images or videos. Its kind is told by the first thousand files that are found in it.
+It is one of videos if there is a video among them, or if all images among them are WebP files and
+the first by its path is animated.
 """
 
 import os

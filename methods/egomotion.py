@@ -12,7 +12,7 @@ each clip; f(x_i) (D, g, g) maps of the network, whose mean over the places is t
 kept for later use; P = K (K - 1) ordered pairs (i, j) of frames, the later one first in half of
 them; s_ij how far the camera moves from x_i to x_j, to the right and down, in pixels of a frame;
 y_ij the class of each component, of C classes that are equally frequent; logits (n, P, 2, C), by a
-network on both maps of a pair that is thrown away after training. Section 3:
+network on both maps of a pair that is thrown away after training (section 3 of the paper):
 
     L = mean over clips and pairs of  sum over a in {right, down} of
         -log softmax(logits(f(x_i), f(x_j))[a])[y_ij[a]]
@@ -20,7 +20,7 @@ network on both maps of a pair that is thrown away after training. Section 3:
 A network that guesses has the loss 2 log C, 3.892 for C = 7.
 
 Run.
-    python methods/egomotion.py                               two CPU cores, about 6 minutes
+    python methods/egomotion.py                               one CPU core, about 10 minutes
     python methods/egomotion.py --arch resnet18 --epochs 100  one GPU
     torchrun --nproc_per_node 8 methods/egomotion.py --recipe paper --data movers
 --batch counts the clips of all processes together.
@@ -162,10 +162,10 @@ def moved(camera, mirrored, args):
 
     From a later frame to an earlier one it is the opposite, and in a mirror left is right."""
     first, second = pairs(args.frames).T
-    down = args.stride * (second - first)  # (P,)
-    right = down * (1 - 2 * mirrored.long()[:, None])  # (n, P)
-    frames = torch.stack([right, down.expand_as(right)], 2)  # (n, P, 2)
-    return camera[:, None] * frames.to(camera)
+    ahead = args.stride * (second - first)  # (P,), in frames
+    sign = 1 - 2 * mirrored.long()[:, None]  # (n, 1), of the motion to the right
+    steps = torch.stack([sign * ahead, ahead.expand(len(sign), -1)], 2)  # (n, P, 2)
+    return camera[:, None] * steps.to(camera)
 
 
 def class_bounds(camera, args):
@@ -175,6 +175,8 @@ def class_bounds(camera, args):
     motions = motions.flatten(0, 1).sort(dim=0).values  # (N P, 2)
     places = torch.arange(1, args.classes, device=camera.device) * len(motions) // args.classes
     bounds = motions[places].T
+
+    # The mean of the bounds and of their mirror image, so that -s has the opposite class of s.
     return (bounds - bounds.flip(1)) / 2
 
 

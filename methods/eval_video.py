@@ -11,34 +11,34 @@ earlier frames that have the most similar features. This needs no training at al
 the other questions are read from the frozen features by linear rules. For the film `bunny` it is
 known which animals each shot shows.
 
-Notation. The features of places are one of the maps of a network (kernels/maps.py) for frames of
---mask-size pixels, brought to g x g places and set to length 1. A place of frame t is compared with
+Notation. Frames of --mask-size pixels go through the network. One of its maps (kernels/maps.py),
+brought to g x g places, gives each place a feature of length 1. A place of frame t is compared with
 the places within --radius of it, in the first frame and in the --previous frames before t. s_i is
-the product of its features with those of place i. The sum is over the --nearest places i with the
-largest s_i:
+the product of both features. The sum is over the --nearest places i with the largest s_i:
 
     value(place) = sum over i of  softmax(s_i / temperature)  value(i)
 
 A pixel belongs to the object if its value is above the middle between the least and the greatest of
 its frame. Each network uses the map with the best J on --choose training clips. --nearest,
---temperature and the rule of the middle are those of DINO's code. Its frames are ten times as large
-and its videos longer: it looks at the 7 last frames, at places up to 12 away, in the last block's
-map, and the first mask has whole places instead of the share that is covered. J and F are means
-over all frames after the first (DAVIS leaves out the last frame, too). The columns of the results:
+--temperature and the rule of the middle are those of DINO's code, which differs: larger frames,
+longer videos, the 7 last frames, places up to 12 away, always the last block; a place of the first
+mask is in or out, while ours has the share that is covered. J and F are means over the frames after
+the first (DAVIS: without the last one, too). The columns of the results:
 
     J         region: intersection / union of mask and truth, in percent
     F         boundary: 2 P R / (P + R), in percent. A pixel of one boundary is right if the other
               boundary is at most 0.8 % of the diagonal away, rounded up to one pixel, 1.5 %. P is
               the share of right pixels of the mask's boundary, R that of the true one
-    motion    one of 8: accuracy of a linear probe on the features of --frames frames of a clip,
-              side by side
+    motion    one of 8: accuracy of a linear probe on features of --frames frames, side by side
     category  of the emoji, one of 9: as above, on the mean of these features
     position  mean distance from the emoji's centre, in pixels of 48. From the features of a single
               frame by ridge regression (linear, with weight decay)
-    angle     mean error of how far the emoji is turned, in degrees: as above, from sine and cosine
+    angle     mean error of how far the emoji is turned, in degrees: as above, from sine and cosine.
+              Upright in most motions: no network in the results is clearly better than a constant
     subject   rabbit, rodents, neither or mixed: a linear probe on frames of the shots of bunny
-    shot_r1   how often the last frame of a test shot finds its first frame, in percent: it is the
-    shot_r5   most similar of the first frames of all shots, or one of the five most similar
+    shot_r1   how often, of the first frames of all shots, the one most similar to the last frame of
+              a test shot is of the same shot, in percent
+    shot_r5   how often one of the five most similar is
 
 Three baselines stand beside the networks. "no network" leaves the first mask in its place and gives
 the best constant answers (for shots 0: all are equally similar). Raw pixels are the colours of 7 x
@@ -48,9 +48,9 @@ before training.
 Run.
     python methods/eval_video.py runs/video_colorization-movers-0
     python methods/eval_video.py runs/* --only masks
-It writes results.jsonl, masks.png and the folder masks (the masks in this picture) into --out, by
-default runs/eval_video. What is in results.jsonl is not measured again. To take five minutes at
-most, it uses 1,500 training clips and 500 test clips, and for masks 60 of these; flags change that.
+Into --out, by default runs/eval_video, it writes results.jsonl, masks.png and the folder masks (the
+masks in this picture). It takes five minutes at most, with 1,500 training clips and 500 test clips,
+and for masks 60 of these. What is in results.jsonl is not measured again.
 """
 
 import functools
@@ -137,8 +137,11 @@ def propagate(features, first, radius, previous, nearest, temperature):
     for t in range(1, f.shape[1]):
         # Similarities to the places of the first frame and of the previous ones.
         earlier = sorted({0, *range(max(0, t - previous), t)})
-        s = [f[:, t].mT @ f[:, frame] for frame in earlier]  # (n, P, P) each
-        s = torch.cat([x.masked_fill(far, -torch.inf) for x in s], 2)  # (n, P, all their places)
+        s = [
+            (f[:, t].mT @ f[:, frame]).masked_fill(far, -torch.inf)  # (n, P, P)
+            for frame in earlier
+        ]
+        s = torch.cat(s, 2)  # (n, P, all their places)
 
         # The weighted mean of the values of the most similar places.
         best, index = s.topk(nearest, 2)  # (n, P, nearest)
@@ -188,7 +191,7 @@ def shot_scores(last, first):
     often the first frame of the same shot is one of the k most similar. If another one is equally
     similar, it ranks before it."""
     similar = F.normalize(last, dim=1) @ F.normalize(first, dim=1).T  # (n, N)
-    rank = (similar >= similar.diag()[:, None]).sum(1).double()  # 1 is best: itself alone
+    rank = (similar >= similar.diag()[:, None]).sum(1)  # 1 is best: itself alone
     scores = {}
     for k in (1, 5):
         scores[f"shot_r{k}"] = 100 * (rank <= k).double().mean().item()
@@ -266,27 +269,27 @@ def read(task, network, size, args, device):
         first = torch.cat([z, x])[:, 0]
         return shot_scores(z[:, -1], first)
     if task == "pose":
-        truth = poses(test, args.frames)
-        found = ridge(x.flatten(0, 1), poses(train, args.frames), z.flatten(0, 1))
-        return pose_scores(found, truth)
+        known = poses(train, args.frames)
+        found = ridge(x.flatten(0, 1), known, z.flatten(0, 1))
+        return pose_scores(found, poses(test, args.frames))
     return {task: probe(task, x, train, z, test)}
 
 
 def probe(task, x, train, z, test):
     """Accuracy of a linear probe that tells motion, category or subject."""
     groups = None  # near copies, which stay together when the probe chooses its weight decay
-    if task == "motion":  # of a clip: its frames side by side
-        x, z = x.flatten(1), z.flatten(1)
-        labels = [clips.motion[:, 0] for clips in (train, test)]
-    elif task == "category":  # of a clip: the mean of its frames
-        x, z = x.mean(1), z.mean(1)
-        labels = [clips.category[:, 0] for clips in (train, test)]
-        groups = train.identity[:, 0]
-    else:  # the subject of a frame, which is that of its shot
+    if task == "subject":  # of a frame: that of its shot
         frames = x.shape[1]
         x, z = x.flatten(0, 1), z.flatten(0, 1)
         labels = [shots.labels.repeat_interleave(frames) for shots in (train, test)]
         groups = train.blocks.repeat_interleave(frames)
+    else:
+        labels = [getattr(clips, task)[:, 0] for clips in (train, test)]
+        if task == "motion":  # of a clip: its frames side by side
+            x, z = x.flatten(1), z.flatten(1)
+        else:  # of a clip: the mean of its frames
+            x, z = x.mean(1), z.mean(1)
+            groups = train.identity[:, 0]
     # The probe overwrites its features, but the next task uses them, too.
     return linear_probe(x.clone(), labels[0], z.clone(), labels[1], groups)
 
@@ -310,8 +313,7 @@ def visible(split, count, most):
 def copied(network, clips, args, device, only=None):
     """{number of a map: predicted masks (n, T, H, W)}, of all maps or of one."""
     truth = clips.masks > 0
-    grid = (args.grid, args.grid)
-    how = args.radius, args.previous, args.nearest, args.temperature
+    grid = args.grid, args.grid
     predicted = {}
     for some in torch.arange(len(truth)).split(6):  # six clips at a time, to save memory
         first = F.adaptive_avg_pool2d(truth[some, 0].float(), grid).to(device)
@@ -324,7 +326,9 @@ def copied(network, clips, args, device, only=None):
             if x.shape[2] < args.grid:
                 x = F.interpolate(x, grid, mode="bilinear")
             x = F.adaptive_avg_pool2d(x, grid).unflatten(0, (len(some), -1))
-            values = propagate(x, first, *how)
+            values = propagate(
+                x, first, args.radius, args.previous, args.nearest, args.temperature
+            )
             found = as_masks(values, truth.shape[3]).cpu()
             predicted.setdefault(number, []).append(found)
     return {number: torch.cat(parts) for number, parts in predicted.items()}

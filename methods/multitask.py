@@ -8,28 +8,28 @@ move. One network, the trunk, learns several of them at once; a small head for e
 features and is thrown away after the training. With --heads lasso a head may read every stage of
 the trunk, but a penalty on the absolute values of its weights (a lasso) makes it choose few. So
 tasks that need different things can use different stages. The inputs are harmonised: the patches of
-position are grey, like the images to be coloured. Otherwise the trunk would first have to learn
-which task an input belongs to.
+position are grey, like the images to be coloured. Else the trunk would have to tell tasks apart.
 
 Notation. N clips in the global batch, n = N / processes on this process; each task t is shown one
 frame of each clip. u_m(x) output of stage m of the trunk, brought to `width` channels of mean 0 and
 variance 1. The head of t reads  r_t = sum over m of alpha_tm u_m,  where |alpha_t|_2 = 1; naive
 heads read the last stage alone. lambda strength of the penalty, 0 for naive heads.
 
-    L = sum over tasks of  (L_t + lambda |alpha_t|_1),  where the L_t are means over
-    position    -log softmax(logits(r_middle, r_k))[k]   the eight neighbours k of the middle patch
-    colour      -log softmax(logits(r))[c]               places, of colour c
-    exemplar    max(0, D(z1, z2) - D(z1, z3) + 1/2)      images; z of two distorted copies of an
-                                                         image and of one of another; D = 1 - cos
-    motion      -v log sigmoid(s logit(r))               places; s = 1, v = 8 if it moves; s = -1,
-                                                         v = 1 if it rests; v = 0 if unknown
+    L = sum over tasks of  (L_t + lambda |alpha_t|_1),  where L_t is, for
+    position    mean over the 8 neighbours k of  -log softmax(logits(r_middle, r_k))[k]
+    colour      mean over places of              -log softmax(logits(r))[c]
+    exemplar    mean over images of              max(0, D(z1, z2) - D(z1, z3) + 1/2)
+    motion      mean over places of              -v log sigmoid(s logit(r))
+
+c: colour of a place. z1, z2: of two distorted copies of an image, z3: of a copy of another image;
+D = 1 - cosine. s = 1, v = 8 where it moves; s = -1, v = 1 where it rests; v = 0 where unknown.
 
 Run.
-    python methods/multitask.py                               two CPU cores, about 7 minutes
+    python methods/multitask.py                               one CPU core, about 11 minutes
     python methods/multitask.py --tasks position,colour --heads lasso
     torchrun --nproc_per_node 8 methods/multitask.py --recipe paper --data IMAGENET
---batch counts the clips of all processes together.
-The network sees nine patches for position, two images for exemplar, and one for each other task.
+--batch counts the clips of all processes together. The network sees nine patches for position, two
+images for exemplar, and one for each other task.
 
 Reached. On movers after 12 epochs, 668 seconds on one busy CPU core: kNN 45.0 % (untrained 33.6,
 raw pixels 34.4); linear 51.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
@@ -38,9 +38,9 @@ Differs from the paper. (This file | the paper.)
     1. Every step trains all tasks, on frames of the same clips | one task per machine, ImageNet for
        three tasks and videos for motion. The column `paper` leaves out motion, whose labels need
        optical flow: `movers` has it, a folder does not.
-    2. The trunk is a whole ResNet or ViT, and the lasso chooses among four stages, each with a 1x1
-       convolution and a batch-norm that all tasks share | ResNet-101 up to its third stage, among
-       the 23 units of that stage. Column `paper`: ResNet-50.
+    2. The lasso chooses among four stages of a whole ResNet or ViT; each stage has one 1x1
+       convolution and batch-norm for all tasks | among the 23 units of the third stage of a
+       ResNet-101, which ends there. Column `paper`: ResNet-50.
     3. Colours are 15 x 15 steps of red and blue minus grey, those of single pixels | bins of the
        colour space Lab.
     4. What moves: the flow differs from its median over the frame by more than --high pixels per
@@ -492,7 +492,7 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
 
-            # About how many stages a head reads: 1 if it reads one alone.
+            # (sum of |alpha|) squared: 1 if a head reads one stage, 4 if it reads all alike.
             stages = alpha.detach().abs().sum(1).square().mean()
             run.log(loss, lr, **logged, stages=stages)
         run.end_epoch(epoch, **held_out(model, test, settings, measure))

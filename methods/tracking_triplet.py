@@ -12,18 +12,18 @@ Notation. N tracks in the global batch, n = N / processes on this process, each 
 x2 (n, 3, H, W) patches around the thing in the first and in the last frame; h = f(x) (n, D)
 representation, kept for later use; z = g(h) (n, d) embedding, by two layers that are thrown away
 after training, L2-normalised; D(a, b) = 1 - z_a . z_b cosine distance, at most 2; M margin; K
-negatives of each anchor. Both patches of a track are anchors a, the other one is the positive p
-(Eq. 2 and 3):
+negatives of each anchor. Each of the two patches is once the anchor a; the other one is then the
+positive p (Eq. 2 and 3):
 
     L = mean over anchors a and their K negatives of  max(0, D(a, p) - D(a, negative) + M)
 
 Negatives are patches of other clips of the batch. At first they are random, the same for both
 anchors of a track. From epoch `hard_from` on, `hard` of the K are those with the largest loss,
-which are the nearest to the anchor. If all embeddings are the same, the loss is M. Training may end
-there if hard negatives are used from the start, or if all negatives are hard.
+which are the nearest to the anchor. If all embeddings are the same, the loss is M. The training may
+stay at this loss if hard negatives are used from the start, or if all K are hard.
 
 Run.
-    python methods/tracking_triplet.py                        two CPU cores, about 3 minutes
+    python methods/tracking_triplet.py                        one CPU core, about 4 minutes
     python methods/tracking_triplet.py --hard-from 20         random negatives to the end
     torchrun --nproc_per_node 8 methods/tracking_triplet.py --recipe paper --data movers
 --batch counts the clips of all processes together.
@@ -40,9 +40,9 @@ Differs from the paper. (This file | the paper, or the official code.)
        against the background | paper: in real videos, it begins with the box that has most moving
        points (trajectories of SURF features, motion above half a pixel); a tracker (KCF) follows
        the box for 30 frames.
-    2. By default two negatives are the nearest to the anchor and two are random | paper: the four
-       nearest (column `paper`); code: two of the four that are nearest to the first patch of a
-       track, and two random ones among the others whose loss is above 0; both patches use these.
+    2. Two negatives are the nearest to the anchor and two are random | paper: the four nearest
+       (column `paper`); code: two of the four nearest to the first patch of a track, and two random
+       ones that have a loss; both patches share them.
     3. M = 0.5 as in the paper | code: 1.
     4. Each patch has its own crop and flip, as in the code, and its own changes of colour:
        otherwise the colours of a clip would tell which patches belong together | paper: colours as

@@ -5,7 +5,8 @@ No official code; a reimplementation: https://github.com/wbaek/tracking_via_colo
 Idea. Take the colour away from a frame of a video, and copy it back from earlier frames: each place
 of the grey frame points at places of the coloured ones. Nobody says where to point. But the colour
 is only right if the place shows the same thing, so the network learns to find things again,
-although they move and turn: it learns to track. Its pointing then also carries masks along a video.
+although they move and turn: it learns to track. (In the paper its pointing also carries masks along
+a video. Here eval_video.py does so with the maps of the backbone, not with f.)
 
 Notation. N clips in the global batch, n = N / processes on this process. Of each clip T frames are
 shown, T - 1 references and then the target, all of them as lightness L only. A frame has P places,
@@ -20,11 +21,12 @@ colour. For the places i of the references and j of the target:
 
 y is a distribution already, so no softmax comes after it. y_j[c_j] is the attention that falls on
 references of the true class. If no reference has the class of a place, the place cannot be answered
-and its loss counts as 0. If all f are the same, y says how often the references show each class.
+and its loss counts as 0. If all f are equal, y is how often each class occurs in the references:
+what a network knows that cannot point.
 
 Run.
-    python methods/video_colorization.py                      two CPU cores, about 10 minutes
-    python methods/video_colorization.py --data bunny         the embedded film
+    python methods/video_colorization.py                      one CPU core, about 17 minutes
+    python methods/video_colorization.py --recipe bunny       the embedded film
     torchrun --nproc_per_node 8 methods/video_colorization.py --recipe paper --data VIDEOS
 --batch counts the clips of all processes together.
 The run folder also gets coloured.png: test clips, coloured from their first frames. In
@@ -47,7 +49,8 @@ Differs from the paper. (This file | the paper, or the reimplementation.)
     5. Adam with a warm-up and a cosine | paper: the rate is divided by ten after 60,000 of 400,000
        steps. Clips are cropped and flipped, all frames alike.
     6. Reimplementation: y is given to a softmax cross-entropy as if it were logits, so its loss
-       cannot fall below log(1 + 15 / e) = 1.88.
+       cannot fall below log(1 + 15 / e) = 1.88 (y is at most 1 for the true class and 0 for the 15
+       others; a softmax of that is at most e / (e + 15)).
 """
 
 import math
@@ -341,20 +344,17 @@ def rules(model, data, settings, classes):
     """{rule: held-out accuracy} without a network, {} if there are no held-out clips. A rule is
     given the classes c (n, T, P) of all places."""
 
-    def most_frequent(c):
+    def both(c):
+        # The class that the references show most often: equal scores, as if all features were the
+        # same.
         references = c[:, :-1].flatten(1)
-        # Equal scores, as if all features were the same.
         scores = references.new_zeros(len(c), c.shape[2], references.shape[1])
-        return accuracy(scores, references, c[:, -1], classes)
+        most_frequent = accuracy(scores, references, c[:, -1], classes)
+        same_place = (c[:, -2] == c[:, -1]).float().mean()
+        return torch.stack([most_frequent, same_place])
 
-    def same_place(c):
-        return (c[:, -2] == c[:, -1]).float().mean()
-
-    found = {}
-    for rule in (most_frequent, same_place):
-        for value in held_out(model.palette, data.test, settings, rule).values():
-            found[rule.__name__] = value
-    return found
+    found = held_out(model.palette, data.test, settings, both)
+    return dict(zip(("most_frequent", "same_place"), found.get("held_out", ())))
 
 
 @torch.no_grad()

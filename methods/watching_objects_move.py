@@ -14,8 +14,8 @@ the flow over the frame, which is the motion of the background. The label y of a
     motion = ||flow - camera||,   y = 1 where motion > high,  0 where motion < low,  else unknown
 
 h = f(x) (n, D) representation, kept for later use; a (n, S, S) logits of a mask, from the last map
-of f before it is pooled, by two layers that are thrown away after training. A frame counts if at
-least a share `least` of its pixels has y = 1, otherwise nothing has moved in it:
+of f before it is pooled, by two layers that are thrown away after training. A frame in which fewer
+than a share `least` of the pixels have y = 1 is left out: nothing has moved in it.
 
     L = mean over frames that count of  1/2 mean over {y = 1} of log(1 + exp(-a))
                                       + 1/2 mean over {y = 0} of log(1 + exp(a))
@@ -24,7 +24,7 @@ Object and background weigh the same, whatever their sizes; unknown pixels teach
 that always answers 1/2 has the loss log 2.
 
 Run.
-    python methods/watching_objects_move.py                   two CPU cores, about 4 minutes
+    python methods/watching_objects_move.py                   one CPU core, about 4 minutes
     python methods/watching_objects_move.py --noise 0.5       a flow with errors of half a pixel
     torchrun --nproc_per_node 8 methods/watching_objects_move.py --recipe paper --data movers
 --batch counts the clips of all processes together.
@@ -161,9 +161,10 @@ class MotionMasks(nn.Module):
 
 
 def labelled(split, args):
-    """A split of videos with labels from their motion. Each video begins with T - 1 pictures of
-    labels, then come its first T - 1 frames (the last one has no flow), so that a clip of two
-    pictures with a stride of T - 1 is a label and its frame, cut to the same box.
+    """A split of videos with labels from their motion. Each video of T frames becomes a new one of
+    2 (T - 1) pictures: first the labels of frames 1 to T - 1, then these frames (the last one has
+    no flow). Two pictures that are T - 1 apart are a label and its frame; taken as one clip they
+    get the same crop.
 
     Channel 0 of a label is y, 1/2 where unknown; channel 1 is the exact mask, only for `overlap`
     and the picture; channel 2 is empty."""
@@ -309,8 +310,8 @@ def main(argv=None):
                 logits, answers = wrapped(x)  # (n, S, S), (n, 2, S, S)
             losses, counts = mask_loss(logits.float(), answers[:, 0].float(), args.least)
 
-            # The mean over the frames that count on all processes, times `world`, because
-            # DistributedDataParallel averages the gradients: exactly that of one process.
+            # The mean over the frames that count on all processes. DistributedDataParallel divides
+            # the gradients by the number of processes, so multiply by it.
             total = all_reduce_sum(counts.sum())
             loss = world() * (losses * counts).sum() / total.clamp(min=1)
             optimizer.zero_grad()

@@ -3,8 +3,9 @@
     python tests/bench_steps.py            all methods, on the GPU if there is one, else on the CPU
     python tests/bench_steps.py simclr --batch 512 --steps 50
 
-Columns, in percent of the step: `data`, the views, made on the device; `forward` and `backward` of
-the networks, a teacher's forward included; `loss`, forward and backward; `update`, the rest:
+`per s` counts the images per second, or the clips where a method learns from videos. The other
+columns are in percent of the step: `data`, the views, made on the device; `forward` and `backward`
+of the networks, a teacher's forward included; `loss`, forward and backward; `update`, the rest:
 targets, masks, groups of images, optimiser, moving averages, queue, logging. `outside` is what is
 neither forward nor backward of the networks. Each boundary between two parts waits for the device,
 so on a GPU a step takes a little longer here than in training. The method's own main() runs,
@@ -70,7 +71,7 @@ def tensors(value):
 
 
 def measure(name, steps, batch, out):
-    """(global batch, {part: seconds per step}) of a method at its defaults, on emoji."""
+    """(global batch, {part: seconds per step}) of a method at its defaults, on its default data."""
     module = importlib.import_module(f"methods.{name}")
     clock = Clock()
     batch_sizes = []
@@ -79,9 +80,9 @@ def measure(name, steps, batch, out):
     backward = torch.Tensor.backward
     log = common.Run.log
 
-    def timed_batches(loader, *args):
+    def timed_batches(loader, *args, **options):
         batch_sizes.append(loader.batch)
-        batches = call(loader, *args)
+        batches = call(loader, *args, **options)
         while True:
             clock.switch("data")
             found = next(batches, None)
@@ -140,13 +141,13 @@ def measure(name, steps, batch, out):
         try:
             module.main(flags)
         except Enough:
-            return batch_sizes[0], {part: s / steps for part, s in clock.seconds.items()}
+            return batch_sizes[-1], {part: s / steps for part, s in clock.seconds.items()}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("methods", nargs="*", default=METHODS, help=f"{', '.join(METHODS)}; default all")
-    p.add_argument("--batch", type=int, help="images per step; default each method's own")
+    p.add_argument("--batch", type=int, help="images or clips per step; default each method's own")
     p.add_argument("--steps", type=int, default=20, help="steps that are measured; default 20")
     args = p.parse_args()
     unknown = sorted(set(args.methods) - set(METHODS))
@@ -157,7 +158,7 @@ def main():
     name = common.device_name(device)
     print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}")
     heads = "".join(f"{part:>10}" for part in (*PARTS, "outside"))
-    print(f"{'method':15}{'batch':>6}{'ms/step':>9}{'images/s':>10}{heads}")
+    print(f"{'method':23}{'batch':>6}{'ms/step':>9}{'per s':>10}{heads}")
     with tempfile.TemporaryDirectory() as out:
         for name in args.methods:
             batch, seconds = measure(name, args.steps, args.batch, out)
@@ -165,7 +166,7 @@ def main():
             shares = {part: 100 * s / total for part, s in seconds.items()}
             shares["outside"] = 100 - shares["forward"] - shares["backward"]
             numbers = "".join(f"{share:9.1f}%" for share in shares.values())
-            line = f"{name:15}{batch:6}{1000 * total:9.0f}{batch / total:10.0f}{numbers}"
+            line = f"{name:23}{batch:6}{1000 * total:9.0f}{batch / total:10.0f}{numbers}"
             print(line, flush=True)
 
 

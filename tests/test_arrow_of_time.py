@@ -167,10 +167,11 @@ class Speeds(torch.nn.Module):
         return change[:, :, 0] - change[:, :, -1]
 
 
-@pytest.mark.parametrize("film", ["movers", "tripod"])
-def test_lost_energy_tells_the_direction_and_nothing_else_does(film):
-    """A rule without training, on the same hundred clips with and without losses: about three in
-    four right with them, and without them no more than chance, within two standard errors."""
+@pytest.mark.parametrize("film, share", [("movers", 0.75), ("tripod", 0.87)])
+def test_lost_energy_tells_the_direction_and_nothing_else_does(film, share):
+    """A rule without training, on the same hundred clips with and without losses. With them the
+    share that the docstring says is right, within three standard errors; without them no more than
+    chance, within two."""
     views = arrow_of_time.views(arguments("arrow_of_time", "--min-crop", 1))
     settings = (views, 25, 0, CPU, 0)
     control = arrow_of_time.reversible_clips(film, 100, CPU)
@@ -179,9 +180,8 @@ def test_lost_energy_tells_the_direction_and_nothing_else_does(film):
     found = []
     for split in (Split(lossy), control):
         found.append(held_out(Speeds(), split, settings, arrow_of_time.accuracy)["held_out"])
-    error = 0.5 / 100**0.5
-    assert found[0] > 0.5 + 3 * error
-    assert abs(found[1] - 0.5) < 2 * error
+    assert abs(found[0] - share) < 3 * (share * (1 - share) / 100) ** 0.5
+    assert abs(found[1] - 0.5) < 2 * 0.5 / 100**0.5
 
 
 def test_the_control_is_printed_and_kept(tmp_path, monkeypatch):

@@ -8,15 +8,17 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, METHODS, ROOT, arguments, light, method, short
 from PIL import Image
 from test_solids import module_of_data
 
+from common import Data, Split, load_data
 from kernels.clips import BUNNY, decode_animation, load_bunny, split_at
 from kernels.readers import arrays_of
 
 SPLITS = ("train", "test")
 EACH_SPLIT = pytest.mark.parametrize("split", SPLITS)
+LEARN_FROM_BUNNY = [name for name in METHODS if "bunny" in method(name).SETTINGS["recipe"]]
 build = module_of_data("build")
 
 
@@ -125,6 +127,68 @@ def test_sides_look_different(film):
     train, test = ([thumbnails(x) for x in film[split].frames] for split in SPLITS)
     alike = (torch.cat(train) @ torch.cat(test).T).amax(0)
     assert alike.max() < 0.9
+
+
+# -------- Pieces to learn from --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("bunny", "unused", CPU)
+
+
+def test_pieces_lie_in_their_shots(film, data):
+    """240 pieces for training and 71 for the test, of 1.5 seconds, 18 frames, on average. One after
+    the other they are all frames of all shots that last a second, without a gap, in which no piece
+    crosses from one shot into another; and the label of a piece is that of its shot."""
+    for split, count in (("train", 240), ("test", 71)):
+        found = getattr(data, split)
+        pieces = found.images
+        assert len(pieces) == len(found.labels) == count
+        assert pieces.lengths.min() >= 12 and pieces.lengths.max() <= 26
+        assert 17 < pieces.lengths.mean() < 19
+
+        shots = film[split]
+        long = [i for i, frames in enumerate(shots.frames) if len(frames) >= 12]
+        shot = np.repeat(long, [len(shots.frames[i]) for i in long])  # of each frame
+        assert torch.equal(pieces.frames, torch.cat([shots.frames[i] for i in long]))
+        ends = pieces.starts + pieces.lengths
+        assert pieces.starts[0] == 0 and ends[-1] == len(shot)
+        assert np.array_equal(pieces.starts[1:], ends[:-1])
+        assert np.array_equal(shot[pieces.starts], shot[ends - 1])
+        assert torch.equal(found.labels, shots.labels[shot[pieces.starts]])
+
+        # A shot is cut evenly.
+        for i in long:
+            lengths = pieces.lengths[shot[pieces.starts] == i]
+            assert lengths.max() - lengths.min() <= 1
+
+
+def test_pieces_of_a_block_are_on_one_side_only(film, data):
+    """No frame of the test is shown in training. (That blocks are on one side: above.)"""
+    train, test = (
+        {x.numpy().tobytes() for x in half.images.frames} for half in (data.train, data.test)
+    )
+    assert len(train) > 3000 and len(test) > 900 and not train & test
+    assert data.name == "bunny" and data.bank is data.train
+
+
+@pytest.mark.parametrize("name", LEARN_FROM_BUNNY)
+def test_methods_learn_from_bunny(name, train, data):
+    """The recipe sets the data, and the shortest pieces are long enough for its clips: one step of
+    them."""
+    assert arguments(name, "--recipe", "bunny").data == "bunny"
+    shortest = data.train.images.lengths.argsort(kind="stable")[:12]
+    split = Split(data.train.images.part(torch.from_numpy(shortest)))
+    flags = {"batch": 12, "epochs": 1, "warmup": 0}
+    result = train(
+        name,
+        *["--recipe", "bunny", *short(name, **flags)],
+        data=Data("bunny", split, split, None),
+        double=False,
+        **light(name),
+    )
+    assert result.losses.shape == (1,) and result.losses.isfinite().all()
 
 
 # -------- Animations and sound --------------------------------------------------------------------
@@ -238,9 +302,9 @@ def test_sound_and_frames_take_the_same_time(film):
 
 
 def test_bad_calls_end_in_one_sentence(capsys, tmp_path):
-    for words, arguments in {"train or test": ("val",), "is missing": ("train", tmp_path)}.items():
+    for words, wrong in {"train or test": ("val",), "is missing": ("train", tmp_path)}.items():
         with pytest.raises(SystemExit):
-            load_bunny(*arguments)
+            load_bunny(*wrong)
         error = capsys.readouterr().err
         assert words in error and len(error.splitlines()) == 1
 

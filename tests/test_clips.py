@@ -4,10 +4,11 @@ the number of processes."""
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, noise
+from conftest import CPU, ROOT, noise
 
 from common import Loader, Split, held_out, load_data
-from kernels.clips import VideosInMemory
+from kernels.clips import CLIPS, VideosInMemory
+from kernels.movers import MOVERS
 from kernels.views import (
     BatchRandom,
     ClipCrop,
@@ -117,6 +118,30 @@ def test_parts_and_middle_frames():
     assert part.lengths.tolist() == [9, 6] and part.truth is None
     images, broken = next(part.whole(torch.tensor([0, 1]), 8))
     assert images[:, 0, 0, 0].tolist() == [44, 13] and broken == []
+
+
+def test_the_results_say_how_large_movers_is():
+    arrays = np.load(MOVERS)
+    train, test = (len(arrays[f"{split}_labels"]) for split in CLIPS)
+    words = (
+        f"of {CLIPS['train']:,} training and {CLIPS['test']:,} test clips: an animated emoji of "
+        f"{train} for training and {test} for the test"
+    )
+    assert words in " ".join((ROOT / "tests" / "results" / "README.md").read_text().split())
+
+
+def test_several_numbers_are_averaged_each_for_itself():
+    """Of held-out clips: the least and the greatest grey level."""
+    settings = ([(WHOLE, plain)], 4, 0, CPU, 0)
+    split = Split(videos((4,) * 8))
+
+    def ends(x):
+        return torch.stack([x.min(), x.max()])
+
+    found = held_out(torch.nn.Identity(), split, settings, ends)["held_out"]
+    for value, end in zip(found, (torch.min, torch.max)):
+        assert value == held_out(torch.nn.Identity(), split, settings, end)["held_out"]
+    assert found[0] < found[1]
 
 
 def test_images_have_no_clips(capsys):

@@ -404,7 +404,8 @@ def test_what_makes_no_sense_is_refused(name, capsys):
     if "warmup" in method(name).SETTINGS:
         assert_refused(name, ["--epochs", 2, "--warmup", 3], "--warmup 3: choose", capsys)
     assert_refused(name, ["--no-such-flag", 1], "--no-such-flag: no such flag", capsys)
-    assert_refused(name, ["--recipe", "paper"], "needs images", capsys)
+    noun = "videos" if kind_of(name) == "video" else "images"
+    assert_refused(name, ["--recipe", "paper"], f"--recipe paper needs {noun}", capsys)
 
 
 def commands(name):

@@ -10,7 +10,7 @@ import torch
 from conftest import CPU, Recorder, arguments, call_main, noise, tiny_clips
 
 from common import Loader, Split, held_out
-from kernels.clips import rendered
+from kernels.clips import VideosInMemory, rendered
 from kernels.views import BatchRandom
 from methods import odd_one_out
 
@@ -256,10 +256,18 @@ class Steepest(torch.nn.Module):
         return torch.stack([steep.roll(place, dims=1) for place in range(6)], 1)
 
 
-@pytest.mark.parametrize("film, low, high", [("movers", 0.7, 0.85), ("tripod", 0.3, 0.5)])
-def test_edges_tell_much_where_the_camera_pans(film, low, high):
-    """As the docstring says: 78 % and 42 %."""
+@pytest.mark.parametrize(
+    "film, painted, low, high",
+    [("movers", False, 0.69, 0.87), ("movers", True, 0.69, 0.87), ("tripod", False, 0.3, 0.5)],
+)
+def test_edges_tell_much_where_the_camera_pans(film, painted, low, high):
+    """As the docstring says: 78 %, as often with the emoji painted over in all frames of a clip,
+    and 40 %. 200 clips have a standard error of 3 %."""
     videos, _ = rendered("test", 200, CPU, tripod=film == "tripod")
+    if painted:
+        clips = videos.truth
+        background = (clips.masks == 0).all(1)[:, None, None]
+        videos = VideosInMemory((clips.frames * background).flatten(0, 1), [12] * 200)
     settings = (odd_one_out.views(arguments("odd_one_out")), 50, 0, CPU, 0)
     found = held_out(Steepest(), Split(videos), settings, odd_one_out.accuracy)
     assert low < found["held_out"] < high

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, SCRIPTS, arguments, call_main, kind_of, light, method, short
+from conftest import (
+    METHODS,
+    ROOT,
+    SCRIPTS,
+    arguments,
+    call_main,
+    kind_of,
+    light,
+    method,
+    short,
+    tiny_clips,
+)
 
 import common
 
@@ -191,11 +202,12 @@ def test_bench_views_runs(monkeypatch, capsys):
 
 def test_bench_steps_runs(monkeypatch, capsys):
     module = load("tests/bench_steps.py")
-    words = ["simclr", "moco", "--batch", "8", "--steps", "2"]
-    monkeypatch.setattr(sys, "argv", ["bench_steps.py", *words])
+    names = ["simclr", "moco", "video_colorization"]  # the last one asks for batches of its own
+    monkeypatch.setattr(method("video_colorization"), "load_data", lambda *_: tiny_clips())
+    monkeypatch.setattr(sys, "argv", ["bench_steps.py", *names, "--batch", "8", "--steps", "2"])
     module.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and [line.split()[0] for line in lines[1:]] == ["method", *words[:2]]
+    assert len(lines) == 5 and [line.split()[0] for line in lines[1:]] == ["method", *names]
     for line in lines[2:]:
         batch, ms, speed, *shares = [float(word.rstrip("%")) for word in line.split()[1:]]
         assert batch == 8 and ms > 0

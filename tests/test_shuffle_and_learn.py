@@ -145,25 +145,23 @@ class Between(torch.nn.Module):
         return torch.stack([torch.zeros_like(ordered), ordered], 2)
 
 
-def test_the_background_of_movers_tells_the_order_too():
-    """As the docstring says: 95 %, with the emoji painted over in all frames of their clip."""
-    clips = rendered("test", 128, CPU)[0].truth
-    background = (clips.masks == 0).all(1)[:, None, None]
-    videos = VideosInMemory((clips.frames * background).flatten(0, 1), [12] * 128)
+@pytest.mark.parametrize(
+    "film, painted, low, high",
+    [("movers", False, 0.88, 0.97), ("movers", True, 0.9, 0.99), ("tripod", False, 0.68, 0.82)],
+)
+def test_a_rule_tells_much_where_the_camera_pans(film, painted, low, high):
+    """As the docstring says: 93 %; 95 % with the emoji painted over in all frames of their clip;
+    and 75 % where the camera stands still, because of what moves. (Nothing else does:
+    test_movers.py.) 128 clips have a standard error of about 2 %."""
+    videos, _ = rendered("test", 128, CPU, tripod=film == "tripod")
+    if painted:
+        clips = videos.truth
+        background = (clips.masks == 0).all(1)[:, None, None]
+        videos = VideosInMemory((clips.frames * background).flatten(0, 1), [12] * 128)
     views = shuffle_and_learn.views(arguments("shuffle_and_learn"))
     settings = (views, 64, 0, CPU, 0)
     found = held_out(Between(), Split(videos), settings, shuffle_and_learn.accuracy)
-    assert found["held_out"] > 0.9
-
-
-def test_the_rule_is_right_less_often_where_the_camera_stands_still():
-    """As the docstring says: for 73 %, because of what moves. (Nothing else does: test_movers.py.)
-    """
-    videos, _ = rendered("test", 128, CPU, tripod=True)
-    views = shuffle_and_learn.views(arguments("shuffle_and_learn"))
-    settings = (views, 64, 0, CPU, 0)
-    found = held_out(Between(), Split(videos), settings, shuffle_and_learn.accuracy)
-    assert 0.65 < found["held_out"] < 0.8
+    assert low < found["held_out"] < high
 
 
 # -------- The network -----------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Folders of video files: which frame is shown at which time, whatever the format, the frame rate
 or the damage; and the same clips for any number of workers and processes.
 
-The tests write their own small videos. Each frame carries its number as a row of six black or white
+The tests write their own small videos; those that PyAV must write are skipped where it is missing,
+GIF and WebP need none. Each frame carries its number as a row of six black or white
 blocks, which survive every coder, so that the frames of a clip can be read back as numbers.
 """
 
+import multiprocessing
 import os
 import resource
 import time
@@ -15,16 +17,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, call_main, light
 from PIL import Image
+from test_resume import Stop, assert_same_run, stopping
 
-from common import BrokenFiles, Loader, Split, load_data
-from kernels import video_files, views
+from common import BrokenFiles, Loader, Split, held_out, load_data
+from kernels import readers, video_files, views
 from kernels.clips import VideosInMemory
+from kernels.readers import Files
 from kernels.video_files import VideoFiles, open_video, pictures
 from kernels.views import ClipCrop, Crop
 
-av = pytest.importorskip("av")
+try:
+    import av
+except ImportError:
+    av = None
+
+NO_AV = "PyAV is not installed"
+NEEDS_AV = pytest.mark.skipif(av is None, reason=NO_AV)  # beside all tests that write a film
 
 HEIGHT, WIDTH, BLOCK = 32, 48, 8
 TWELFTHS = [Fraction(k, 12) for k in range(60)]
@@ -59,6 +69,8 @@ def write(
     """A video with a keyframe in every twelve frames. path: a name, or a file object. stamps: of
     the frames, in seconds, multiples of 1 / base; the last is shown for 1 / rate. reorder: how many
     frames may be stored after one that is shown later. more: options of the coder."""
+    if av is None:
+        pytest.skip(NO_AV)
     format = None if isinstance(path, str) else "webm"
     container = {"movflags": "faststart"} if str(path).endswith(".mp4") else {}
     try:
@@ -413,6 +425,7 @@ def test_broken_files_give_way_to_the_next_and_are_named_once(folder, capfd):
         assert line == f"warning: left out, cannot be used: {folder[i]} ({reasons[i]})"
 
 
+@NEEDS_AV
 def test_the_cover_of_a_song_is_no_video(film):
     with av.open(film, "w") as file:
         sound = file.add_stream("aac", rate=8000)
@@ -427,6 +440,7 @@ def test_the_cover_of_a_song_is_no_video(film):
         open_video(film)
 
 
+@NEEDS_AV
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "link.mp4").symlink_to("nowhere.mp4")
@@ -552,6 +566,7 @@ def test_evaluation_leaves_broken_files_out(folder):
     assert torch.equal(again[0], images[2])
 
 
+@NEEDS_AV
 def test_two_thousand_videos_open_without_being_read(tmp_path, monkeypatch, capsys):
     for i in range(2000):
         path = tmp_path / f"class{i % 10}" / f"{i}.mp4"
@@ -563,6 +578,138 @@ def test_two_thousand_videos_open_without_being_read(tmp_path, monkeypatch, caps
     assert time.process_time() - begin < 3
     assert isinstance(data.train.images, VideoFiles) and len(data.train.images) == 1800
     assert "1800 training and 200 test videos of 10 classes" in capsys.readouterr().out
+
+
+# -------- Folders ---------------------------------------------------------------------------------
+
+EACH_ANIMATION = pytest.mark.parametrize("ending", [".gif", ".webp"])
+
+
+def animate(path, frames=18):
+    """A small animation, 12 frames per second: a picture of noise that moves to the right."""
+    seed = sum(os.fsencode(path))
+    picture = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    picture = np.asarray(Image.fromarray(picture).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    moving = [Image.fromarray(np.roll(picture, 2 * k, 1)) for k in range(frames)]
+    save(path, moving, 80)
+
+
+def animations(folder, ending, **counts):
+    """counts: {folder inside: how many animations}, of which "_" stands for "/"."""
+    for name, count in counts.items():
+        for i in range(count):
+            animate(folder / name.replace("_", "/") / f"{i}{ending}", frames=2)
+
+
+def opened(folder, capsys):
+    """A folder as data, and the line that is printed about it, without its name."""
+    data = load_data(str(folder), "unused", CPU)
+    line = capsys.readouterr().out
+    assert line.startswith(f"{folder}: ") and line.count("\n") == 1
+    return data, line.removeprefix(f"{folder}: ").strip()
+
+
+@EACH_ANIMATION
+def test_class_folders_of_videos(tmp_path, capsys, ending):
+    """Of each class one video in ten is held out, at least one."""
+    animations(tmp_path, ending, ant=20, bee=3)
+    data, line = opened(tmp_path, capsys)
+    assert line == (
+        "20 training and 3 test videos of 2 classes (ant, bee); test videos: a tenth of the "
+        "videos, held out"
+    )
+    for split, counts in ((data.train, [18, 2]), (data.test, [2, 1])):
+        assert isinstance(split.images, VideoFiles)
+        assert split.labels.bincount().tolist() == counts
+        for path, label in zip(split.images.paths, split.labels.tolist()):
+            assert Path(path).parent.name == ("ant", "bee")[label]
+    assert not {*data.train.images.paths} & {*data.test.images.paths}
+
+
+@EACH_ANIMATION
+def test_training_and_test_folders_of_videos(tmp_path, capsys, ending):
+    animations(tmp_path, ending, train_bee=1, train_ant=2, val_bee=2)
+    data, line = opened(tmp_path, capsys)
+    assert line == "3 training and 2 test videos of 2 classes (ant, bee); test videos: val/"
+    for split, name, labels in ((data.train, "train", [0, 0, 1]), (data.test, "val", [1, 1])):
+        assert isinstance(split.images, VideoFiles) and split.labels.tolist() == labels
+        assert {Path(path).parts[-3] for path in split.images.paths} == {name}
+
+
+@EACH_ANIMATION
+def test_plain_videos_have_no_labels(tmp_path, capsys, ending):
+    animations(tmp_path, ending, some=1, some_more=2)
+    data, line = opened(tmp_path, capsys)
+    assert line == "3 videos, fewer than two class folders, so no evaluation by labels"
+    assert isinstance(data.train.images, VideoFiles) and len(data.train.images) == 3
+    assert data.train.labels is None and data.test is None
+
+
+def test_images_among_videos_are_not_used(tmp_path, capsys):
+    """And are named, whichever comes first. An animated WebP is an image where other files are."""
+    animations(tmp_path, ".gif", b=2)
+    animations(tmp_path, ".webp", a=1)
+    Image.fromarray(frame(0)).save(tmp_path / "a" / "0.png")
+    data, line = opened(tmp_path, capsys)
+    unused = line.partition("; not used: ")[2].split(", ")
+    assert sorted(unused) == ["1 .png files", "1 .webp files"]
+    assert [Path(path).suffix for path in data.train.images.paths] == [".gif"] * 2
+
+
+@pytest.mark.parametrize("other", ["b/0.png", "a.webp"])
+def test_what_is_a_folder_of_images(tmp_path, capsys, other):
+    """Animated WebP files beside other images, or after a WebP that does not move."""
+    animations(tmp_path, ".webp", b=2)
+    Image.fromarray(frame(0)).save(tmp_path / other)
+    data, line = opened(tmp_path, capsys)
+    assert line.startswith("3 images") and type(data.train.images) is Files
+
+
+def test_a_method_learns_from_a_folder_of_videos(tmp_path):
+    """Stopped in its second epoch and continued, with two worker processes: it ends as a run that
+    was not."""
+    for i in range(12):
+        animate(tmp_path / "videos" / "ab"[i % 2] / f"{i}.gif")
+    flags = ["--data", tmp_path / "videos", "--size", 16, "--frames", 8, "--batch", 5]
+    flags += ["--epochs", 2, "--hidden", 16, "--workers", 2, "--out"]
+
+    def life(folder, after=None):
+        name = "shuffle_and_learn"
+        patches = {"load_data": load_data, "Run": stopping(after), **light(name)}
+        found = call_main(name, *flags, tmp_path / folder, **patches)
+        assert found.code == 0 and not found.err, found.err
+        return found.out
+
+    with pytest.raises(Stop):
+        life("parts", after=3)
+    assert "continuing after step 3" in life("parts")
+    assert "10 training and 2 test videos of 2 classes" in life("whole")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", 4)
+
+
+def test_held_out_clips_are_decoded_by_workers(tmp_path, monkeypatch):
+    """They change no number, and none of them is left."""
+    animations(tmp_path, ".gif", a=6)
+    files = VideoFiles(sorted(map(str, (tmp_path / "a").iterdir())))
+    view = ClipCrop(Crop(8), frames=2), lambda x, rand: x
+    before = multiprocessing.active_children()
+    found = []
+    for workers in (0, 2):
+        numbers = []
+        decoding = readers.decoding
+
+        def spy(decoder, workers, *args, decoding=decoding, numbers=numbers, **options):
+            numbers.append(workers)
+            return decoding(decoder, workers, *args, **options)
+
+        monkeypatch.setattr(readers, "decoding", spy)
+        settings = ([view], 3, 0, CPU, workers)
+        found.append(held_out(torch.nn.Identity(), Split(files), settings, torch.mean))
+        assert numbers == [workers]
+        monkeypatch.undo()
+    assert found[0] == found[1] and 0 < found[0]["held_out"] < 1
+    assert multiprocessing.active_children() == before
 
 
 @pytest.mark.thorough
