@@ -33,10 +33,8 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -55,9 +53,8 @@ from tqdm import tqdm
 
 try:
     import fcntl  # locks of files
-    import resource  # memory of a process
 except ImportError:  # Windows
-    fcntl = resource = None
+    fcntl = None
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))  # after all others: kernels and methods are found beside this file
@@ -77,6 +74,7 @@ from kernels.collectives import (
 from kernels.cost import FlopCounter, run_cost
 from kernels.folders import read_folder
 from kernels.mae_mask import gather_tokens
+from kernels.provenance import commit, device_name, peak_memory, versions
 from kernels.readers import BrokenFiles, Files, InMemory
 from kernels.video_files import VideoFiles
 from kernels.views import (
@@ -1460,40 +1458,6 @@ def later_ctrl_c():
         signal.signal(signal.SIGINT, usual)
     if pressed:
         raise KeyboardInterrupt
-
-
-def peak_memory(device):
-    """The most memory that this process has had so far, in GB: on a GPU of its own, on a CPU all;
-    None where the system does not tell."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    if resource:
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # kB on Linux
-    return None
-
-
-def versions():
-    known = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    return {"python": platform.python_version(), "numpy": np.__version__, **known}
-
-
-def commit():
-    """The commit of this project, with "-dirty" if files differ from it; None if not known."""
-    if not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
-    command.append("--exclude=*")
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    found = re.search(r"model name\s*: (.*)", text)
-    name = found[1] if found else platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 def save_grid(path, rows, columns, green=None, note=""):

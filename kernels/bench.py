@@ -63,10 +63,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# common.py is found from any working directory.
+# The package kernels is found from any working directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import commit, device_name, fail
 from kernels import implementation
+from kernels.collectives import fail
 from kernels.infonce import (
     bank_loss,
     bank_reference,
@@ -78,6 +78,7 @@ from kernels.infonce import (
     simclr_reference,
 )
 from kernels.mae_mask import gather_tokens, masked_patch_mse, random_masking, restore_tokens
+from kernels.provenance import commit, device_name
 from kernels.sinkhorn import (
     assignment_cross_entropy,
     assignment_cross_entropy_reference,

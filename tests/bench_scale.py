@@ -27,6 +27,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common
+from kernels.provenance import device_name
 
 LINKS = 1000  # links to a file that some file systems allow is 65,000
 
@@ -133,7 +134,7 @@ def main(argv=None):
     p.add_argument("--bank", type=int, default=40_000, help="rows of the evaluation (40000)")
     p.add_argument("--width", type=int, default=2048, help="features of the evaluation (2048)")
     args = p.parse_args(argv)
-    print(f"{common.device_name(torch.device('cpu'))}; torch {torch.__version__}")
+    print(f"{device_name(torch.device('cpu'))}; torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         data = build(Path(folder), args.classes, args.files)
         found = run(data, Path(folder) / "run", args.steps)

@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 import common
+from kernels.provenance import device_name
 
 PARTS = ("data", "forward", "loss", "backward", "update")
 WARMUP = 5  # steps
@@ -155,7 +156,7 @@ def main():
         sys.exit(f"error: {unknown[0]}: choose among {', '.join(METHODS)}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = common.device_name(device)
+    name = device_name(device)
     print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}")
     heads = "".join(f"{part:>10}" for part in (*PARTS, "outside"))
     print(f"{'method':23}{'batch':>6}{'ms/step':>9}{'per s':>10}{heads}")

@@ -37,8 +37,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import InMemory, Loader, Split, device_name, load_data
+from common import InMemory, Loader, Split, load_data
 from kernels.infonce import simclr_loss
+from kernels.provenance import device_name
 from kernels.readers import CORES
 from kernels.views import BICUBIC, MEAN, STD
 from methods.simclr import LARS, SimCLR, views
