@@ -34,8 +34,8 @@ which it has never seen. With movers or tripod the run also prints `control`, th
 in which no energy is lost, 51 % in the run below. More than chance would show that something else
 tells the direction.
 
-Reached. On movers after 16 epochs, 734 seconds on one busy CPU core: kNN 45.7 % (untrained 33.6,
-raw pixels 34.4); linear 47.9 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
+Reached. On movers after 16 epochs, 734 s on one busy core: kNN 45.7 % (untrained 33.6, raw pixels
+34.4); linear 47.9 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. A moment is the difference of two frames in colour | paper: optical flow of several frames.

@@ -37,9 +37,8 @@ Run.
     torchrun --nproc_per_node 8 methods/byol.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
 
-Reached. On emoji after 52 epochs, 290 seconds on two CPU cores: kNN 53.4 % (untrained 50.8, raw
-pixels 53.9); linear 57.7 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not
-run.
+Reached. On emoji after 52 epochs, 290 s on two CPU cores: kNN 53.4 % (untrained 50.8, raw pixels
+53.9); linear 57.7 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Colour operations are torchvision's. Brightness is multiplied | official code: added.

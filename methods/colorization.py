@@ -31,9 +31,8 @@ Run.
 --batch counts the images of all processes together.
 The run folder also gets colorized.png: test images, coloured by the network.
 
-Reached. On emoji after 40 epochs, 138 seconds on two CPU cores: kNN 55.3 % (untrained 49.8, raw
-pixels 53.9); linear 55.8 % (untrained 50.1, raw pixels 54.1); mean of 6 runs. Other recipes: not
-run.
+Reached. On emoji after 40 epochs, 138 s on two CPU cores: kNN 55.3 % (untrained 49.8, raw pixels
+53.9); linear 55.8 % (untrained 50.1, raw pixels 54.1); mean of 6 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT. Four of its feature maps, brought to a quarter of the image's

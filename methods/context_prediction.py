@@ -33,9 +33,8 @@ Run.
 The network sees nine patches of each. The run folder also gets neighbours_of_patches.png: patches
 of test images with their nearest patches, by the trained and by the untrained network.
 
-Reached. On emoji after 16 epochs, 606 seconds on one busy CPU core: kNN 50.6 % (untrained 49.6, raw
-pixels 54.4); linear 54.0 % (untrained 55.0, raw pixels 53.2); mean of 3 runs. Other recipes: not
-run.
+Reached. On emoji after 16 epochs, 606 s on one busy core: kNN 50.6 % (untrained 49.6, raw pixels
+54.4); linear 54.0 % (untrained 55.0, raw pixels 53.2); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet, averaged over the places of a patch, or a ViT | CaffeNet, whose fc6

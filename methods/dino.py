@@ -31,9 +31,8 @@ Run.
 --batch counts the images of all processes together. For the official 100-epoch run, add --batch 512
 --tau-t 0.04 to the last command.
 
-Reached. On emoji after 40 epochs, 236 seconds on two CPU cores: kNN 53.2 % (untrained 50.8, raw
-pixels 53.9); linear 56.6 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
-run.
+Reached. On emoji after 40 epochs, 236 s on two CPU cores: kNN 53.2 % (untrained 50.8, raw pixels
+53.9); linear 56.6 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The blur kernel is a tenth of the view's side wide, so views below 20 pixels cannot be

@@ -27,8 +27,8 @@ Run.
 The network sees K frames of each. How the camera moves must be known: of the data sets that come
 with this project only movers tells.
 
-Reached. On movers after 18 epochs, 581 seconds on one busy CPU core: kNN 29.1 % (untrained 33.6,
-raw pixels 34.4); linear 31.4 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
+Reached. On movers after 18 epochs, 581 s on one busy core: kNN 29.1 % (untrained 33.6, raw pixels
+34.4); linear 31.4 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The camera looks straight ahead while it pans over a photograph: two degrees of freedom |

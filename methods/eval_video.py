@@ -49,8 +49,7 @@ Run.
     python methods/eval_video.py runs/video_colorization-movers-0
     python methods/eval_video.py runs/* --only masks
 Into --out, by default runs/eval_video, it writes results.jsonl, masks.png and the folder masks (the
-masks in this picture). It takes five minutes at most, with 1,500 training clips and 500 test clips,
-and for masks 60 of these. What is in results.jsonl is not measured again.
+masks in this picture). Five minutes at most, with 1,500 training clips, 500 test clips, 60 masks.
 """
 
 import functools
@@ -70,22 +69,11 @@ from kernels.clips import load_bunny
 from kernels.collectives import fail, world
 from kernels.maps import maps, prepare
 from kernels.movers import load_movers, render
+from kernels.propagation import as_masks, region, share, visible
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
 
 # The measure.
-
-
-def region(predicted, truth):
-    """J of each frame, (N,): intersection over union, 1 if both are empty. Masks (N, H, W) bool."""
-    shared = predicted & truth
-    return share(shared, predicted | truth)
-
-
-def share(part, whole):
-    """How much of each mask `whole` (N, H, W) its `part` covers, (N,); 1 if the mask is empty."""
-    total = whole.sum((1, 2))
-    return torch.where(total > 0, part.sum((1, 2)) / total, 1.0)
 
 
 def contour(mask):
@@ -151,13 +139,6 @@ def propagate(features, first, radius, previous, nearest, temperature):
         values.append((weight * known).sum(2))
 
     return torch.stack(values, 1).unflatten(2, (side, side))
-
-
-def as_masks(values, side):
-    """Values (n, T, g, g) -> masks (n, T, side, side) bool."""
-    wide = F.interpolate(values, (side, side), mode="bilinear")
-    ends = wide.amax((2, 3), True) + wide.amin((2, 3), True)
-    return wide > ends / 2  # above the middle between the two ends
 
 
 def ridge(x, y, test):
@@ -302,13 +283,6 @@ def poses(clips, frames):
     return torch.stack([x, y, angle.sin(), angle.cos()], 1)
 
 
-def visible(split, count, most):
-    """The first `most` of the clips of movers whose first frame shows much of the emoji."""
-    clips = film_of("movers", split, count)
-    area = (clips.masks[:, 0] > 0).sum((1, 2))
-    return clips.part((area >= 100).nonzero()[:most, 0])
-
-
 @torch.no_grad()
 def copied(network, clips, args, device, only=None):
     """{number of a map: predicted masks (n, T, H, W)}, of all maps or of one."""
@@ -336,14 +310,14 @@ def copied(network, clips, args, device, only=None):
 
 def masks(network, args, device):
     """Predicted masks of the test clips (n, T, H, W), and their scores."""
-    test = visible("test", args.test_clips, args.mask_clips)
+    test = visible(film_of("movers", "test", args.test_clips), args.mask_clips)
     truth = test.masks > 0
     if network is None:  # the first mask stays where it is
         predicted = truth[:, :1].expand_as(truth)
         return predicted, mask_scores(predicted, truth)
 
     # The map of the network that is best on training clips.
-    train = visible("train", args.train_clips, args.choose)
+    train = visible(film_of("movers", "train", args.train_clips), args.choose)
     on_train = {}
     for number, predicted in copied(network, train, args, device).items():
         on_train[number] = mask_scores(predicted, train.masks > 0)["J"]
@@ -433,7 +407,7 @@ def main(argv=None):
             shown[name] = torch.from_numpy(np.load(file))
 
     if "masks" in tasks:
-        clips = visible("test", args.test_clips, args.mask_clips)
+        clips = visible(film_of("movers", "test", args.test_clips), args.mask_clips)
         draw_masks(folder / "masks.png", shown, clips.part(slice(SHOWN)))
     print0(f"\n{table(measured)}")
     print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")

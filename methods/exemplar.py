@@ -25,9 +25,8 @@ Run.
 --batch counts the images of all processes together.
 Here these are seed patches; the network sees --copies of each.
 
-Reached. On emoji after 40 epochs, 564 seconds on one busy CPU core: kNN 57.9 % (untrained 50.8, raw
-pixels 53.9); linear 60.6 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not
-run.
+Reached. On emoji after 40 epochs, 564 s on one busy core: kNN 57.9 % (untrained 50.8, raw pixels
+53.9); linear 60.6 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
     1. The network is a ResNet or ViT, followed by a hidden layer with batch-norm, which is thrown

@@ -34,20 +34,18 @@ Run.
     python methods/instance_discrimination.py --recipe cifar10       one GPU
     torchrun --nproc_per_node 8 methods/instance_discrimination.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
-After the last epoch, kNN is measured as in section 3.4 of the paper: the embeddings of test images,
-against the bank. metrics.jsonl has it as bank_knn, in the last line of that epoch; retrieval.png
-shows some of the images with their nearest rows.
+After the last epoch, bank_knn in metrics.jsonl is kNN as in section 3.4 of the paper: embeddings of
+test images against the bank. retrieval.png shows some of them with their nearest rows.
 
-Reached. On emoji after 70 epochs, 340 seconds on one busy CPU core: kNN 60.0 % (untrained 51.8, raw
-pixels 53.9); linear 59.6 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
+Reached. On emoji after 70 epochs, 340 s on one busy core: kNN 60.0 % (untrained 51.8, raw pixels
+53.9); linear 59.6 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The K others never include the image itself, though p counts each with a probability of
        1 / M | paper and official code: they are drawn from all M.
     2. The bank's momentum mu and the proximal term are two flags | paper: the term, with mu = 0;
        official code: mu = 0.5, without the term, as in our columns emoji and cifar10.
-    3. The bank begins with random unit vectors, as in the paper | official code: random numbers, so
-       the lengths vary a little.
+    3. The bank begins with random unit vectors | official code: random numbers, of varying length.
     4. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
        official code: divided by ten at epochs 120 and 160 of 200, on CIFAR-10 at other ones.
     5. On emoji the head ends in a batch-norm without scale and offset, as in MoCo v3 | paper, and

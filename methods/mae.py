@@ -27,9 +27,8 @@ Run.
     torchrun --nproc_per_node 8 methods/mae.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together. reconstruction.png shows what is painted.
 
-Reached. On emoji after 40 epochs, 292 seconds on two CPU cores: kNN 54.1 % (untrained 45.5, raw
-pixels 53.9); linear 56.5 % (untrained 50.7, raw pixels 54.1); mean of 6 runs. Other recipes: not
-run.
+Reached. On emoji after 40 epochs, 292 s on two CPU cores: kNN 54.1 % (untrained 45.5, raw pixels
+53.9); linear 56.5 % (untrained 50.7, raw pixels 54.1); mean of 6 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Features are the mean of the patch tokens | official code: probes the class token; appendix

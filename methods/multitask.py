@@ -31,8 +31,8 @@ Run.
 --batch counts the clips of all processes together. The network sees nine patches for position, two
 images for exemplar, and one for each other task.
 
-Reached. On movers after 12 epochs, 668 seconds on one busy CPU core: kNN 45.0 % (untrained 33.6,
-raw pixels 34.4); linear 51.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
+Reached. On movers after 12 epochs, 668 s on one busy core: kNN 45.0 % (untrained 33.6, raw pixels
+34.4); linear 51.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
     1. Every step trains all tasks, on frames of the same clips | one task per machine, ImageNet for

@@ -30,8 +30,8 @@ Run.
 --batch counts the images of all processes together.
 With --positives labels or drawings the labels are used: that is no longer self-supervised.
 
-Reached. On emoji after 60 epochs, 631 seconds on one busy CPU core: kNN 59.1 % (untrained 51.8, raw
-pixels 53.9); linear 60.4 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
+Reached. On emoji after 60 epochs, 631 s on one busy core: kNN 59.1 % (untrained 51.8, raw pixels
+53.9); linear 60.4 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or TensorFlow's code.)
     1. By default the positive is a second view of the image, made by SimCLR's crops and colours |

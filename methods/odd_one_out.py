@@ -40,8 +40,8 @@ Run.
 The network sees six images of each clip: differences, positive or negative, drawn around grey. The
 evaluation shows single frames, which it has never seen, so its knowledge of motion is not tested.
 
-Reached. On tripod after 12 epochs, 417 seconds on one busy CPU core: kNN 37.1 % (untrained 33.1,
-raw pixels 33.4); linear 42.8 % (untrained 39.1, raw pixels 41.7); one run. Other recipes: not run.
+Reached. On tripod after 12 epochs, 417 s on one busy core: kNN 37.1 % (untrained 33.1, raw pixels
+33.4); linear 42.8 % (untrained 39.1, raw pixels 41.7); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
     1. Windows of five frames in a second | paper: of six, from anywhere; three ways to choose them.

@@ -33,8 +33,8 @@ Run.
 --batch counts the clips of all processes together.
 The network sees five frames of each.
 
-Reached. On tripod after 20 epochs, 766 seconds on one busy CPU core: kNN 46.7 % (untrained 33.1,
-raw pixels 33.4); linear 55.0 % (untrained 39.1, raw pixels 41.7); one run. Other recipes: not run.
+Reached. On tripod after 20 epochs, 766 s on one busy core: kNN 46.7 % (untrained 33.1, raw pixels
+33.4); linear 55.0 % (untrained 39.1, raw pixels 41.7); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Clips of a second, 12 frames: b and d at most 6 apart, a and e at least 2 away from them |

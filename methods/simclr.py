@@ -22,9 +22,8 @@ Run.
     torchrun --nproc_per_node 8 methods/simclr.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
 
-Reached. On emoji after 30 epochs, 92 seconds on two CPU cores: kNN 59.0 % (untrained 50.8, raw
-pixels 53.9); linear 60.4 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
-run.
+Reached. On emoji after 30 epochs, 92 s on two CPU cores: kNN 59.0 % (untrained 50.8, raw pixels
+53.9); linear 60.4 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Inputs are normalised by ImageNet's mean and standard deviation | official code: in [0, 1].

@@ -26,9 +26,8 @@ Run.
     torchrun --nproc_per_node 8 methods/simsiam.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
 
-Reached. On emoji after 80 epochs, 384 seconds on two CPU cores: kNN 56.1 % (untrained 50.8, raw
-pixels 53.9); linear 57.9 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not
-run.
+Reached. On emoji after 80 epochs, 384 s on two CPU cores: kNN 56.1 % (untrained 50.8, raw pixels
+53.9); linear 57.9 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Residual branches do not start at zero, so that all methods start from the same network |

@@ -32,9 +32,8 @@ Run.
 The run folder also gets predicted.png: test images, and what each half predicts of the other's.
 --predict own --loss regression is an autoencoder in two halves, for comparison.
 
-Reached. On emoji after 60 epochs, 700 seconds on one busy CPU core: kNN 61.5 % (untrained 51.6, raw
-pixels 53.9); linear 60.6 % (untrained 55.1, raw pixels 54.1); mean of 3 runs. Other recipes: not
-run.
+Reached. On emoji after 60 epochs, 700 s on one busy core: kNN 61.5 % (untrained 51.6, raw pixels
+53.9); linear 60.6 % (untrained 55.1, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet with convolutions in two groups, so the halves share nothing | paper:

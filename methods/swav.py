@@ -27,9 +27,8 @@ Run.
 --batch counts the images of all processes together. `--recipe batch256` is the paper's recipe for
 small batches, with a queue.
 
-Reached. On emoji after 20 epochs, 106 seconds on two CPU cores: kNN 55.0 % (untrained 50.8, raw
-pixels 53.9); linear 56.5 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not
-run.
+Reached. On emoji after 20 epochs, 106 s on two CPU cores: kNN 55.0 % (untrained 50.8, raw pixels
+53.9); linear 56.5 % (untrained 53.3, raw pixels 54.1); mean of 6 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. LARS adapts the steps of weight matrices alone and divides by |gradient + decay w|. Biases

@@ -31,8 +31,8 @@ The network sees two patches of each. In metrics.jsonl, held_out is the share of
 clips that are in the right order, D(a, p) < D(a, negative), over all negatives of a batch; guessing
 has 0.5.
 
-Reached. On movers after 20 epochs, 210 seconds on one busy CPU core: kNN 34.2 % (untrained 33.6,
-raw pixels 34.4); linear 42.3 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
+Reached. On movers after 20 epochs, 210 s on one busy core: kNN 34.2 % (untrained 33.6, raw pixels
+34.4); linear 42.3 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. A track follows one point for 11 steps, by the exact optical flow of synthetic clips (by how

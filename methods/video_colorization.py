@@ -5,8 +5,7 @@ No official code; a reimplementation: https://github.com/wbaek/tracking_via_colo
 Idea. Take the colour away from a frame of a video, and copy it back from earlier frames: each place
 of the grey frame points at places of the coloured ones. Nobody says where to point. But the colour
 is only right if the place shows the same thing, so the network learns to find things again,
-although they move and turn: it learns to track. (In the paper its pointing also carries masks along
-a video. Here eval_video.py does so with the maps of the backbone, not with f.)
+although they move and turn: it learns to track. Its pointing then also carries masks along a video.
 
 Notation. N clips in the global batch, n = N / processes on this process. Of each clip T frames are
 shown, T - 1 references and then the target, all of them as lightness L only. A frame has P places,
@@ -32,10 +31,11 @@ Run.
 The run folder also gets coloured.png: test clips, coloured from their first frames. In
 metrics.jsonl, held_out is the share of places of held-out clips whose most likely class is right.
 Beside it stand the shares of two rules without a network: the class that the references show most
-often, and the class of the same place in the last reference.
+often, and that of the same place in the last reference. masks is J (intersection / union) of masks
+that f carries from the first frames of test clips (eval_video.py: by the maps of the backbone).
 
-Reached. On movers after 12 epochs, 1005 seconds on one busy CPU core: kNN 32.8 % (untrained 33.4,
-raw pixels 34.9); linear 39.1 % (untrained 37.5, raw pixels 40.7); one run. Other recipes: not run.
+Reached. On movers after 12 epochs, 1005 s on one busy core: kNN 32.8 % (untrained 33.4, raw pixels
+34.9); linear 39.1 % (untrained 37.5, raw pixels 40.7); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the reimplementation.)
     1. The network is a ResNet or ViT, which sees each frame by itself. Four of its maps, brought to
@@ -45,10 +45,9 @@ Differs from the paper. (This file | the paper, or the reimplementation.)
     2. backbone(...) turns its input into L, so in the evaluation this network and the untrained one
        see lightness alone. The baseline of raw pixels is in colour.
     3. The colour of a place is the mean of its pixels; the centres are those of 256 training clips.
-    4. Frames are 1/6 s apart | reimplementation: 4, 4, 8 frames.
-    5. Adam with a warm-up and a cosine | paper: the rate is divided by ten after 60,000 of 400,000
-       steps. Clips are cropped and flipped, all frames alike.
-    6. Reimplementation: y is given to a softmax cross-entropy as if it were logits, so its loss
+       Frames are 1/6 s apart | reimplementation: 4, 4, 8 frames.
+    4. Adam, warm-up, cosine; crops, flips | paper: a tenth of the rate after 60,000 of 400,000 steps.
+    5. Reimplementation: y is given to a softmax cross-entropy as if it were logits, so its loss
        cannot fall below log(1 + 15 / e) = 1.88 (y is at most 1 for the true class and 0 for the 15
        others; a softmax of that is at most e / (e + 15)).
 """
@@ -64,9 +63,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 import common
-from common import (ARCHS, VITS, Loader, Run, ViT, first_batch, held_out, join_processes, load_data,
+from common import (ARCHS, VITS, Loader, Run, first_batch, held_out, join_processes, load_data,
                     parse, patch_side, save_grid)
 from kernels.collectives import distribute, fail, gather, rank, world
+from kernels.maps import maps, prepare
+from kernels.propagation import as_masks, region, visible
 from kernels.views import (ClipCrop, Crop, as_clips, as_tall, denormalize, normalize, random_flip,
                            whole_image)
 
@@ -217,24 +218,6 @@ def backbone(arch, size):  # copy of: methods/colorization.py::backbone
     return net
 
 
-def feature_maps(net, x):  # copy of: methods/colorization.py::feature_maps
-    """Yields four maps (n, channels, h, w): after a ResNet's stages, or a ViT's patches after four
-    evenly spaced blocks."""
-    if isinstance(net, ViT):
-        ends = [len(net.blocks) * quarter // 4 for quarter in (1, 2, 3, 4)]
-        x = net.embed(x)  # (n, 1 + L, D)
-        for depth, block in enumerate(net.blocks, 1):
-            x = block(x)
-            if depth in ends:
-                patches = net.norm(x)[:, 1:].transpose(1, 2)  # (n, D, L)
-                yield patches.unflatten(2, (net.grid, net.grid))
-    else:
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-            x = stage(x)
-            yield x
-
-
 class VideoColorizer(nn.Module):
     def __init__(self, arch, size, palette, dim, width=128):
         super().__init__()
@@ -258,8 +241,9 @@ class VideoColorizer(nn.Module):
     def places(self, x):
         """Clips (n, T, 3, H, W) -> f (n, T, P, dim), of each frame by itself."""
         total = 0
-        maps = feature_maps(self.backbone, x.flatten(0, 1))
-        for feature_map, lateral in zip(maps, self.lateral):
+        # after a ResNet's stages, or a ViT's patches after four evenly spaced blocks
+        four = maps(self.backbone, x.flatten(0, 1))[-4:]
+        for feature_map, lateral in zip(four, self.lateral):
             # the pooling repeats pixels where a map is smaller than the grid of places
             total = total + F.adaptive_avg_pool2d(lateral(feature_map), self.side)
         f = self.head(total).flatten(2).mT  # (n T, P, dim)
@@ -307,7 +291,7 @@ SETTINGS = {
     "lr": (8e-3, 8e-3, 8e-3, "learning rate per 256 clips"),
     "weight_decay": (1e-4, 1e-4, 0.0, "on all parameters, in the gradient"),
     "min_crop": (0.5, 0.5, 0.5, "smallest crop, share of a frame's area", "(0, 1]"),
-    "temperature": (0.5, 0.5, 0.5, "of the attention in coloured.png", "(0, inf)"),
+    "temperature": (0.5, 0.5, 0.5, "of the attention in coloured.png and masks", "(0, inf)"),
 }
 
 
@@ -355,6 +339,42 @@ def rules(model, data, settings, classes):
 
     found = held_out(model.palette, data.test, settings, both)
     return dict(zip(("most_frequent", "same_place"), found.get("held_out", ())))
+
+
+def carry(f, first, frames, temperature):
+    """Copies a value of each place along clips. f (n, T, P, d); first (n, P): values in the first
+    frame. Returns (n, T, P). As in training, a frame has `frames` - 1 references: the first frame
+    and the latest ones."""
+    values = [first]
+    for t in range(1, f.shape[1]):
+        references = [0, *range(max(1, t - frames + 2), t)]
+        scores = f[:, t] @ f[:, references].flatten(1, 2).mT  # (n, P, R)
+        known = torch.cat([values[i] for i in references], 1)  # (n, R)
+        values.append(copied(scores / temperature, known[:, :, None])[:, :, 0])
+    return torch.stack(values, 1)
+
+
+@torch.no_grad()
+def carried_masks(model, data, args, device):
+    """{"masks": J, in percent, of the masks of 60 test clips, carried from their first frames by
+    f}; {} where the masks are not known."""
+    truth = getattr(data.test and data.test.images, "truth", None)
+    if truth is None:
+        return {}
+    clips = visible(truth, 60)
+    masks = clips.masks > 0  # (n, T, H, W)
+    x = prepare(clips.frames.flatten(0, 1).to(device), args.size)
+    model.eval()
+    f = model.places(x.unflatten(0, masks.shape[:2]))
+    model.train()
+
+    # The share of the emoji in each place of the first frame is what is copied.
+    first = F.adaptive_avg_pool2d(masks[:, 0].float(), model.side).flatten(1)
+    values = carry(f, first.to(device), args.frames, args.temperature)  # (n, T, P)
+    values = values.unflatten(2, (model.side, model.side))
+    carried = as_masks(values, masks.shape[3]).to(masks.device)
+    both = [part[:, 1:].flatten(0, 1) for part in (carried, masks)]
+    return {"masks": 100 * region(*both).mean().item()}
 
 
 @torch.no_grad()
@@ -428,7 +448,8 @@ def main(argv=None):
             run.log(loss, lr, accuracy=right)
 
         found = held_out(model, data.test, settings, lambda out: accuracy(*out, args.clusters))
-        run.end_epoch(epoch, **found, **without_network)
+        carried = carried_masks(model, data, args, device)
+        run.end_epoch(epoch, **found, **carried, **without_network)
     if rank() == 0:
         draw_coloured(run.folder / "coloured.png", run)
     run.finish()

@@ -32,8 +32,8 @@ The network sees one frame of each. held_out is the overlap of the predicted and
 test frames, as the share of their union (IoU); a square in the middle of the frame has 0.19 at its
 best size. The run folder also gets masks.png.
 
-Reached. On movers after 30 epochs, 252 seconds on one busy CPU core: kNN 48.1 % (untrained 33.6,
-raw pixels 34.4); linear 53.8 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
+Reached. On movers after 30 epochs, 252 s on one busy core: kNN 48.1 % (untrained 33.6, raw pixels
+34.4); linear 53.8 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The flow is the exact one of synthetic clips, with errors added by --noise, and a threshold

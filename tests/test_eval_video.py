@@ -16,9 +16,9 @@ from test_eval_features import write_run
 from common import Candidate, backbone, pixels, read_lines
 from kernels.clips import Shots
 from kernels.movers import Clips
+from kernels.propagation import as_masks, region, visible
 from methods import eval_video
 from methods.eval_video import (
-    as_masks,
     boundary,
     contour,
     copied,
@@ -26,11 +26,9 @@ from methods.eval_video import (
     pose_scores,
     poses,
     propagate,
-    region,
     ridge,
     shot_scores,
     spaced,
-    visible,
 )
 
 
@@ -427,9 +425,7 @@ def test_only_clips_whose_object_is_seen_at_first():
     clips = make_clips(6)
     clips.masks[[0, 3], 0] = 0
     clips.masks[3, 0, :9, :11] = 1  # 99 pixels
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_video, "film_of", lambda *_: clips)
-        found = visible("test", 6, 3)
+    found = visible(clips, 3)
     assert torch.equal(found.frames, clips.frames[[1, 2, 4]])
 
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from common import Data, Split
 from kernels.clips import VideosInMemory
+from kernels.movers import load_movers, render
+from kernels.propagation import visible
 from kernels.views import BatchRandom, denormalize, normalize
 from methods import video_colorization
 from methods.video_colorization import (
@@ -363,6 +365,42 @@ def test_grey_videos_are_refused_before_anything_is_written(tmp_path):
     found = call_main("video_colorization", *flags, data=grey)
     assert found.code == 1 and found.err.count("\n") == 1
     assert "all videos are grey" in found.err and not (tmp_path / "run").exists()
+
+
+def test_values_are_carried_to_the_places_with_the_same_features():
+    """A place keeps its feature while it moves one place to the right in every frame, cyclically:
+    sharp features carry its value along; equal ones the mean of the first frame. The third frame
+    on, the references are the first frame and the latest one (frames = 3)."""
+    places, moments = 4, 5
+    still = torch.eye(places)[None, None].repeat(1, moments, 1, 1)  # (1, T, P, d = P)
+    moving = torch.stack([still[0, t].roll(t, 0) for t in range(moments)])[None]
+    first = torch.tensor([[1.0, 0.0, 0.25, 0.5]])
+    found = video_colorization.carry(moving, first, 3, 1e-3)
+    assert torch.equal(found[0], torch.stack([first[0].roll(t) for t in range(moments)]))
+    found = video_colorization.carry(torch.ones_like(moving), first, 3, 0.5)
+    torch.testing.assert_close(found[:, 1:], first.mean().expand(1, moments - 1, places))
+
+
+def test_masks_are_carried_by_the_features_of_the_network(monkeypatch):
+    """Features that are the truth carry the masks nearly as they are; those of a network that
+    tells nothing carry none. Only where the masks are known."""
+    clips = render(load_movers("test"), range(8))
+    data = SimpleNamespace(test=SimpleNamespace(images=SimpleNamespace(truth=clips)))
+    net = model(size=48)
+    args = SimpleNamespace(size=48, frames=4, temperature=0.05)
+    masks = visible(clips, 60).masks > 0
+
+    def truth(x):
+        inside = F.adaptive_avg_pool2d(masks.float(), net.side).flatten(2)  # (n, T, P)
+        return torch.stack([inside, 1 - inside], 3)
+
+    monkeypatch.setattr(net, "places", truth)
+    known = video_colorization.carried_masks(net, data, args, CPU)["masks"]
+    monkeypatch.setattr(net, "places", lambda x: torch.zeros(*masks.shape[:2], net.side**2, 2))
+    nothing = video_colorization.carried_masks(net, data, args, CPU)["masks"]
+    assert known > 60 > 20 > nothing
+    data = SimpleNamespace(test=None)
+    assert video_colorization.carried_masks(net, data, args, CPU) == {}
 
 
 def test_picture_shows_truth_lightness_copied_colours_and_references(tmp_path, monkeypatch):

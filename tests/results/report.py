@@ -1119,10 +1119,10 @@ def reached(runs):
         words.append(f"{name} {number:.1f} % ({baselines})")
     data = runs[0]["settings"]["data"]
     epochs = runs[0]["settings"]["epochs"]
-    where = "one busy CPU core" if on_one_core(runs) else "two CPU cores"
+    where = "one busy core" if on_one_core(runs) else "two CPU cores"
     count = f"mean of {len(runs)} runs" if len(runs) > 1 else "one run"
     return (
-        f"Reached. On {data} after {epochs} epochs, {fastest(runs):.0f} seconds on {where}: "
+        f"Reached. On {data} after {epochs} epochs, {fastest(runs):.0f} s on {where}: "
         f"{'; '.join(words)}; {count}. Other recipes: not run."
     )
 
