@@ -29,8 +29,8 @@ Run.
 --batch counts the images of all processes together.
 The run folder also gets restored.png: test images, transformed, and back by the estimate.
 
-Reached. On emoji after 30 epochs, 480 s on one busy core: kNN 51.4 % (untrained 51.2, raw pixels
-53.9); linear 52.8 % (untrained 53.9, raw pixels 54.1); mean of 2 runs. Other recipes: not run.
+Reached. On emoji after 30 epochs, 458 s on one busy core: kNN 51.3 % (untrained 50.8, raw pixels
+53.9); linear 53.1 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 What to expect. On emoji the loss falls from 1.08 to 0.45, and nearly all that is learned is the
 quarter turn: on crops of test images it is right for 83 % (a guess: 25 %). Even then the error of a

@@ -26,7 +26,7 @@ Run.
 Of each image the network sees five pictures: the reduced image and its four quarters. The run
 folder also gets counts.png: what is counted.
 
-Reached. On emoji after 12 epochs, 440 s on one busy core: kNN 49.2 % (untrained 51.1, raw pixels
+Reached. On emoji after 12 epochs, 373 s on one busy core: kNN 49.2 % (untrained 51.1, raw pixels
 53.9); linear 52.4 % (untrained 52.7, raw pixels 54.1); mean of 2 runs. Other recipes: not run.
 
 What to expect. On emoji the loss falls below half of M, but what is counted in counts.png are

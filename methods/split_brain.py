@@ -32,7 +32,7 @@ Run.
 The run folder also gets predicted.png: test images, and what each half predicts of the other's.
 --predict own --loss regression is an autoencoder in two halves, for comparison.
 
-Reached. On emoji after 60 epochs, 700 s on one busy core: kNN 61.5 % (untrained 51.6, raw pixels
+Reached. On emoji after 60 epochs, 600 s on one busy core: kNN 61.5 % (untrained 51.6, raw pixels
 53.9); linear 60.6 % (untrained 55.1, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)

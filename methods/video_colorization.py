@@ -46,7 +46,7 @@ Differs from the paper. (This file | the paper, or the reimplementation.)
        see lightness alone. The baseline of raw pixels is in colour.
     3. The colour of a place is the mean of its pixels; the centres are those of 256 training clips.
        Frames are 1/6 s apart | reimplementation: 4, 4, 8 frames.
-    4. Adam, warm-up, cosine; crops, flips | paper: a tenth of the rate after 60,000 of 400,000 steps.
+    4. Adam, warm-up, cosine; crops, flips | paper: a tenth of the rate after 60,000 of 400,000.
     5. Reimplementation: y is given to a softmax cross-entropy as if it were logits, so its loss
        cannot fall below log(1 + 15 / e) = 1.88 (y is at most 1 for the true class and 0 for the 15
        others; a softmax of that is at most e / (e + 15)).
