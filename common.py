@@ -261,7 +261,7 @@ class Loader(Plan):
         self.workers = workers
         self.index = None
         self.first_shown = None  # indices and views of the first batch, for views.png
-        self.counter = None  # of operations, started before the first step
+        self.counter = None  # of the operations of a step
 
     def __call__(self, epoch, done=0):
         """step counts over all epochs. `done` steps of the run are done: those of this epoch are
@@ -279,8 +279,8 @@ class Loader(Plan):
             if self.first_shown is None:
                 few = [view[:8].float().cpu() for view in views]
                 self.first_shown = index[:8].cpu(), few
-                if self.counter:
-                    self.counter.start()
+            if self.counter:
+                self.counter.start()
             yield epoch * self.steps + epoch_step, views
 
 
@@ -1163,6 +1163,7 @@ class Run:
             part.load_state_dict(saved["state"][name])
         self.step = saved["step"]
         self.seconds = saved["seconds"]
+        self.counter.flops = saved.get("flops", 0)  # older runs have none
         self.baselines = saved["baselines"]
         if rank() == 0:  # steps that were logged but not saved will be done again
             kept = [line for line in lines if line.get("step", -1) < self.step]
@@ -1288,6 +1289,7 @@ class Run:
             "baselines": self.baselines,
             "step": self.step,
             "seconds": self.seconds,
+            "flops": self.counter.flops,
         }
         save_tensors(self.last, saved)
 

@@ -29,8 +29,8 @@ FORMULAS = {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the operations between start() and stop(), those of backward passes too, in `flops`.
-    What is computed stays the same, to the last bit."""
+    """Counts the operations between start() and stop(), those of backward passes too, in `flops`;
+    of one step only. What is computed stays the same, to the last bit."""
 
     def __init__(self):
         super().__init__()
@@ -38,8 +38,10 @@ class FlopCounter(TorchDispatchMode):
         self.counting = False
 
     def start(self):
-        self.counting = True
-        self.__enter__()
+        """Does nothing if a step has been counted."""
+        if not self.flops:
+            self.counting = True
+            self.__enter__()
 
     def stop(self):
         """Does nothing if it is not counting."""
@@ -73,9 +75,9 @@ def network_cost(network, size):
 
 
 def run_cost(run):
-    """network_cost of the backbone of a Run (common.py); train_flops, those of its first step in
-    this process times processes and steps, None if they were not counted, as with --compile; and
-    the mean speed of the training."""
+    """network_cost of the backbone of a Run (common.py); train_flops, those of a step
+    times processes and steps, None if they were not counted, as with --compile; and the mean speed
+    of the training."""
     counted = run.counter.flops * world() * run.total
     speed = run.total * run.args.batch / run.seconds if run.seconds else 0.0
     return {

@@ -144,7 +144,7 @@ def test_a_run_writes_its_cost(tmp_path):
     assert line["train_flops"] == 4 * (3 * forward.get_total_flops() - stem)
 
 
-def test_a_resumed_run_counts_again(tmp_path):
+def test_a_resumed_run_knows_what_was_counted(tmp_path):
     """Three steps, then one in a new process: as much as all four in one."""
     flags = [*short("rotnet"), "--out"]
     run_until("rotnet", [*flags, tmp_path / "whole"], None)
@@ -153,12 +153,12 @@ def test_a_resumed_run_counts_again(tmp_path):
     whole = last_line(tmp_path / "whole")["train_flops"]
     assert last_line(tmp_path / "parts")["train_flops"] == whole > 0
 
-    # nothing is left to train: nothing is counted, and the file is still JSON
+    # also where nothing is left to train
     text = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "whole" / "metrics.jsonl").write_text("\n".join(text[:-1]) + "\n")
     run_until("rotnet", [*flags, tmp_path / "whole"], None)
     line = last_line(tmp_path / "whole")
-    assert line["train_flops"] is None and line["flops"] > 0 and line["images_per_s"] > 0
+    assert line["train_flops"] == whole and line["flops"] > 0 and line["images_per_s"] > 0
 
 
 def test_what_is_compiled_is_not_counted(tmp_path, monkeypatch):

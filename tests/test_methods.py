@@ -488,12 +488,13 @@ def meta_data(name):
     return Data(data.name, bank, bank, move(data.test))
 
 
-# What reads values, once before the training or because it runs on the CPU by its nature (the
-# Hungarian method): other functions in their places.
+# What reads values before the training or between epochs, or runs on the CPU by its nature
+# (the Hungarian method): other functions in their places.
 READS_VALUES = {
     "count_colours": lambda loader, bins: torch.ones(len(bins), device=META),
     "refuse_grey": lambda loader: None,
     "held_out": lambda *_: {},
+    "carried_masks": lambda *_: {},
     "positive_names": lambda positives, split: torch.arange(len(split.images)),
     "assign": lambda z, c: torch.arange(len(z), device=META),
     "mine": lambda split, args: split,
@@ -755,7 +756,7 @@ def check_metrics(name, flags, text):
 def check_checkpoint(run, folder):
     """last.pt holds all state; backbone.pt gives the trained network back."""
     saved = torch.load(folder / "last.pt", weights_only=True)
-    assert set(saved) == {"state", "settings", "baselines", "step", "seconds"}
+    assert set(saved) == {"state", "settings", "baselines", "step", "seconds", "flops"}
     assert saved["step"] == 4
     assert set(saved["state"]) == {"model", *run.state} and "optimizer" in saved["state"]
     assert list(saved["state"]["model"]) == list(run.model.state_dict())

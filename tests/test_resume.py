@@ -166,6 +166,7 @@ def test_killed_at_any_point_a_run_ends_as_if_nothing_had_happened(live, tmp_pat
     last = [read_lines(folder / "metrics.jsonl")[-1] for folder in (killed, whole)]
     times = [line.pop("train_seconds") for line in last]
     assert all(line.pop("peak_memory_gb") > 0 for line in last)
+    assert all(line.pop("images_per_s") > 0 for line in last)
     assert last[0] == last[1] and min(times) > 0
     for name in ("views.png", "neighbours.png"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
