@@ -281,7 +281,11 @@ class Loader(Plan):
                 self.first_shown = index[:8].cpu(), few
             if self.counter:
                 self.counter.start()
-            yield epoch * self.steps + epoch_step, views
+            try:
+                yield epoch * self.steps + epoch_step, views
+            finally:  # also where the loop around the batches ends early
+                if self.counter:
+                    self.counter.stop()
 
 
 def positive_names(positives, split):
@@ -645,9 +649,9 @@ def share(function, *args):
 @torch.no_grad()
 def held_out(network, split, settings, measure):
     """{"held_out": the mean of measure(network(*views)), a scalar tensor or several numbers (k,),
-    over batches of at most 1,000 held-out images or clips}; {} where there are not two for each
-    process. settings: those of a Loader. Every call shows the same. The network is in eval mode,
-    and left as it was."""
+    over batches of at most 1,000 held-out images or clips: a number, or a list of k}; {} where
+    there are not two for each process. settings: those of a Loader. Every call shows the same. The
+    network is in eval mode, and left as it was."""
     if not split or len(split.images) < 2 * world():
         return {}
     split = thin(split, 1000)
@@ -683,6 +687,7 @@ def features(network, split, size, device, workers=0):
     mine = torch.arange(rank() * share, (rank() + 1) * share)
     mine = mine.clamp(max=count - 1)  # equal shares; the surplus is cut off below
     readable = torch.ones(count, device=device)
+    finite = torch.tensor(True, device=device)
     x = None
     done = 0
     batches = split.images.whole(mine, size, workers)
@@ -696,6 +701,7 @@ def features(network, split, size, device, workers=0):
             batch = F.interpolate(batch, (size, size), mode="bicubic", antialias=True)
             batch.clamp_(0, 1)  # bicubic overshoots
         h = embed(network, normalize(batch))
+        finite &= h.isfinite().all()
         if x is None:
             large = count * h.shape[1] > 1 << 27
             x = h.new_empty(share, h.shape[1], dtype=torch.float16 if large else h.dtype)
@@ -703,6 +709,9 @@ def features(network, split, size, device, workers=0):
         done += len(h)
         readable[broken] = 0
     readable = gather(readable[mine.to(device)])[:count] > 0
+    if all_reduce_sum(1.0 - finite.float()) > 0:
+        words = "leave this network out, or train it anew at a lower rate"
+        fail(f"some features are infinite or not a number: {words}")
     if rank() > 0:
         dist.gather(x)
         return None, readable
@@ -712,9 +721,6 @@ def features(network, split, size, device, workers=0):
         mine = x
         x = x.new_empty(share * world(), x.shape[1])
         dist.gather(mine, list(x.split(share)))
-    if not torch.stack(x.aminmax()).isfinite().all():
-        words = "leave this network out, or train it anew at a lower rate"
-        fail(f"some features are infinite or not a number: {words}")
     return x[:count], readable
 
 
@@ -1163,7 +1169,7 @@ class Run:
             part.load_state_dict(saved["state"][name])
         self.step = saved["step"]
         self.seconds = saved["seconds"]
-        self.counter.flops = saved.get("flops", 0)  # older runs have none
+        self.counter.flops = saved.get("flops", 0) // world()  # older runs have none
         self.baselines = saved["baselines"]
         if rank() == 0:  # steps that were logged but not saved will be done again
             kept = [line for line in lines if line.get("step", -1) < self.step]
@@ -1214,16 +1220,21 @@ class Run:
                 self.baselines[name] = self.evaluate(network)
                 self.save()
 
-    def evaluate(self, network, only_knn=False):
-        """evaluate() of a network. Its time does not count as training."""
+    @contextlib.contextmanager
+    def not_training(self):
+        """The time of what is done in this context does not count as training."""
         self.fetch()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        size, workers = self.args.size, self.args.workers
-        result = evaluate(network, self.data, size, self.device, workers, only_knn)
+        yield
         self.clock += time.perf_counter() - began
-        return result
+
+    def evaluate(self, network, only_knn=False):
+        """evaluate() of a network."""
+        size, workers = self.args.size, self.args.workers
+        with self.not_training():
+            return evaluate(network, self.data, size, self.device, workers, only_knn)
 
     def log(self, loss, lr, **more):
         """Called once per step, after the update. loss: scalar tensor; it stays on the device until
@@ -1289,7 +1300,7 @@ class Run:
             "baselines": self.baselines,
             "step": self.step,
             "seconds": self.seconds,
-            "flops": self.counter.flops,
+            "flops": self.counter.flops * world(),
         }
         save_tensors(self.last, saved)
 
@@ -1300,7 +1311,12 @@ class Run:
         found = {}
         self.shown.pop("knn20", None)
         if self.data.test and done % self.args.eval_every == 0 and done < self.args.epochs:
-            found = self.evaluate(self.model.backbone, only_knn=True)
+            try:
+                found = self.evaluate(self.model.backbone, only_knn=True)
+            except SystemExit:  # features that are not finite; the training is kept
+                self.flush(**more)
+                self.save()
+                raise
             self.shown["knn20"] = f"{found['knn20']:.1f}"
         self.flush(**found, **more)
         self.shown |= {name: f"{value:.3f}" for name, value in more.items()}
@@ -1314,8 +1330,9 @@ class Run:
         if found and rank() == 0:
             draw_curve(self.folder / "curve.png", self)
 
-    def finish(self):
-        """The evaluation, backbone.pt, pictures, table. A finished run only shows its table."""
+    def finish(self, **more):
+        """The evaluation, backbone.pt, pictures, table. A finished run only shows its table. more:
+        for the last line of metrics.jsonl."""
         self.bar.close()
         lines = read_lines(self.metrics)
         barrier()  # every process has read before process 0 writes
@@ -1329,6 +1346,7 @@ class Run:
                 "peak_memory_gb": peak_memory(self.device),
                 "unreadable_files": len(self.loader.reader.broken.met),
                 **run_cost(self),
+                **more,
             }
             lines.append(last)
             draw_neighbours(self.folder / "neighbours.png", self)

@@ -1,11 +1,14 @@
 """Fused kernels: InfoNCE (infonce.py), Sinkhorn (sinkhorn.py) and MAE masking (mae_mask.py).
 
 Each file is complete by itself: formulas, a PyTorch reference, the Triton kernels and the functions
-to call. bench.py measures them. The other files are plain PyTorch. What every batch passes through:
-readers.py (stored images), views.py (random views, in batches on the device) and collectives.py
-(sums over processes, with exact gradients). Videos: clips.py, movers.py and video_files.py. Folders
-of images and videos: folders.py. The rest: maps.py (the feature maps inside a network), kmeans.py,
-cost.py (operations of a network and of a training) and provenance.py (versions and machine).
+to call. bench.py measures them. The other files are plain PyTorch:
+
+    readers.py       stored images                 views.py        random views, on the device
+    folders.py       folders of images and videos  collectives.py  sums over all processes
+    clips.py         videos in memory              video_files.py  videos in files
+    movers.py        the film movers, rendered     propagation.py  masks carried along a video
+    maps.py          maps inside a network         kmeans.py       k-means features of patches
+    cost.py          operations of a training      provenance.py   versions and machine of a number
 
 To learn Triton read masking_kernel (mae_mask.py), then rows_kernel (sinkhorn.py), then
 lse_kernel_simple (infonce.py), then lse_kernel (infonce.py).

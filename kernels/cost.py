@@ -1,11 +1,17 @@
 """What a network and its training cost, in floating-point operations: each addition and each
-multiplication of a convolution or a product of matrices counts as one. They follow from shapes, so
-every machine gives the same; normalisation, activations and kernels of Triton count nothing.
+multiplication of a convolution or a product of matrices counts as one. Normalisation, activations
+and the operators of this folder (InfoNCE, Sinkhorn) count nothing. So a network has the same number
+on every machine; a training has not, if its loss is such an operator on GPUs only.
 """
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop,
+    sdpa_flop,
+)
 
 from kernels.collectives import world
 
@@ -20,9 +26,18 @@ def cpu_attention_backward_flop(grad, query, key, value, *args, **kwargs):
     return sdpa_backward_flop(grad, query, key, value)
 
 
-# torch knows the operations of all kernels of attention but those for CPUs.
+def convolution_backward_flop(grad, x, weight, *args, out_val, **kwargs):
+    """The gradient of x, and that of the weights, each cost as much as the forward pass."""
+    transposed = args[4]
+    once = conv_flop_count(x.shape, weight.shape, grad.shape, transposed)
+    return once * sum(gradient is not None for gradient in out_val[:2])
+
+
+# torch does not know the kernels of attention for CPUs, and forgets groups of channels where a
+# convolution goes backwards.
 FORMULAS = {
     **flop_registry,
+    aten.convolution_backward: convolution_backward_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward_flop,
 }
@@ -60,7 +75,7 @@ class FlopCounter(TorchDispatchMode):
 
 @torch.no_grad()
 def network_cost(network, size):
-    """{"parameters": the numbers that a network has learned, "flops": of one image}. The network is
+    """{"parameters": the numbers in its weights, "flops": of one image}. The network is
     used in eval mode, and left as it was."""
     some = next(network.parameters(), torch.zeros(1))
     training = network.training
@@ -75,9 +90,9 @@ def network_cost(network, size):
 
 
 def run_cost(run):
-    """network_cost of the backbone of a Run (common.py); train_flops, those of a step
-    times processes and steps, None if they were not counted, as with --compile; and the mean speed
-    of the training."""
+    """network_cost of the backbone of a Run (common.py); train_flops, those of the first step times
+    processes and steps, None if they were not counted, as with --compile; and the mean speed of the
+    training."""
     counted = run.counter.flops * world() * run.total
     speed = run.total * run.args.batch / run.seconds if run.seconds else 0.0
     return {

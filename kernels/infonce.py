@@ -1026,7 +1026,8 @@ def bank_loss(q, bank, own, temperature):
         rows is checked only under torch.autograd.set_detect_anomaly; the loss is right for any.
         A bank in float32 on CUDA is copied to float16 in each call.
     own: (n,), int64, the row that belongs to each query. Two queries may have the same one.
-    temperature, dtypes, result and errors: as for simclr_loss. IndexError if there is no such row.
+    temperature, dtypes, result and errors: as for simclr_loss. Of a row that does not exist:
+        IndexError on a CPU, a failed assertion of the device on CUDA.
     """
     if not isinstance(own, Tensor) or own.dtype != torch.int64 or own.ndim != 1:
         raise TypeError(f"own must be an int64 tensor of shape (n,), not {own}")

@@ -26,7 +26,10 @@ def versions():
     known = {"python": platform.python_version(), "numpy": np.__version__}
     known |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     for package in ("scikit-learn", "scipy"):
-        known[package] = importlib.metadata.version(package)
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a training can do without
+            known[package] = None
     return known
 
 
@@ -55,5 +58,6 @@ def peak_memory(device):
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     if resource:
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # kB on Linux
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
     return None

@@ -45,6 +45,7 @@ training all of its weights takes six times as long.
 
 import copy
 import functools
+import hashlib
 import sys
 from pathlib import Path
 
@@ -422,7 +423,6 @@ def main(argv=None):
         "scenes": [len(train.images), len(test.images)],
     }
 
-    how = f"{args.size} px, {args.steps} x {args.batch}, lr {args.lr:g}, seed {args.seed}"
     tasks = TASKS if args.only == "all" else [args.only]
     measured = {}  # {network and mode: scores}
     outputs = {}  # {network and mode: {task: outputs for the first scenes}}
@@ -432,8 +432,8 @@ def main(argv=None):
         outputs[heading] = {}
         for task in tasks:
             # New weights, or other settings, have outputs of their own.
-            name = f"{task}, {heading}, {candidate.about.get('weights', '')}, {how}.npy"
-            file = folder / "outputs" / name.replace("/", "-")
+            name = f"{task} {heading} {candidate.about} {settings} {args.size} {args.seed}"
+            file = folder / "outputs" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npy"
 
             def measure():
                 output = train_and_test(candidate, task, mode, train, test, settings, device)

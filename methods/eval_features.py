@@ -26,12 +26,13 @@ choose nothing. Accuracies are in percent.
     retrieval1, 5   on emoji only: how often one of the 1 or 5 nearest drawings by other artists
                     shows the same emoji
     rankme          how many dimensions the features use: exp(entropy of the singular values)
-    params          numbers that were learned, in millions
+    params          numbers in the weights, in millions
     mflops          millions of additions and multiplications per image, in convolutions and
                     products of matrices
     images/s        speed on this machine
-    train ...       seconds, TFLOPs (as mflops, of all steps together) and peak memory in GB of the
-                    training, as the run recorded them
+    train s         seconds of the training, as the run recorded them
+    train TFLOPs    operations of the whole training, in 10^12, counted as mflops
+    peak GB         most memory of the run, evaluations included
 
 knn20, knn200, linear, retrieval and rankme come from evaluate() in common.py, which prints them at
 the end of every run.

@@ -53,6 +53,7 @@ masks in this picture). Five minutes at most, with 1,500 training clips, 500 tes
 """
 
 import functools
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -389,7 +390,10 @@ def main(argv=None):
         if network is not None:
             network.to(device, memory_format=torch.channels_last)  # as in training
         measured[name] = {}
-        file = folder / "masks" / f"{name.replace('/', '-')}.npy"
+        # New weights, or other settings, have masks of their own.
+        about = f"{candidate.about.get('weights')} {settings}"
+        digest = hashlib.sha256(about.encode()).hexdigest()[:8]
+        file = folder / "masks" / f"{name.replace('/', '-')}, {digest}.npy"
 
         def measure(task):
             if task != "masks":

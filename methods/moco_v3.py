@@ -196,7 +196,7 @@ SETTINGS = {
     # 1e-3, seven times that of the paper's ViT: emoji has only a few hundred steps
     "lr": (1e-3, 0.3, 0.6, 1.5e-4, "learning rate per 256 images"),
     "weight_decay": (0.1, 1e-6, 1e-6, 0.1, "on all parameters; with LARS on weights only"),
-    "tau": (0.2, 0.2, 1.0, 0.2, "temperature; the fused loss needs 0.006", "[0.006, inf)"),
+    "tau": (0.2, 0.2, 1.0, 0.2, "temperature; least value on GPUs: 0.006", "[0.006, inf)"),
     "m": (0.99, 0.99, 0.99, 0.99, "momentum at the first step; it rises to 1", "[0, 1]"),
     "hidden": (512, 4096, 4096, 4096, "hidden units of projector and predictor", "[1, inf)"),
     "dim": (128, 256, 256, 256, "dimensions of a query and a key", "[1, inf)"),

@@ -356,8 +356,8 @@ def carry(f, first, frames, temperature):
 
 @torch.no_grad()
 def carried_masks(model, data, args, device):
-    """{"masks": J, in percent, of the masks of 60 test clips, carried from their first frames by
-    f}; {} where the masks are not known."""
+    """{"masks": J of masks that f carries from the first frames of 60 test clips}; {} where none
+    are known."""
     truth = getattr(data.test and data.test.images, "truth", None)
     if truth is None:
         return {}
@@ -374,7 +374,7 @@ def carried_masks(model, data, args, device):
     values = values.unflatten(2, (model.side, model.side))
     carried = as_masks(values, masks.shape[3]).to(masks.device)
     both = [part[:, 1:].flatten(0, 1) for part in (carried, masks)]
-    return {"masks": 100 * region(*both).mean().item()}
+    return {"masks": region(*both).mean().item()}
 
 
 @torch.no_grad()
@@ -448,7 +448,8 @@ def main(argv=None):
             run.log(loss, lr, accuracy=right)
 
         found = held_out(model, data.test, settings, lambda out: accuracy(*out, args.clusters))
-        carried = carried_masks(model, data, args, device)
+        with run.not_training():
+            carried = carried_masks(model, data, args, device)
         run.end_epoch(epoch, **found, **carried, **without_network)
     if rank() == 0:
         draw_coloured(run.folder / "coloured.png", run)

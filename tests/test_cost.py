@@ -41,6 +41,16 @@ def test_vit_has_its_attention():
     assert network_cost(net, 8)["flops"] == 4 * block + 2 * 4 * (3 * 16) * dim
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_convolution_backwards_costs_twice_as_much_as_forwards(groups):
+    """Its own gradient and that of its weights; groups of channels see only their own."""
+    net = nn.Conv2d(8, 16, 3, groups=groups, bias=False)
+    x = noise(2, 8, 5, 5, dtype=torch.float32).requires_grad_()
+    forward = 2 * 2 * 9 * (8 // groups) * 16 * 3 * 3
+    assert counted(lambda: net(x)) == forward
+    assert counted(lambda: net(x).sum().backward()) == 3 * forward
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_network_is_left_as_it_was(training):
     net = backbone("resnet14", 8).train(training)

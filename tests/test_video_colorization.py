@@ -398,7 +398,7 @@ def test_masks_are_carried_by_the_features_of_the_network(monkeypatch):
     known = video_colorization.carried_masks(net, data, args, CPU)["masks"]
     monkeypatch.setattr(net, "places", lambda x: torch.zeros(*masks.shape[:2], net.side**2, 2))
     nothing = video_colorization.carried_masks(net, data, args, CPU)["masks"]
-    assert known > 60 > 20 > nothing
+    assert known > 0.6 > 0.2 > nothing
     data = SimpleNamespace(test=None)
     assert video_colorization.carried_masks(net, data, args, CPU) == {}
 

@@ -42,7 +42,7 @@ ROWS = HERE / "rows.jsonl"
 PAGES = dict.fromkeys(  # pages with blocks, and the root of their paths
     ("README.md", "tests/results/README.md", "tests/results/EVALUATIONS.md"), ROOT
 )
-PRETEXT = ("held_out", "control", "most_frequent", "same_place")  # of held-out clips
+PRETEXT = ("held_out", "control", "most_frequent", "same_place", "masks")  # of held-out clips
 FREE = {"data", "arch", "batch", "epochs", "seed", "eval_every"}  # have columns, or change nothing
 FILMS = evaluations.FILMS
 FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own number)}
@@ -257,12 +257,12 @@ GUESSES = {
     "tracking_triplet": 50,
 }
 RULES = {
-    ("shuffle_and_learn", "movers"): "92, the middle frame is between the others",
-    ("shuffle_and_learn", "tripod"): "73, the middle frame is between the others",
+    ("shuffle_and_learn", "movers"): "93, the middle frame is between the others",
+    ("shuffle_and_learn", "tripod"): "75, the middle frame is between the others",
     ("odd_one_out", "movers"): "78, the steepest edges",
-    ("odd_one_out", "tripod"): "42, the steepest edges",
-    ("arrow_of_time", "movers"): "76, larger differences come first",
-    ("arrow_of_time", "tripod"): "90, larger differences come first",
+    ("odd_one_out", "tripod"): "40, the steepest edges",
+    ("arrow_of_time", "movers"): "75, larger differences come first",
+    ("arrow_of_time", "tripod"): "87, larger differences come first",
     ("watching_objects_move", "movers"): "19, a square in the middle",
 }
 
@@ -303,8 +303,6 @@ def add(folders):
         if gradients:
             row["first_gradient"] = peaks(gradients)
         for line in lines:
-            if "table" in line:
-                row["table"] = line["table"]
             if "held_out" in line:
                 row["pretext"] = {name: line[name] for name in PRETEXT if name in line}
         same = ("method", "settings", "world_size", "device")
@@ -491,20 +489,23 @@ def draw_masks(folder, path):
     baselines = ("no network", "raw pixels, 32 px", "untrained resnet14, 32 px")
     methods = ("shuffle_and_learn", "watching_objects_move", "video_colorization")
     names = dict(zip(baselines, baselines)) | {m: f"{m}-{home(m)}-0" for m in methods}
-    files = {name: folder / f"{file}.npy" for name, file in names.items()}
-    found = {name: torch.from_numpy(np.load(f)) for name, f in files.items() if f.exists()}
+    found = {}
+    for name, start in names.items():
+        for file in folder.glob(f"{start}, *.npy"):
+            found[name] = torch.from_numpy(np.load(file))
     counts = [eval_video.SETTINGS[name][0] for name in ("test_clips", "mask_clips")]
-    eval_video.draw_masks(path, found, eval_video.visible("test", *counts).part(slice(1)))
+    clips = eval_video.visible(eval_video.film_of("movers", "test", counts[0]), counts[1])
+    eval_video.draw_masks(path, found, clips.part(slice(1)))
     picture = Image.open(path)
     picture = picture.crop((0, 24, *picture.size))  # without the title, which is wider
     save_small(picture, path, width=700)
 
 
-def some_filters(folder, names=("He", "rescaled", "PCA", "k-means")):
+def some_filters(folder, names=("He", "PCA", "k-means")):
     """The first filters of each kind in Magic init's filters.png, named."""
     filters = Image.open(folder / "filters.png").convert("RGB")
     width = 4 * 72 + 24
-    picture = Image.new("RGB", (width + 64, 4 * 72), "white")
+    picture = Image.new("RGB", (width + 64, len(names) * 72), "white")
     picture.paste(filters.crop((0, 22, width, 22 + picture.height)), (64, 0))
     draw = ImageDraw.Draw(picture)
     for i, name in enumerate(names):
@@ -978,6 +979,8 @@ def question_table(rows):
             rule = f"{numbers['same_place']}, the colour of the same place before; "
             rule += f"{numbers['most_frequent']}, the most frequent colour"
         right, control = numbers["held_out"], numbers["control"]
+        if numbers["masks"] != "–":
+            right += f"; masks carried: J {numbers['masks']}"
         lines.append([title(runs[0]), film, right, guess, rule, control, len(runs)])
     heads = ["run", "film", "held out", "guessing", "a rule without a network", "control", "runs"]
     return markdown(heads, lines) if lines else ["not run"]
@@ -1062,7 +1065,7 @@ def mid_table(rows):
 
 def magic_table(rows):
     """The kinds of first filters that a run of Magic init compares, means over the runs."""
-    tables = [row["table"] for row in chosen(rows, "magic_init") if "table" in row]
+    tables = [row["table"] for row in chosen(rows, "magic_init") if row.get("table")]
     if not tables:
         return ["not run"]
     keys = [key for key in ("knn20", "linear", "speeds") if key in tables[0]["He"]]
