@@ -450,6 +450,27 @@ def test_weights_that_are_not_finite_are_never_saved(quick_run, tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
+def test_features_that_are_not_finite_cost_no_training(quick_run, tmp_path, monkeypatch):
+    """The epoch before them is kept, so the same command goes on behind it."""
+
+    stub = common.evaluate
+
+    def refuse(*args):
+        only_knn = args[-1]
+        if only_knn:
+            common.fail("some features are infinite or not a number")
+        return stub(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "evaluate", refuse)
+        found = quick_run("--eval-every", 1)
+    assert found.code == 1 and found.err.count("\n") == 1
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    steps = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")[1:]]
+    assert steps == [0, 1]
+    assert quick_run("--eval-every", 1).code == 0
+
+
 class OneBad(common.Run):
     """The loss of process 1 is not a number in step 3."""
 
