@@ -41,15 +41,14 @@ the first (DAVIS: without the last one, too). The columns of the results:
     shot_r5   how often one of the five most similar is
 
 Three baselines stand beside the networks. "no network" leaves the first mask in its place and gives
-the best constant answers (for shots 0: all are equally similar). Raw pixels are the colours of 7 x
-7 pixels around a place for masks, else the frame averaged to 16 x 16. The third is the same network
-before training.
+the best constant answers (shots: 0, all are equally similar). Raw pixels are the colours of 7 x 7
+pixels around a place for masks, else the frame averaged to 16 x 16. The third is untrained.
 
 Run.
     python methods/eval_video.py runs/video_colorization-movers-0
     python methods/eval_video.py runs/* --only masks
-Into --out, by default runs/eval_video, it writes results.jsonl, masks.png and the folder masks (the
-masks in this picture). Five minutes at most, with 1,500 training clips, 500 test clips, 60 masks.
+The folder --out, runs/eval_video, gets results.jsonl, masks.png and masks, those in this picture.
+Five minutes at most, with 1,500 training clips, 500 test clips, 60 masks.
 """
 
 import functools
