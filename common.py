@@ -1310,8 +1310,8 @@ class Run:
         done = epoch + 1
         found = {}
         self.shown.pop("knn20", None)
-        self.fetch()
         if self.data.test and done % self.args.eval_every == 0 and done < self.args.epochs:
+            self.fetch()
             try:
                 found = self.evaluate(self.model.backbone, only_knn=True)
             except SystemExit:  # features that are not finite; the training is kept
