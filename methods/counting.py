@@ -30,9 +30,9 @@ Reached. On emoji after 12 epochs, 324 s on one busy core: kNN 50.3 % (untrained
 53.9); linear 53.1 % (untrained 52.6, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 What to expect. On emoji the loss falls below half of M, but what is counted in counts.png are
-mostly colours: orange, purple, light grey; four of the eight rows count the same brown animals. For
-a linear probe no stage differs from the untrained network's by more than 1.1 points, less than the
-standard error of 1.4.
+mostly colours: orange, purple, light grey; four of the eight rows count the same brown animals. 12
+epochs are too short: a linear probe gains nothing in any stage (at most 1.1 points, less than the
+standard error of 1.4). After 48 epochs it has 56.3 % (untrained 52.6).
 
 Differs from the paper. (This file | the paper.)
     1. The network is a ResNet or ViT, followed by two hidden layers with batch-norm | paper:
