@@ -29,7 +29,7 @@ table, also in metrics.jsonl, compares He's weights with all three kinds of filt
 the kind that --filters names. filters.png shows filters of the first layer. With --run the folder
 RUN-rescaled gets a backbone.pt with the features of the run; only its layers' speeds are changed.
 
-Reached. On emoji after 0 epochs, 23 s on one busy core: kNN 55.0 % (untrained 50.8, raw pixels
+Reached. On emoji after 0 epochs, 30 s on one busy core: kNN 55.0 % (untrained 50.8, raw pixels
 53.9); linear 54.4 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 What to expect. On emoji k-means gains 4 points in kNN, 1 with the linear probe (within the spread
