@@ -36,7 +36,7 @@ Reached. On emoji after 16 epochs, 551 s on one busy core: kNN 50.6 % (untrained
 54.4); linear 54.0 % (untrained 55.0, raw pixels 53.2); mean of 3 runs. Other recipes: not run.
 
 What to expect. On emoji the task is learned, but whole images are told no better than by the same
-network untrained, after 40 epochs neither (53.5). The mean over patches has 56.9 (untrained 55.4).
+network untrained, after 40 epochs neither (53.5 %). What was tried is in tests/results/LOG.md.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet, averaged over the places of a patch, or a ViT | CaffeNet, whose fc6

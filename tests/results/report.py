@@ -589,6 +589,8 @@ def draw_curves(rows, path):
     for i, (method, e) in enumerate(best.items()):
         color = colormaps["tab20"](2 * i % 20 + i // 10 % 2)
         points = mean_curve([run["curve"] for run in next(iter(by_device(e).values()))])
+        shorter = fastest(e) / points[-1][0]  # the seconds that the tables have
+        points = [(time * shorter, height) for time, height in points]
         style = "--" if on_one_core(e) else "-"
         axes.plot(*zip(*points), style, color=color, linewidth=1.6, marker="o", markersize=3)
         ends.append((*points[-1], method, color))
