@@ -1359,9 +1359,8 @@ class Run:
                 append(self.metrics, [last])  # at the end: it marks the run as complete
         if rank() == 0 and self.total:
             draw_curve(self.folder / "curve.png", self)
-        files = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         print0(table(lines[-1], self.label))
-        print0(f"{self.folder}: {', '.join(files)}")
+        print_files(self.folder)
         leave_processes()
 
 def lock(folder):
@@ -1413,6 +1412,12 @@ def table(results, name=None):
         numbers = "".join(f"{results[part][head]:11.1f}" for head in heads)
         lines.append(f"{row:{width}}" + numbers)
     return "\n".join(lines)
+
+
+def print_files(folder):
+    """What a folder holds, but for hidden files."""
+    files = sorted(path.name for path in folder.glob("[!.]*"))
+    print0(f"{folder}: {', '.join(files)}")
 
 
 def read_lines(path):

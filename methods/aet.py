@@ -32,9 +32,9 @@ The run folder also gets restored.png: test images, transformed, and back by the
 Reached. On emoji after 30 epochs, 458 s on one busy core: kNN 51.3 % (untrained 50.8, raw pixels
 53.9); linear 53.1 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
-What to expect. On emoji the loss falls from 1.08 to 0.45, but nearly all that is learned is by which
-quarter turn an image was turned, not the finer parameters (numbers in tests/results/LOG.md), and a
-linear probe gains nothing. After 90 epochs it has 54.8 % (untrained 55.2).
+What to expect. On emoji the loss falls from 1.08 to 0.45, but nearly all that is learned is the
+quarter turn, not the finer parameters (numbers in tests/results/LOG.md), and a linear probe gains
+nothing. After 90 epochs it has 54.8 % (untrained 55.2).
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT, whose last features are kept. Two hidden layers with

@@ -59,7 +59,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Candidate, Results, Split, candidates, embed, evaluate, features,
                     join_processes, labelled_features, load_data, parse, pixels,
-                    principal_directions, print0, replace_file, share)
+                    principal_directions, print0, print_files, replace_file, share)
 from kernels.collectives import fail, leave_processes, rank
 from kernels.cost import network_cost
 from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
@@ -380,7 +380,8 @@ def main(argv=None):
     for name, rows in tables.items():
         texts = [table(rows, columns) for columns in TABLES]
         print0("\n".join([f"\n{name}", *filter(None, texts)]))
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    print0("")
+    print_files(folder)
     leave_processes()
 
 

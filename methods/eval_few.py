@@ -41,7 +41,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Candidate, Results, Split, candidates, features, fit_logistic, join_processes,
-                    labelled_features, load_data, parse, pixels, print0, replace_file, share)
+                    labelled_features, load_data, parse, pixels, print0, print_files, replace_file,
+                    share)
 from kernels.collectives import fail, leave_processes, rank
 from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 
@@ -225,7 +226,8 @@ def main(argv=None):
         draw_few(folder / "few.png", tables)
     for name, measured in tables.items():
         print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    print0("")
+    print_files(folder)
     leave_processes()
 
 

@@ -55,7 +55,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Loader, Results, Split, baselines, candidates, features, flip_and_normalize,
-                    join_processes, linear_probe, load_data, parse, print0, replace_file)
+                    join_processes, linear_probe, load_data, parse, print0, print_files,
+                    replace_file)
 from kernels.collectives import fail, world
 from kernels.views import Crop
 
@@ -306,7 +307,8 @@ def main(argv=None):
         ending = f"-{Path(name).name}.png" if len(summaries) > 1 else ".png"
         draw_curves(folder / f"finetune{ending}", measured, scratch)
         print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    print0("")
+    print_files(folder)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ from torchvision.transforms import functional as TF
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (EMBEDDED, HERE, Results, candidates, collapse_panel, embed, features,
                     first_batch, flip_and_normalize, join_processes, load_data, parse, print0,
-                    replace_file, thin)
+                    print_files, replace_file, thin)
 from kernels.collectives import fail, world
 from kernels.views import Crop, normalize, whole_image
 
@@ -467,7 +467,8 @@ def main(argv=None):
             for word, numbers, names in colourings(data.name, split):
                 path = folder / f"tsne-{data.name}-{word}.png"
                 draw_maps(path, measured["tsne"], numbers, names, word)
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    print0("")
+    print_files(folder)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (ResNet, Results, ViT, candidates, join_processes, labelled_features,
-                    linear_probe, load_data, parse, print0, replace_file, share)
+                    linear_probe, load_data, parse, print0, print_files, replace_file, share)
 from kernels.collectives import fail, leave_processes, rank
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -238,7 +238,8 @@ def main(argv=None):
         draw_layers(folder / "layers.png", tables)
     for name, measured in tables.items():
         print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    print0("")
+    print_files(folder)
     leave_processes()
 
 

@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Results, candidates, features, join_processes, linear_classifier, load_data,
-                    parse, print0, replace_file)
+                    parse, print0, print_files, replace_file)
 from kernels.collectives import fail, leave_processes, rank
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -381,7 +381,8 @@ def main(argv=None):
             draw_curves(folder / f"robustness{ending}", measured)
             draw_corruptions(folder / f"corruptions{ending}", sets[name], args.seed)
             print0(f"\n{name}\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    print0("")
+    print_files(folder)
     leave_processes()
 
 

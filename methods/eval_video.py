@@ -64,7 +64,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (Candidate, Results, candidates, embed, join_processes, linear_probe, parse,
-                    print0, replace_file)
+                    print0, print_files, replace_file)
 from kernels.clips import load_bunny
 from kernels.collectives import fail, world
 from kernels.maps import maps, prepare
@@ -413,7 +413,8 @@ def main(argv=None):
         clips = visible(film_of("movers", "test", args.test_clips), args.mask_clips)
         draw_masks(folder / "masks.png", shown, clips.part(slice(SHOWN)))
     print0(f"\n{table(measured)}")
-    print0(f"\n{folder}: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    print0("")
+    print_files(folder)
 
 
 if __name__ == "__main__":
