@@ -43,7 +43,7 @@ try:
     import av
 except ImportError:
     av = None
-OLDEST = 15  # version of PyAV
+OLDEST = 17  # version of PyAV, the first with to_image(threads=1)
 
 FPS = 12  # frames per second of a clip: the rate of the embedded films
 ROUNDING = Fraction(1, 1000)  # seconds: WebM and MKV store time stamps in whole milliseconds
@@ -273,7 +273,9 @@ class Film:
                         yield frame
 
     def picture(self, frame):
-        picture = frame.to_image()
+        # Threads of the conversion to RGB would end only with the frame. A worker process that was
+        # forked while one lives would wait for such threads for ever.
+        picture = frame.to_image(threads=1)
         turn = UPRIGHT.get(frame.rotation % 360)
         return picture if turn is None else picture.transpose(turn)
 

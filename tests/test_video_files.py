@@ -458,7 +458,7 @@ def test_without_pyav(tmp_path, monkeypatch, capsys, installed):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     text = error_of(capsys, load_data, str(tmp_path), "unused", CPU)
-    assert 'pip install "av>=15"' in text and ("14.2.0" in text) == bool(installed)
+    assert 'pip install "av>=17"' in text and ("14.2.0" in text) == bool(installed)
 
 
 # -------- The reader ------------------------------------------------------------------------------
@@ -516,6 +516,18 @@ def test_a_video_shorter_than_a_clip_is_left_out_and_named(tmp_path, capsys):
     found = capsys.readouterr().err
     assert found.count("warning: left out") == 1
     assert f"{paths[1]} (6 frames at 12 a second, a clip has 7)" in found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the threads of Linux")
+def test_a_frame_leaves_no_threads(film):
+    """A process forked while a frame has threads would wait for them when it drops the frame."""
+    write(film, TWELFTHS[:3])
+    video = open_video(film)
+    before = len(os.listdir("/proc/self/task"))
+    frames = [frame for _, frame in video.frames()]
+    for frame in frames:
+        video.picture(frame)
+    assert len(frames) == 3 and len(os.listdir("/proc/self/task")) == before
 
 
 def test_workers_processes_and_resume_change_nothing(folder, monkeypatch):
