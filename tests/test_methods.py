@@ -514,7 +514,9 @@ def on_meta(name, *flags, **patches):
             patches[attribute] = READS_VALUES[attribute]
         elif attribute.startswith("draw_") and "path" in inspect.signature(value).parameters:
             patches[attribute] = lambda *args, **options: None  # pictures
+    adamw = torch.optim.AdamW  # in one fused kernel it refuses the meta device
     with pytest.MonkeyPatch.context() as patch, OneDevice():
+        patch.setattr(torch.optim, "AdamW", lambda *args, fused=None, **more: adamw(*args, **more))
         patch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
         patch.setattr(common.Loader, "first_shown", shown, raising=False)
         patch.setattr(VideosInMemory, "check", lambda *_: None)  # the paper's clips are longer
