@@ -262,7 +262,9 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
             run.log(loss, lr, accuracy=accuracy(logits))
-        run.end_epoch(epoch, **measure(model, data, control, settings))
+        with run.not_training():
+            found = measure(model, data, control, settings)
+        run.end_epoch(epoch, **found)
     run.finish()
 
 

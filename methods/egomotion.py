@@ -286,7 +286,9 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
             run.log(loss, lr, accuracy=accuracy(logits, classes))
-        run.end_epoch(epoch, **held_out(model, data.test, args, bounds, device))
+        with run.not_training():
+            found = held_out(model, data.test, args, bounds, device)
+        run.end_epoch(epoch, **found)
     run.finish()
 
 

@@ -495,7 +495,9 @@ def main(argv=None):
             # (sum of |alpha|) squared: 1 if a head reads one stage, 4 if it reads all alike.
             stages = alpha.detach().abs().sum(1).square().mean()
             run.log(loss, lr, **logged, stages=stages)
-        run.end_epoch(epoch, **held_out(model, test, settings, measure))
+        with run.not_training():
+            found = held_out(model, test, settings, measure)
+        run.end_epoch(epoch, **found)
     run.finish()
 
 

@@ -315,7 +315,9 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
             run.log(loss, lr, accuracy=accuracy(logits))
-        run.end_epoch(epoch, **held_out(model, data.test, settings, accuracy))
+        with run.not_training():
+            found = held_out(model, data.test, settings, accuracy)
+        run.end_epoch(epoch, **found)
     run.finish()
 
 

@@ -332,7 +332,9 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
             run.log(loss, lr)
-        run.end_epoch(epoch, **held_out(model, test, settings, right_order))
+        with run.not_training():
+            found = held_out(model, test, settings, right_order)
+        run.end_epoch(epoch, **found)
     run.finish()
 
 

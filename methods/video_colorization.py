@@ -424,9 +424,9 @@ def main(argv=None):
     model = VideoColorizer(args.arch, args.size, palette, args.dim).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
     state = {"optimizer": optimizer}
+    without_network = rules(model, data, settings, args.clusters)
     run = Run("video_colorization", args, data, loader, model, state, show=show)
     wrapped = distribute(model, device, args.compile)
-    without_network = rules(model, data, settings, args.clusters)
 
     # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.
     for epoch in range(run.step // loader.steps, args.epochs):
@@ -447,8 +447,8 @@ def main(argv=None):
             right = accuracy(scores.detach(), references, target, args.clusters)
             run.log(loss, lr, accuracy=right)
 
-        found = held_out(model, data.test, settings, lambda out: accuracy(*out, args.clusters))
         with run.not_training():
+            found = held_out(model, data.test, settings, lambda out: accuracy(*out, args.clusters))
             carried = carried_masks(model, data, args, device)
         run.end_epoch(epoch, **found, **carried, **without_network)
     if rank() == 0:

@@ -322,7 +322,9 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
             run.log(loss, lr, counted=counts.mean())
-        run.end_epoch(epoch, **held_out(model, test, (plain, *settings), overlap))
+        with run.not_training():
+            found = held_out(model, test, (plain, *settings), overlap)
+        run.end_epoch(epoch, **found)
     if rank() == 0:
         draw_masks(run.folder / "masks.png", run, test, plain)
     run.finish()

@@ -563,6 +563,24 @@ def test_time_of_evaluation_is_not_training_time(monkeypatch, quick_run, tmp_pat
     assert [row["images_per_s"] for row in rows(tmp_path / "run")] == [24.0] * 4
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if hasattr(method(name), "held_out")])
+def test_time_of_the_held_out_question_is_not_training_time(name, tmp_path, monkeypatch):
+    """It takes a thousand seconds by the clock, and everything else real time."""
+    late = [0.0]
+    real = time.perf_counter
+    held_out = method(name).held_out
+
+    def slow(*args):
+        late[0] += 1000
+        return held_out(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
+    patches = {"held_out": slow, **light(name)}
+    assert call_main(name, *short(name, epochs=1), "--out", tmp_path / "run", **patches).code == 0
+    assert late[0] >= 1000
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["train_seconds"] < 1000
+
+
 def test_the_same_folder_written_differently_continues(quick_run, tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path)
