@@ -149,7 +149,7 @@ def test_sentences_about_the_ranking_of_pretext_tasks(report):
         ours = {name: numbers[column] for name, numbers in found.items()}
         assert spearmanr(list(ours.values()), [report.VOC[name] for name in ours]).pvalue > 0.05
         order = sorted(ours, key=ours.get)
-        assert "counting" in order[:2]
+        assert "counting" in order[3:7]  # in the middle
         steps = [ours[b] - ours[a] for a, b in zip(order, order[1:])]
         assert statistics.median(steps) < 1.4  # the standard error
     painting = {"colorization", "color_proxy", "context_encoder", "split_brain"}
