@@ -936,17 +936,17 @@ def full_table(rows, data):
     heads |= {"rankme": "RankMe"}
     before = {key: head for key, head in heads.items() if key not in ("knn200", "retrieval5")}
 
-    trained = [["raw pixels", *[spread(runs[0][:1], "pixels", key) for key in heads], ""]]
+    trained = [["raw pixels", *[spread(runs[0][:1], "pixels", key) for key in heads], "", ""]]
     other = []
     for e in runs:
         settings = e[0]["settings"]
         name = f"{title(e[0])}, {settings['arch']}"
         seeds = sorted(run["settings"]["seed"] for run in e)
+        size = f"{settings['epochs']} × {settings['batch']}"
         numbers = [spread(e, "evaluation", key) for key in heads]
-        trained.append([name, *numbers, ", ".join(str(seed) for seed in seeds)])
+        trained.append([name, *numbers, size, ", ".join(str(seed) for seed in seeds)])
 
         numbers = [spread(e, "random_init", key) for key in before]
-        size = f"{settings['epochs']} × {settings['batch']}"
         machines = by_device(e).items()
         where = "; ".join(f"{device}: {seconds(runs):.0f} s" for device, runs in machines)
         commits = ", ".join(sorted({str(run["commit"])[:8] for run in e}))
@@ -959,7 +959,7 @@ def full_table(rows, data):
     else:
         missing = [m for m in missing if home(m) not in FILMS]
     return [
-        *markdown(["features", *heads.values(), "seeds"], trained),
+        *markdown(["features", *heads.values(), "epochs × batch", "seeds"], trained),
         *(["", f"Not run: {', '.join(sorted(missing))}."] if missing else []),
         "",
         "Of the same runs: the network before training, the budget, the seconds of the training.",
