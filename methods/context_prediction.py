@@ -25,7 +25,7 @@ logits (n, 40, 8), by layers that are thrown away after training. Section 3:
 A network that guesses has the loss log 8 = 2.079.
 
 Run.
-    python methods/context_prediction.py                      one CPU core, about 11 minutes
+    python methods/context_prediction.py                      one CPU core, about 9 minutes
     python methods/context_prediction.py --recipe stl10       one GPU
     torchrun --nproc_per_node 8 methods/context_prediction.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.

@@ -19,7 +19,7 @@ negative, by layers g that are thrown away after training; M a margin. Section 3
 The loss is the mean over images; a network that counts nothing has the loss M.
 
 Run.
-    python methods/counting.py                                one CPU core, about 12 minutes
+    python methods/counting.py                                one CPU core, about 11 minutes
     python methods/counting.py --recipe stl10                 one GPU
     torchrun --nproc_per_node 8 methods/counting.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.

@@ -463,7 +463,6 @@ def main(argv=None):
     run = Run("multitask", args, data, loader, model, state, show=show(tasks))
     wrapped = distribute(model, device, args.compile)
     penalty = args.lasso if args.heads == "lasso" else 0.0
-    measure = functools.partial(mean_score, tasks)
 
     # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.
     for epoch in range(run.step // loader.steps, args.epochs):
@@ -496,7 +495,7 @@ def main(argv=None):
             stages = alpha.detach().abs().sum(1).square().mean()
             run.log(loss, lr, **logged, stages=stages)
         with run.not_training():
-            found = held_out(model, test, settings, measure)
+            found = held_out(model, test, settings, functools.partial(mean_score, tasks))
         run.end_epoch(epoch, **found)
     run.finish()
 

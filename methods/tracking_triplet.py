@@ -23,7 +23,7 @@ which are the nearest to the anchor. If all embeddings are the same, the loss is
 stay at this loss if hard negatives are used from the start, or if all K are hard.
 
 Run.
-    python methods/tracking_triplet.py                        one CPU core, about 4 minutes
+    python methods/tracking_triplet.py                        one CPU core, about 3 minutes
     python methods/tracking_triplet.py --hard-from 20         random negatives to the end
     torchrun --nproc_per_node 8 methods/tracking_triplet.py --recipe paper --data movers
 --batch counts the clips of all processes together.

@@ -24,15 +24,15 @@ positives, others negatives. P: all ordered pairs (a, p) of positives among the 
 If all embeddings are the same, the loss is m.
 
 Run.
-    python methods/triplet.py                                 one CPU core, about 10 minutes
+    python methods/triplet.py                                 one CPU core, about 6 minutes
     python methods/triplet.py --mining hardest                why semi-hard
     python methods/triplet.py --recipe cifar10                one GPU
     torchrun --nproc_per_node 8 methods/triplet.py --recipe paper --data PATH/TO/FOLDER
 --batch counts the images of all processes together.
 With --positives labels or drawings the labels are used: that is no longer self-supervised.
 
-Reached. On emoji after 30 epochs, 583 s on one busy core: kNN 56.0 % (untrained 51.8, raw pixels
-53.9); linear 57.9 % (untrained 55.2, raw pixels 54.1); one run. Other recipes: not run.
+Reached. On emoji after 30 epochs, 338 s on one busy core: kNN 55.9 % (untrained 50.8, raw pixels
+53.9); linear 57.5 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or TensorFlow's code.)
     1. By default positives are two views of an image, made by SimCLR's crops and colours | faces of

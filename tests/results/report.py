@@ -8,12 +8,13 @@
 rows.jsonl has one row per run, as metrics.jsonl of its folder has it: command, commit, versions,
 device, settings, training seconds, the evaluation beside its two baselines, and kNN accuracy over
 time. Rows with the same settings, whatever the seed, form one entry. evaluations.jsonl holds what
-the eval_*.py scripts measured of runs (see evaluations.py). From the rows are made: the
-tables of README.md and of tests/results/README.md, the line "Reached." in the docstring of each
-method, and the pictures knn.png, years.png, plane.png, layers.png and instability.png. A recorded
-run also leaves a picture of what its network is shown, views/NAME.png; SimCLR's default run the
-picture at the top of README.md, neighbours.png; a run of DrLIM in the plane drlim_points.png;
-that of video_colorization coloured.png; the folder of eval_video.py masks.png.
+the eval_*.py scripts measured of runs (see evaluations.py). From the rows are made: the tables of
+README.md and of tests/results/README.md, the line "Reached." in the docstring of each method and
+the minutes of its first command, and the pictures knn.png, years.png, plane.png, layers.png and
+instability.png. A recorded run also leaves a picture of what its network is shown, views/NAME.png;
+SimCLR's default run the picture at the top of README.md, neighbours.png; a run of DrLIM in the
+plane drlim_points.png; that of video_colorization coloured.png; the folder of eval_video.py
+masks.png.
 """
 
 import argparse
@@ -1179,8 +1180,12 @@ def pages(rows):
     best = at_home(rows)
     for method in [m for files in FAMILIES.values() for m in files]:
         path = ROOT / "methods" / f"{method}.py"
-        lines = textwrap.fill(reached(best.get(method)), 100, break_on_hyphens=False)
+        runs = best.get(method)
+        lines = textwrap.fill(reached(runs), 100, break_on_hyphens=False)
         text = re.sub(r"^Reached\. .*?(?=\n\n)", lambda _: lines, path.read_text(), 1, re.S | re.M)
+        if runs and on_one_core(runs):
+            duration = f"one CPU core, about {fastest(runs) / 60:.0f} minutes"
+            text = re.sub("one CPU core, about [0-9]+ minutes", duration, text, count=1)
         texts[path] = text
     return texts
 
