@@ -888,35 +888,54 @@ def method_table(rows):
     return lines[1:]
 
 
+def best_stages():
+    """{name: the stage of the network that is best for a linear probe, and its accuracy}, as far as
+    eval_layers.py has measured it."""
+    rows = evaluations.rows_of("features", evaluations.read_rows(), FAMILIES["Video"])
+    networks = evaluations.collect(rows)
+    found = {}
+    for name in networks:
+        heights = {}
+        for stage in evaluations.LAYERS:
+            heights[stage] = evaluations.mean(networks, name, f"linear probe of {stage}", "linear")
+        if None not in heights.values():
+            best = max(heights, key=heights.get)
+            found[name] = f"{best}: {heights[best]:.1f}"
+    return found
+
+
 def short_table(rows):
-    """The defaults on emoji, six columns, the best linear accuracy first."""
+    """The defaults on emoji, seven columns, the best linear accuracy first."""
     best = headline(rows)
     ordered = sorted(best.values(), key=lambda runs: -mean(runs, "evaluation", "linear"))
-    heads = ["features", "kNN", "linear", "R@1", "minutes", "runs"]
+    heads = ["features", "kNN", "linear", "R@1", "best stage", "minutes", "runs"]
+    stages = best_stages()
     if not ordered:
         return ["not run"]
     keys = ("knn20", "linear", "retrieval1")
     raw = [spread(ordered[0][:1], "pixels", key) for key in keys]
-    lines = [["raw pixels", *raw, "", ""]]
+    lines = [["raw pixels", *raw, "", "", ""]]
     for name, arch in (("untrained resnet14", "resnet14"), ("untrained vit_mini", "vit_mini")):
         plain = ("simclr", "moco", "mae")  # whose networks see the image as it is
         runs = [run for m in plain for run in best.get(m, []) if run["settings"]["arch"] == arch]
         if runs:
             numbers = [spread(runs, "random_init", key) for key in keys]
-            lines.append([name, *numbers, "", len(runs)])
+            stage = stages.get(f"{name}, 32 px", "")
+            lines.append([name, *numbers, stage, "", len(runs)])
     for runs in ordered:
         numbers = [spread(runs, "evaluation", key) for key in keys]
-        lines.append([f"**{runs[0]['method']}**", *numbers, minutes(runs), len(runs)])
+        name = f"**{runs[0]['method']}**"
+        lines.append([name, *numbers, stages.get(name, ""), minutes(runs), len(runs)])
     missing = [m for files in FAMILIES.values() for m in files if m not in best]
     missing = [m for m in missing if home(m) == "emoji"]
-    lines += [[m, *["not run"] * 5] for m in missing]
+    lines += [[m, *["not run"] * 6] for m in missing]
     labelled = with_labels(rows)
     if not labelled:
         return markdown(heads, lines)
-    lines.append(["*with labels:*", *[""] * 5])
+    lines.append(["*with labels:*", *[""] * 6])
     for _, runs in sorted(labelled.items()):
         numbers = [spread(runs, "evaluation", key) for key in keys]
-        lines.append([title(runs[0]), *numbers, minutes(runs), len(runs)])
+        lines.append([title(runs[0]), *numbers, "", minutes(runs), len(runs)])
     words = (
         "The last lines, with labels, are not self-supervised: for each method and kind of "
         "`--positives` the best run. They say what labels would give."
