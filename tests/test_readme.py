@@ -383,7 +383,7 @@ def test_runs_with_labels_are_told_apart(report, drlim):
     assert "| **drlim** `--positives drawings` (with labels), resnet14 |" in full
     assert full.count("(with labels)") == 2 * 3  # two tables
     short = report.short_table(rows)
-    heading = short.index("| *with labels:* |  |  |  |  |  |")
+    heading = short.index("| *with labels:* |  |  |  |  |  |  |")
     assert short.index(next(line for line in short if line.startswith("| **drlim** |"))) < heading
     assert short[heading + 1].startswith("| **drlim** `--positives drawings` (with labels) |")
     assert "`--margin 1.0 --positives labels` (with labels) | 55.2 | 72.0" in short[heading + 2]
