@@ -1072,7 +1072,8 @@ class Run:
     Resumes model and `state`, {name: anything with state_dict and load_state_dict}; evaluates
     model.backbone. reference_loss: (word, value) of a dotted line beside the loss, for example
     ("chance", log 4). show(views) -> {heading: images (n, 3, h, w) in [0, 1]}: what views.png
-    shows of the first views; by default the views themselves."""
+    shows of the first views, beside the image, or in place of it under the heading "image"; by
+    default the views themselves."""
 
     def __init__(self, name, args, data, loader, model, state, reference_loss=None, show=None):
         self.name = self.label = name
@@ -1519,11 +1520,10 @@ def numbered_views(views):
 def draw_views(path, run):
     """What the network is shown: one row per image, which comes first, and one column per view."""
     index, views = run.loader.first_shown
-    shown = run.show(views)
     images, _ = next(run.loader.reader.whole(index, run.args.size))
-    rows = list(zip(images / 255, *shown.values()))
+    shown = {"image": images / 255, **run.show(views)}
     note = f"{run.name}: the image, then what the network is shown"
-    save_grid(path, rows, ["image", *shown], note=note)
+    save_grid(path, list(zip(*shown.values())), list(shown), note=note)
 
 
 def draw_neighbours(path, run):

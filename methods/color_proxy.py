@@ -3,22 +3,24 @@ Larsson, Maire, Shakhnarovich, CVPR 2017. https://arxiv.org/abs/1703.04044
 Official code (TensorFlow): https://github.com/gustavla/self-supervision
 
 Idea. Predict the colours of a grey image, as colorization.py does, but in another way. At a few
-random points of the image the feature maps of all depths are read out and joined (a hypercolumn),
-and from it two histograms are predicted: of the hue, the place on the colour circle, and of the
-chroma, how far the colour is from grey. A grey point has no hue, so the loss of the hue is
-multiplied by the chroma. Reading points instead of whole maps is cheap and loses little, because
-neighbouring pixels say nearly the same.
+random points of the image four feature maps of different depths are read out and joined (a
+hypercolumn), and from it two distributions over --bins bins, which the paper calls histograms, are
+predicted: of the hue, the place on the colour circle, and of the chroma, how far the colour is from
+grey. A grey point has no hue, so the loss of the hue is multiplied by the chroma. Reading points
+instead of whole maps is cheap and loses little, because neighbouring pixels have nearly the same
+colour.
 
 Notation. N images in the global batch, n = N / processes on this process; x (n, 3, H, W) colour
-images; P random points per image, at least --border pixels from the edge. From the hypercolumn at a
-point u a small network gives two histograms: K = --bins logits of the hue, K of the chroma. For
+images, of which f sees the grey; h = f(x) (n, D) representation, kept for later use; P random
+points per image, at least --border pixels from the edge. From the hypercolumn at a point u a small
+network gives 2 K logits, K = --bins: z_hue(u), K of the hue, and z_chroma(u), K of the chroma. For
 red, green and blue in [0, 1], chroma c = max - min, and hue is that of HSV in [0, 1). y_hue and
 y_chroma are the bins of the true values v: floor(0.99999 K v), so that 1 falls into the last bin.
 With CE the cross-entropy and b = --hue-weight:
 
-    L = mean over points of  CE(chroma(u), y_chroma)  +  b c CE(hue(u), y_hue)
+    L = mean over points of  b c CE(z_hue(u), y_hue)  +  CE(z_chroma(u), y_chroma)
 
-If the network guesses, the first part is log K, 3.47 for 32 bins.
+If the network guesses, the second part is log K, 3.47 for 32 bins.
 
 Run.
     python methods/color_proxy.py                             one CPU core, about 13 minutes
@@ -33,13 +35,13 @@ Reached. On emoji after 40 epochs, 767 s on one busy core: kNN 57.2 % (untrained
 Differs from the paper. (This file | the paper, or the official code.)
     1. The network is a ResNet or ViT, and the hypercolumn has four of its maps | official code:
        AlexNet, VGG-16 or ResNet-152, and up to 15 maps.
-    2. backbone(...) turns its input into grey, so the evaluation sees no colour, also for the
-       untrained baseline; the raw pixels are in colour. Grey is the plain mean of red, green and
-       blue, as in the official code.
+    2. backbone(...) turns its input into grey, so evaluation sees no colour either, nor does the
+       untrained baseline; only the raw pixels are in colour. Grey is the plain mean of red, green
+       and blue, as in the official code.
     3. The hypercolumn and the hidden layer have batch-norm, so maps of different scale count alike
-       | official code: a learned scale for each map, where it is asked for; dropout of 0.5.
-    4. A map of w places covers the image as w equal cells, read between their centres | official
-       code: its first place lies at the image's first pixel.
+       | official code: optionally a learned scale for each map; dropout of 0.5.
+    4. A map w places wide divides the image into w equal cells, with its values at their centres |
+       official code: the first value lies at the first pixel.
     5. The target is the bin of the pixel, as in the default of the official code | one of its
        variants: a histogram over 7 x 7 pixels.
     6. Adam, whose learning rate after a warm-up falls to zero by a cosine | the official code holds
@@ -69,7 +71,7 @@ KIND = "image"  # what it learns from; the tests ask for what is due to each kin
 
 
 def color_losses(hue_logits, chroma_logits, hue, chroma):
-    """The two parts of L before b: scalars, in nats.
+    """The two parts of L, hue and chroma, without the factor b: scalars, in nats.
 
     hue_logits, chroma_logits: (n, P, K); hue, chroma: (n, P) the true values in [0, 1]"""
     bins = hue_logits.shape[2]
@@ -86,7 +88,8 @@ def to_bin(values, bins):
 
 
 def hue_and_chroma(rgb):
-    """(n, P, 3) in [0, 1] -> hue and chroma (n, P) in [0, 1]. The hue of grey is 0."""
+    """(n, P, 3) in [0, 1] -> hue and chroma (n, P) in [0, 1]. The highest channel decides from
+    which primary the hue is counted, in sixths of the circle. The hue of grey is 0."""
     r, g, b = rgb.unbind(2)
     high = rgb.amax(2)
     chroma = high - rgb.amin(2)
@@ -109,8 +112,9 @@ def grey(x):
 
 
 def backbone(arch, size):
-    """common.backbone that looks at a grey image: its first layer gets the grey of any normalised
-    images. The feature of a ViT is the mean of its patches, which are what is trained."""
+    """common.backbone that sees grey only: whatever normalised images it gets, its first layer is
+    given their grey. The feature of a ViT is the mean of its patches, because training reads the
+    patches."""
     net = common.backbone(arch, size, pool="mean")
     net.first_layer.register_forward_pre_hook(lambda layer, inputs: (grey(inputs[0]),))
     return net
@@ -147,7 +151,6 @@ class ColorProxy(nn.Module):
     def __init__(self, arch, size, hidden, bins):
         super().__init__()
         self.size = size
-        self.bins = bins
         self.backbone = backbone(arch, size)
         D = self.backbone.out_dim
         total = D // 8 + D // 4 + D // 2 + D  # channels of the four maps together
@@ -203,7 +206,7 @@ def refuse_grey(loader):  # copy of: methods/split_brain.py::refuse_grey
     for _, (x,) in loader(0):
         rgb = denormalize(x)
         chroma = (rgb.amax(1) - rgb.amin(1)).amax()
-        if gather(chroma[None]).amax() > 5 / 255:
+        if gather(chroma[None]).amax() > 5 / 255:  # less may be traces of compression
             return
     fail("all images are grey; this method learns from colours, for example --data emoji")
 
@@ -212,7 +215,7 @@ def refuse_grey(loader):  # copy of: methods/split_brain.py::refuse_grey
 
 SETTINGS = {
     "recipe": ("emoji", "cifar10", "paper", "which column gives the defaults"),
-    "size": (32, 32, 224, "side of a view, pixels"),
+    "size": (32, 32, 224, "side of a view, pixels", "[2, inf)"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (64, 256, 40, "images per step, over all processes"),
     "epochs": (40, 200, 14, "passes over the training images"),
@@ -222,7 +225,7 @@ SETTINGS = {
     "points": (64, 64, 256, "random points per image", "[1, inf)"),
     "border": (2, 2, 32, "least distance of a point from the edge, pixels"),
     "bins": (32, 32, 32, "bins of the hue, and of the chroma", "[2, inf)"),
-    "hue_weight": (5.0, 5.0, 5.0, "weight of the hue, times the chroma"),
+    "hue_weight": (5.0, 5.0, 5.0, "weight b of the hue's loss, which the chroma multiplies"),
     "hidden": (128, 512, 1024, "width of the layer after the hypercolumn", "[1, inf)"),
     "min_crop": (0.5, 0.5, 0.5, "smallest crop, share of the image's area", "(0, 1]"),
 }
@@ -259,8 +262,8 @@ def show(views):
 
 
 def point_estimates(hue_logits, chroma_logits):
-    """Two histograms (..., K) -> a hue and a chroma (...), in [0, 1]: the mean, for the hue the
-    mean direction on the circle."""
+    """Logits (..., K) of hue and of chroma -> a hue and a chroma (...), in [0, 1]: the means of the
+    two distributions, for the hue the mean direction on the circle."""
     bins = hue_logits.shape[-1]
     middle = (torch.arange(bins, device=hue_logits.device) + 0.5) / bins  # (K,)
     angle = 2 * math.pi * middle
@@ -322,6 +325,7 @@ def main(argv=None):
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": [*model.backbone.parameters(), *others]},
     ]
+    # 0.9 and 0.99 are those of the official code of Colorization.
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99))
     state = {"optimizer": optimizer}
     run = Run("color_proxy", args, data, loader, model, state, show=show)
@@ -344,7 +348,7 @@ def main(argv=None):
             hue_logits = hue_logits.float()
             chroma_logits = chroma_logits.float()
             hue_loss, chroma_loss = color_losses(hue_logits, chroma_logits, hue, chroma)
-            loss = chroma_loss + args.hue_weight * hue_loss
+            loss = args.hue_weight * hue_loss + chroma_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -29,9 +29,9 @@ folder also gets counts.png: what is counted.
 Reached. On emoji after 32 epochs, 682 s on one busy core: kNN 51.3 % (untrained 50.7, raw pixels
 53.9); linear 55.5 % (untrained 52.6, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
-What to expect. On emoji the loss falls to a third of M, but what is counted in counts.png are
-mostly colours: orange, purple, pale grey; three of the eight rows count the same animals. It needs
-its epochs: after 12 of them a linear probe has 53.1 %, hardly more than before the training.
+What to expect. On emoji the loss falls to a third of M. Of the eight rows of counts.png three count
+a colour (orange, purple, pale grey), three the same animals. It needs its epochs: after 12 of them
+a linear probe has 53.1 %, hardly more than before the training.
 
 Differs from the paper. (This file | the paper.)
     1. The network is a ResNet or ViT, followed by two hidden layers with batch-norm | paper:

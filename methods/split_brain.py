@@ -30,7 +30,7 @@ Run.
     torchrun --nproc_per_node 8 methods/split_brain.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
 The run folder also gets predicted.png: test images, and what each half predicts of the other's.
---predict own --loss regression is an autoencoder in two halves, for comparison.
+--predict own trains an autoencoder in two halves, for comparison.
 
 Reached. On emoji after 60 epochs, 600 s on one busy core: kNN 61.5 % (untrained 51.6, raw pixels
 53.9); linear 60.6 % (untrained 55.1, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
@@ -45,8 +45,9 @@ Differs from the paper. (This file | the paper, or the official code.)
        are means over places | paper: sums.
     4. Q = 261: the points to which at least one 8-bit sRGB colour is nearest | paper: 313.
     5. L - 50 and ab are divided by 50 | official code: not divided.
-    6. The autoencoder for comparison has the same two halves, each of which predicts its own input
-       | paper: one network that sees Lab and predicts Lab.
+    6. The autoencoder for comparison has the same two halves, each of which predicts its own input,
+       as classes | paper: one network that sees Lab and predicts Lab, a regression (here --loss
+       regression: not run).
     7. Adam, whose learning rate after a warm-up falls to zero by a cosine | paper: nothing is said
        of the optimiser, so batch, epochs, rate and decay of the column `paper` are ours. Images are
        random resized crops, half of them mirrored | paper: crops of 180 pixels.
@@ -276,7 +277,7 @@ def refuse_grey(loader):
     for _, (x,) in loader(0):
         rgb = denormalize(x)
         chroma = (rgb.amax(1) - rgb.amin(1)).amax()
-        if gather(chroma[None]).amax() > 5 / 255:
+        if gather(chroma[None]).amax() > 5 / 255:  # less may be traces of compression
             return
     fail("all images are grey; this method learns from colours, for example --data emoji")
 

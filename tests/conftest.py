@@ -58,6 +58,7 @@ def kind_of(name):
 
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+# An initialisation takes no steps, and it needs values, of which the meta device has none.
 METHODS = [name for name in SCRIPTS if kind_of(name) not in ("evaluation", "initialisation")]
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
 FIRST_OF_ITS_KIND = {kind_of(name): name for name in reversed(METHODS)}.values()

@@ -292,6 +292,7 @@ def test_grey_data_are_refused(tmp_path):
     [
         (("--border", 16), "--border 16: choose at most 15"),
         (("--size", 52, "--arch", "vit_micro"), "--size 52: choose a multiple of 8"),
+        (("--size", 1, "--border", 0), "--size 1: choose at least 2"),
         (("--bins", 1), "--bins 1: choose at least 2"),
         (("--points", 0), "--points 0: choose at least 1"),
     ],

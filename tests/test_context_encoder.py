@@ -187,17 +187,14 @@ def test_hidden_pixels_leave_no_trace(mask):
     assert not torch.equal(painted, model(context_encoder.with_holes(elsewhere)))
 
 
-def test_without_holes_the_answer_is_in_the_input():
-    """The shortcut that holes prevent: one convolution that copies has no loss where nothing is
-    hidden. With holes it pays, in them alone."""
-    view = view_of(4, "--mask", "random")
-    x = 2 * denormalize(view[:, :3]) - 1
-    copied = 2 * denormalize(context_encoder.with_holes(view)) - 1
-    hidden = view[:, 3:]
-    ones = torch.ones_like(hidden)
-    assert context_encoder.reconstruction_loss(x, x, ones) == 0
-    assert context_encoder.reconstruction_loss(copied, x, 1 - hidden) < 1e-12
-    assert context_encoder.reconstruction_loss(copied, x, hidden) > 0.05
+def test_a_central_hole_has_a_fixed_border_and_random_ones_have_none():
+    """The shortcut of which the paper warns: features may latch on to the border of a hole that is
+    always in the same place. Over 200 images each pixel is hidden always or never if the hole is in
+    the centre, but now and then if the holes are random."""
+    centre = view_of(200, "--mask", "center")[:, 3:].mean(0)
+    assert ((centre == 0) | (centre == 1)).all() and 0 < centre.mean() < 1
+    random = view_of(200, "--mask", "random")[:, 3:].mean(0)
+    assert 0 < random.min() and random.max() < 1
 
 
 @pytest.mark.parametrize(

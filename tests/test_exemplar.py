@@ -48,16 +48,17 @@ def colours(*shape, seed=0):
 def test_loss_by_hand():
     """A network that guesses has log P; one that favours the right class of P by a has
     log(1 + (P - 1) e^-a). A mean over the images."""
-    seed = torch.tensor([3, 0, 7])
-    right = torch.eye(8, dtype=torch.float64)[seed]  # (3, 8)
+    label = torch.tensor([3, 0, 7])
+    right = torch.eye(8, dtype=torch.float64)[label]  # (3, 8)
 
     def check(logits, expected):
-        torch.testing.assert_close(exemplar.exemplar_loss(logits, seed).item(), expected, **EXACT)
+        torch.testing.assert_close(exemplar.exemplar_loss(logits, label).item(), expected, **EXACT)
 
     check(0 * right, math.log(8))
     check(4 * right, math.log1p(7 * math.exp(-4)))
     mixed = 4 * right
     mixed[1] = 0
+    assert f"{math.log(exemplar.SETTINGS['seeds'][0]):.2f} for 2,000 seeds" in exemplar.__doc__
     check(mixed, (2 * math.log1p(7 * math.exp(-4)) + math.log(8)) / 3)
 
 
@@ -345,10 +346,10 @@ def test_a_class_is_the_same_patch_in_all_epochs(train, monkeypatch, windows):
         seen.append(denormalize(x))
         return forward(model, x)
 
-    def listen(logits, seed):
+    def listen(logits, label):
         assert logits.shape == (36, SEEDS)
-        told.append(seed)
-        return loss(logits, seed)
+        told.append(label)
+        return loss(logits, label)
 
     monkeypatch.setattr(exemplar.Exemplar, "forward", see)
     flags = [*FLAGS, "--copies", 3, "--epochs", 2]
@@ -357,8 +358,8 @@ def test_a_class_is_the_same_patch_in_all_epochs(train, monkeypatch, windows):
     train("exemplar", *flags, double=False, **patches)
     assert len(seen) == 4
     seeds = windows[:, :, 10:26, 10:26] / 255
-    for x, seed in zip(seen, told):
-        torch.testing.assert_close(x, seeds[seed], rtol=0, atol=1e-6)
+    for x, label in zip(seen, told):
+        torch.testing.assert_close(x, seeds[label], rtol=0, atol=1e-6)
     for epoch in (told[:2], told[2:]):
         assert sorted(torch.cat(epoch).tolist()) == sorted(3 * [*range(SEEDS)])
 
@@ -377,6 +378,7 @@ def test_gradient_reaches_every_parameter(arch):
     "flags, words",
     [
         (("--seeds", 1), "--seeds 1: choose at least 2"),
+        (("--size", 1), "--size 1: choose at least 2"),  # one pixel has no neighbour: no gradient
         (("--min-seed", 0), "--min-seed 0: choose at least 0.1 and at most 1"),
         (("--copies", 0), "--copies 0: choose at least 1"),
     ],
@@ -393,7 +395,8 @@ def test_a_batch_larger_than_the_seeds_is_refused(tmp_path):
     assert found.err == "error: --batch 12: choose at most 8, the number of --seeds\n"
 
 
-def test_the_picture_shows_the_seed_between_its_window_and_its_copies(tmp_path, monkeypatch):
+def test_the_picture_shows_the_seed_without_margins_and_its_copies(tmp_path, monkeypatch):
+    """Copies that are not transformed are the seed that comes first."""
     drawn = {}
 
     def see(path, rows, columns, note=""):
@@ -405,10 +408,12 @@ def test_the_picture_shows_the_seed_between_its_window_and_its_copies(tmp_path, 
     for name in ("draw_curve", "draw_neighbours"):
         monkeypatch.setattr(common, name, lambda *args: None)
     flags = [*FLAGS, "--copies", 2, "--epochs", 1, "--warmup", 0, "--workers", 0]
-    found = call_main("exemplar", *flags, "--out", tmp_path / "run", **light("exemplar"))
+    patches = light("exemplar") | NO_COLOUR
+    patches["warp"] = lambda x, rand, size: x[:, :, 10:26, 10:26]
+    found = call_main("exemplar", *flags, "--out", tmp_path / "run", **patches)
     assert found.code == 0, found.err
     rows, columns = drawn["views.png"]
-    assert columns == ["image", "seed", "copy 1", "copy 2"] and len(rows) == 8
-    for window, seed, *copies in rows:
-        assert window.shape == (3, 36, 36) and copies[0].shape == (3, 16, 16)
-        assert torch.equal(seed, window[:, 10:26, 10:26])
+    assert columns == ["image", "copy 1", "copy 2"] and len(rows) == 8
+    for seed, *copies in rows:
+        for copy in copies:
+            torch.testing.assert_close(copy, seed, rtol=0, atol=1e-6)

@@ -327,6 +327,29 @@ def test_a_run_leaves_the_folder_of_a_run(monkeypatch, tmp_path):
     assert files(tmp_path / "run")["backbone.pt"] == left["backbone.pt"]
 
 
+def test_picture_has_the_leading_directions_of_pca(tmp_path, monkeypatch):
+    """A stem with 32 filters sees 27 directions, of which the last ones lead. The five filters
+    after them, random mixtures, are left out."""
+    drawn = []
+    monkeypatch.setattr(magic_init, "save_grid", lambda path, rows, *_, note: drawn.extend(rows))
+    nets = {}
+    for filters in ("rescaled", "pca"):
+        nets[filters] = nn.Sequential(conv_of(3, 32, kernel=3), nn.BatchNorm2d(32))
+        magic_init.within_layers(nets[filters], images(), filters, 0.1, 0)
+        nets[filters].first_layer = nets[filters][0]
+    magic_init.draw_filters(tmp_path / "filters.png", nets)
+    (shown,) = drawn
+    assert shown.shape == (12, 3, 3, 3) and shown.min() == 0 and shown.max() == 1
+
+    weight = nets["pca"][0].weight.detach().flatten(1)
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    assert torch.equal(shown.flatten(1), ((weight - low) / (high - low))[15:27])
+    x = images()
+    patches = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    variance = (patches @ F.normalize(weight).T).var(0)
+    assert variance[:27].diff().min() > 0  # from the least to the largest
+
+
 def trained_run(folder, arch="resnet14", method="rotnet"):
     """A run folder with a network whose batch-norm has seen images."""
     folder.mkdir()
@@ -420,6 +443,7 @@ def test_every_column_is_accepted(column):
         (("--filters", "zca"), "--filters: invalid choice"),
         (("--recipe", "paper"), "--recipe paper needs images"),
         (("--batch", 1), "--batch 1: choose at least 2"),
+        (("--size", 1), "--size 1: choose at least 2"),
     ],
 )
 def test_impossible_flags_are_refused(capsys, flags, words):
