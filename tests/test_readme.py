@@ -290,10 +290,28 @@ def test_sentences_about_videos(report, measured, section):
     features tell the angle."""
     evaluations = report.evaluations
     networks = measured["video"]
-    films = ("watching_objects_move", "shuffle_and_learn", "arrow_of_time")
+
+    def number(name, *place):
+        return f"{evaluations.mean(networks, f'**{name}**', *place):.1f}"
+
+    def best(*place):
+        trained = [name.strip("*") for name in networks if name.startswith("**")]
+        return sorted(trained, key=lambda name: -float(number(name, *place)))[:3]
+
+    a, b, c = best("motion", "motion")
+    x, y, z = (number(name, "motion", "motion") for name in (a, b, c))
+    assert f"of {a} for {x} % of the clips, of {b} for {y}, of {c} for {z} (untrained" in section
+    a, b, c = best("masks", "J")
+    x, y, z = (number(name, "masks", "J") for name in (a, b, c))
+    assert f"by {x} % ({a}), {y} ({b}) and {z} ({c}); untrained" in section
     for place in (("motion", "motion"), ("masks", "J")):
-        for name in (*[f"**{film}**" for film in films], UNTRAINED, RAW):
+        for name in (UNTRAINED, RAW):
             assert f"{evaluations.mean(networks, name, *place):.1f}" in section, (name, place)
+    copied = number("video_colorization", "masks", "J")
+    before = "untrained resnet14 of video_colorization, 48 px"
+    before = f"{evaluations.mean(networks, before, 'masks', 'J'):.1f}"
+    assert f"carry, has {copied} (untrained {before}), less than raw pixels" in section
+    assert float(copied) < evaluations.mean(networks, RAW, "masks", "J")
 
     motion = {n.strip("*"): evaluations.mean(networks, n, "motion", "motion") for n in networks}
     below = {n for n in report.FAMILIES["Video"] if n in motion and motion[n] < motion[RAW]}

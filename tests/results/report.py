@@ -864,14 +864,17 @@ def about(method):
 
 
 def about_films(files, best):
-    """Lines above a table of methods that learn from videos: from which, and how raw pixels do."""
+    """Lines above a table of methods that learn from videos: from which, and how raw pixels do, at
+    32 pixels and at the size of each method that has another."""
     parts = []
     for film in FILMS:
-        runs = [run for m in files if home(m) == film for run in best.get(m, [])]
-        if runs:
-            pixels = f"{mean(runs, 'pixels', 'linear'):.1f}"
-            names = ", ".join(m for m in files if home(m) == film)
-            parts.append(f"of `{film}` for {names} (raw pixels: {pixels})")
+        names = [m for m in files if home(m) == film]
+        pixels = {m: f"{mean(best[m], 'pixels', 'linear'):.1f}" for m in names if m in best}
+        usual = [pixels[m] for m in pixels if best[m][0]["settings"]["size"] == 32]
+        if usual:
+            words = [usual[0]]
+            words += [f"{m}: {number}" for m, number in pixels.items() if number != usual[0]]
+            parts.append(f"of `{film}` for {', '.join(names)} (raw pixels: {'; '.join(words)})")
     text = f"Numbers of single frames, {'; '.join(parts)}."
     return [*textwrap.wrap(text, 100), ""] if parts else []
 
