@@ -26,15 +26,15 @@ A network that guesses has the loss log(N G G). In CPC v2 the grid is also read 
 sides, each by a context network of its own.
 
 Run.
-    python methods/cpc.py                                     one CPU core, about 17 minutes
+    python methods/cpc.py                                     one CPU core, about 14 minutes
     python methods/cpc.py --recipe stl10                      one GPU
     torchrun --nproc_per_node 8 methods/cpc.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
 The network sees G x G patches of each image. --recipe v2 follows the second paper. predictions.png
 shows which patches the network expects in the part of an image that it has not read.
 
-Reached. On emoji after 12 epochs, 995 s on one busy core: kNN 54.4 % (untrained 48.7, raw pixels
-54.4); linear 59.1 % (untrained 51.2, raw pixels 53.2); one run. Other recipes: not run.
+Reached. On emoji after 12 epochs, 838 s on one busy core: kNN 53.5 % (untrained 49.0, raw pixels
+54.4); linear 59.0 % (untrained 51.2, raw pixels 53.2); mean of 2 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the papers.)
     1. The encoder is a whole ResNet or ViT for each patch | v1: a ResNet-101 up to its third stage;
