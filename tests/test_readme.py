@@ -576,6 +576,12 @@ def test_what_the_video_methods_answer(report):
     rule = "75, larger differences come first"
     assert lines[2] == f"| **arrow_of_time** | movers | 90.0 | 50.0 | {rule} | 51.0 | 1 |"
     assert "| 80.0 | – | 60.0, the colour of the same place before; 50.0, the most" in lines[3]
+    colours["pretext"] |= {"masks": 0.7, "masks_stay": 0.2, "masks_raw": 0.4}
+    (line,) = report.question_table([colours])[2:]
+    assert "| 80.0; masks carried: J 70.0 | –" in line
+    assert "frequent colour; masks: left in place 20.0, by the lightness of patches 40.0 |" in line
+    arrow["pretext"] = {"held_out_position": 0.3, "held_out_motion": 0.6}
+    assert "| movers | position 30.0; motion 60.0 |" in report.question_table([arrow])[2]
     assert report.question_table([plain]) == ["not run"]
 
 

@@ -43,7 +43,17 @@ ROWS = HERE / "rows.jsonl"
 PAGES = dict.fromkeys(  # pages with blocks, and the root of their paths
     ("README.md", "tests/results/README.md", "tests/results/EVALUATIONS.md"), ROOT
 )
-PRETEXT = ("held_out", "control", "most_frequent", "same_place", "masks")  # of held-out clips
+TASKS = ("position", "colour", "exemplar", "motion")  # of multitask
+PRETEXT = (  # of held-out clips
+    "held_out",
+    *[f"held_out_{task}" for task in TASKS],
+    "control",
+    "most_frequent",
+    "same_place",
+    "masks",
+    "masks_stay",
+    "masks_raw",
+)
 FREE = {"data", "arch", "batch", "epochs", "seed", "eval_every"}  # have columns, or change nothing
 FILMS = evaluations.FILMS
 FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own number)}
@@ -307,7 +317,7 @@ def add(folders):
         for line in lines:
             if "bank_knn" in line:
                 row["bank_knn"] = line["bank_knn"]
-            if "held_out" in line:
+            if any(name in line for name in PRETEXT):
                 row["pretext"] = {name: line[name] for name in PRETEXT if name in line}
         same = ("method", "settings", "world_size", "device")
         rows = [r for r in rows if any(r[key] != row[key] for key in same)] + [row]
@@ -1017,6 +1027,11 @@ def question_table(rows):
         right, control = numbers["held_out"], numbers["control"]
         if numbers["masks"] != "–":
             right += f"; masks carried: J {numbers['masks']}"
+            rule += f"; masks: left in place {numbers['masks_stay']}, by the lightness of patches "
+            rule += numbers["masks_raw"]
+        if right == "–":
+            parts = {task: numbers[f"held_out_{task}"] for task in TASKS}
+            right = "; ".join(f"{t} {number}" for t, number in parts.items() if number != "–")
         lines.append([title(runs[0]), film, right, guess, rule, control, len(runs)])
     heads = ["run", "film", "held out", "guessing", "a rule without a network", "control", "runs"]
     return markdown(heads, lines) if lines else ["not run"]
