@@ -650,6 +650,7 @@ def cpu_cases():
     cases = [simclr_case(M, 128) for M in (2048, 4096)]
     cases += [clip_case(N, 128) for N in (256, 2048, 4096)]
     cases += [moco_case(256, K, 128) for K in (8192, 16384)]
+    cases += [bank_case(256, M, 128) for M in (8192, 16384)]
     for make in (sinkhorn_case, potentials_case, assignment_case):
         cases += [make(B, 3000, torch.float32) for B in (512, 1024)]
     for B in (16, 32):

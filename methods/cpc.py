@@ -13,25 +13,25 @@ rows away, where only knowledge of what the picture shows is of help. The predic
 exact. It must only be more like the encoding of the true patch than like those of all other patches
 of the batch (InfoNCE, a loss that this paper introduced; SimCLR and MoCo took it over).
 
-Notation. N images in the global batch, n = N / processes on this process; x (n, G, G, 3, t, t) the
-patches of each; z = f(x) (n, G, G, D) encodings, whose mean over the grid is the representation
-that is kept for later use; c_ij context, computed from rows 1 to i of z; u = V z (d) what is to be
-predicted, a linear map of z; W_k c_ij (d) prediction of u_(i+k)j, k rows below, with a matrix W_k
-for each k. With l over all patches of the global batch (Eq. 4):
+Notation. N images in the global batch, n = N / processes on this process; x (n, G, G, 3, t, t) of
+each image a grid of G x G patches of t x t pixels; z = f(x) (n, G, G, D) their encodings, whose
+mean over the grid is the representation that is kept for later use; i row, j column of a patch;
+c_ij context, computed from rows 1 to i of z; u = V z (d) what is to be predicted, a linear map of
+z; W_k c_ij (d) prediction of u_(i+k)j, k rows below, with a matrix W_k for each k. All indices are
+within one image, except l, which stands for any patch of the global batch (Eq. 4):
 
     p_ijk = exp(u_(i+k)j . W_k c_ij) / sum over l of exp(u_l . W_k c_ij)
     L     = mean over images, i, j and k of  -log p_ijk
 
-A network that guesses has the loss log(N G G). In CPC v2 the grid is also read from the other three
-sides, each by a context network of its own.
+Predictions are multiplied by --scale. W_k and V have an offset. Guessing has the loss log(N G G).
+In CPC v2 the grid is also read from the other three sides, each by a context network of its own.
 
 Run.
     python methods/cpc.py                                     one CPU core, about 14 minutes
     python methods/cpc.py --recipe stl10                      one GPU
     torchrun --nproc_per_node 8 methods/cpc.py --recipe paper --data IMAGENET
---batch counts the images of all processes together.
-The network sees G x G patches of each image. --recipe v2 follows the second paper. predictions.png
-shows which patches the network expects in the part of an image that it has not read.
+--batch counts the images of all processes together. --recipe v2 follows the second paper.
+predictions.png shows which patches the network expects in the part of an image it has not read.
 
 Reached. On emoji after 12 epochs, 838 s on one busy core: kNN 53.2 % (untrained 49.9, raw pixels
 54.4); linear 58.7 % (untrained 51.3, raw pixels 53.2); mean of 3 runs. Other recipes: not run.
@@ -39,21 +39,21 @@ Reached. On emoji after 12 epochs, 838 s on one busy core: kNN 53.2 % (untrained
 Differs from the paper. (This file | the papers.)
     1. The encoder is a whole ResNet or ViT for each patch | v1: a ResNet-101 up to its third stage;
        v2: the same with a wider and longer third stage (ResNet-161).
-    2. On small images the grid has 5 x 5 patches, which makes a patch a third of the image's side,
-       on large ones 7 x 7 with half of a patch shared by the next, as in v1 | v2: 6 x 6.
-    3. Without normalisation (-none in --arch), a scale and an offset for each channel stay where
-       batch-norm was, and a residual branch starts at 0 | v1: does not say how such a network
-       starts. Layer-norm (-layer) is over the channels and places of one patch.
+    2. On small images there are 5 x 5 patches; the side of a patch is a third of the image's. On
+       large ones there are 7 x 7, and the next shares half of a patch, as in v1 | v2: 6 x 6.
+    3. Layer-norm (-layer in --arch) is over the channels and places of one patch. Without
+       normalisation (-none), a scale and an offset for each channel stay where batch-norm was, and
+       a residual branch starts at 0 | v1: does not say how such a network starts.
     4. The context network and V are those of v2's appendix; the context network reads a linear
        projection of z | v1: a PixelCNN without details; it predicts z itself.
-    5. Where colours are dropped, one random channel stands for all three | v2: the other two are
-       gone. v2 also bends, shears and recolours its patches.
+    5. Where colours are dropped, one random channel stands for all three | v2: two of the three
+       are dropped. v2 also bends, shears and recolours its patches.
     6. Images are random resized crops | v1: crops of 256 from 300 pixels, in grey.
     7. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one, and
        Adam has its usual momenta | v2: beta_1 = 0.8, gradients cut to a norm of 0.01, and an
        average of the weights over time.
-    8. The fused InfoNCE of kernels/ is not used: it is for rows of length 1, and its symmetric form
-       would also predict contexts from patches.
+    8. No fused loss of kernels/ is used: all want rows of length 1; bank_loss gives the candidates
+       no gradient, and clip_loss would also predict contexts from patches.
 """
 
 import math
@@ -177,8 +177,8 @@ def backbone(arch, size):
 
 
 class ContextBlock(nn.Module):
-    """A residual block that sees one more column to each side, and one more row above, but none
-    below (as in a PixelCNN). Maps (n, C, G, G) -> the same."""
+    """A residual block that sees one more column to each side than its input does, and one more row
+    above, but none below (as in a PixelCNN). Maps (n, C, G, G) -> the same."""
 
     def __init__(self, width):
         super().__init__()
@@ -433,7 +433,7 @@ def main(argv=None):
     first = rank() * math.prod(shape)
     number = first + torch.arange(math.prod(shape), device=device).view(shape)
 
-    # Which candidate each prediction is of: the same in every step.
+    # The number of the true candidate of each prediction: the same in every step.
     positive = []
     for turn in range(len(model.readers)):
         positive.append(true_patches(number, turn, steps_of(args)))

@@ -20,11 +20,14 @@ At 224 pixels F = 9000 gives resnet50 the sizes of Goyal et al., 9216, 9216, 819
     ViT      block1 ... blockN: the patch tokens are the map, and the class token is put beside it
     pixels   the image itself as a map of three channels, the baseline
 
+CPC's network sees each patch of an image by itself, so a layer answers with a map of each patch.
+The mean of these maps over the patches is the layer's map. It is smaller than that of an image: at
+48 pixels a patch has 16, and layer3 of resnet14 one place, so 384 features.
+
 The probe is linear_probe() in common.py: logistic regression, whose weight decay is chosen on a
 fifth of the training images. (Papers: SGD on augmented images.) Accuracies on the test images, in
 percent. The last layer may differ from `linear` in a run's table: there the network pools its
-feature itself. A network whose layers are not known, as that of CPC, which sees each patch of an
-image by itself, is left out.
+feature itself. A network whose layers are not known is left out.
 
 Run.
     python methods/eval_layers.py runs/simclr-emoji-0
@@ -81,6 +84,8 @@ class Layer(nn.Module):
         found = []
 
         def keep(module, inputs, output):
+            if len(output) > len(x):  # one row per patch
+                output = output.unflatten(0, (len(x), -1)).mean(1)
             found.append(average(output, self.target))
 
         handle = self.module.register_forward_hook(keep)
@@ -91,6 +96,8 @@ class Layer(nn.Module):
 
 def layers(network):
     """{name of a layer: module}, from the image to the features; {} if they are not known."""
+    if hasattr(network, "encode"):  # a network of patches (methods/cpc.py)
+        network = network.net
     if isinstance(network, ResNet):
         stages = {f"layer{i}": getattr(network, f"layer{i}") for i in (1, 2, 3, 4)}
         return {"stem": network.relu, **stages}  # the blocks have a ReLU of their own
@@ -231,7 +238,7 @@ def main(argv=None):
         if accuracies:
             tables[candidate.data][candidate.name] = accuracies
         else:
-            print0(f"{candidate.name}: left out, neither a ResNet nor a ViT of common.py")
+            print0(f"{candidate.name}: left out, its layers are not known")
 
     folder = results.folder
     if rank() == 0:

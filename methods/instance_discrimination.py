@@ -4,30 +4,29 @@ Official code: https://github.com/zhirongw/lemniscate.pytorch
 
 Idea. Every image is a class of its own, and the network learns to say which image it sees. A usual
 classifier would have a weight vector for each image and compare images with these vectors, never
-with each other. Here the image's own embedding of one epoch ago takes the place of its weight
-vector. These embeddings wait in a memory bank with one row per image. To be recognised, a view must
-be close to the earlier views of its image and far from all other images, and similar images, which
-are the hardest to tell apart, end up near each other.
+with each other. Here an embedding of the image itself from earlier epochs takes the place of its
+weight vector. A memory bank keeps them, one row for each image. To be recognised, a view must be
+close to the earlier views of its image and far from all other images. Similar images are the
+hardest to tell apart, so they stay near each other.
 
 Notation. M training images, N of them in the global batch, n = N / processes on this process;
 x (n, 3, H, W) one view of each; h = f(x) (n, D) representation, kept for later use; v = g(h) (n, d)
-embedding, L2-normalised; bank (M, d) with rows m_i; tau temperature. Eq. 2 is the probability that
-v shows image i:
+embedding, L2-normalised; bank (M, d) with rows m_i; tau temperature. i is the image that v shows.
+The network gives this image the probability (Eq. 2)
 
     P(i | v) = exp(m_i . v / tau) / Z,    Z = sum over j of exp(m_j . v / tau)
 
 There are two losses, both averaged over images. The softmax names the image among all M.
-Noise-contrastive estimation (NCE, Eq. 4 to 7) looks at the own row and at K others, drawn anew for
-each view, and asks of each by itself whether it is the own one: p is the probability that it is. In
-its P the sum Z is a constant, estimated once, from the first batch:
+Noise-contrastive estimation (NCE, Eq. 4 to 7) looks at 1 + K rows: that of image i itself, and
+those of K other images, drawn anew for each view. For each row by itself it asks: is this the row
+of the view's own image? p is the probability of yes. In NCE Z is no sum but a constant,
+estimated once, from the first batch. The proximal term (Eq. 9) slows the embeddings down: it
+adds lambda ||v - m_i||^2 to the loss. After the step the bank learns the embeddings of the batch,
+with momentum mu:
 
     softmax:  L = -log P(i | v)
     nce:      L = -log p(i, v) - sum over K others j of log(1 - p(j, v)),    p = P / (P + K / M)
-
-The proximal term (Eq. 9) slows the embeddings down: it adds lambda ||v - m_i||^2. After the step
-the bank learns the embeddings of the batch, with momentum mu:
-
-    m_i <- mu m_i + (1 - mu) v,    back to length 1
+    bank:     m_i <- mu m_i + (1 - mu) v,    back to length 1
 
 Run.
     python methods/instance_discrimination.py                 one CPU core, about 6 minutes
@@ -41,13 +40,14 @@ Reached. On emoji after 70 epochs, 340 s on one busy core: kNN 59.5 % (untrained
 53.9); linear 59.4 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. The K others never include the image itself, though p counts each with a probability of
-       1 / M | paper and official code: they are drawn from all M.
+    1. The K others never include the image itself. They are drawn from the M - 1 other images, but
+       the formula of p keeps 1 / M | paper and official code: they are drawn from all M.
     2. The bank's momentum mu and the proximal term are two flags | paper: the term, with mu = 0;
        official code: mu = 0.5, without the term, as in our columns emoji and cifar10.
     3. The bank begins with random unit vectors | official code: random numbers, of varying length.
     4. The learning rate falls to zero by a cosine, after a warm-up where --warmup asks for one |
-       official code: divided by ten at epochs 120 and 160 of 200, on CIFAR-10 at other ones.
+       official code: divided by ten at epochs 120 and 160 of 200, on CIFAR-10 every 40 epochs from
+       the 80th (by a function whose call is commented out).
     5. On emoji the head ends in a batch-norm without scale and offset, as in MoCo v3 | paper, and
        our other columns: none (--no-head-norm).
     6. On emoji half of the views are mirrored and hues change less | official code: mirrored on
@@ -82,8 +82,8 @@ def softmax_loss(v, bank, index, tau):
     v: (n, d) embeddings; bank: (M, d) rows of all images; index (n,): which image each view shows.
     """
     if v.device.type != "cpu":
-        # The two lines below, fused: it never stores the (n, M) logits, with ImageNet
-        # 1.3 GB for 256 views.
+        # The fused loss gives the same as the two lines below without storing the (n, M) logits,
+        # with ImageNet 1.3 GB for 256 views.
         return bank_loss(v, bank, index, tau)
     logits = v @ bank.T / tau  # (n, M)
     return F.cross_entropy(logits, index)
@@ -143,8 +143,8 @@ def compare(v, bank, index, others, tau):
 @torch.no_grad()
 def update_bank(bank, index, v, mu):
     """The rows `index` (N,) move towards the embeddings v (N, d) of the images of all processes, so
-    every process holds the same bank. The file that is read for a broken one may stand twice in a
-    batch: its first view counts."""
+    every process holds the same bank. If a file is broken, another is read in its place, so an
+    image may stand twice in a batch: its first view counts."""
     first = (index[:, None] == index).int().argmax(1)
     rows = mu * bank[index] + (1 - mu) * v[first]
     bank[index] = F.normalize(rows, dim=1)
@@ -175,11 +175,12 @@ SETTINGS = {
     "batch": (256, 128, 256, "images per step, over all processes"),
     "epochs": (70, 200, 200, "passes over the training images"),
     "warmup": (2.0, 0.0, 0.0, "epochs of linear learning-rate warm-up"),
-    # --loss nce needs 0.005 on emoji: while the bank is young, many others are close at once
+    # for the softmax; on emoji the rate of --loss nce is not tuned
     "lr": (0.02, 0.06, 0.03, "learning rate per 256 images"),
     "weight_decay": (1e-4, 5e-4, 1e-4, "on all parameters"),
-    "loss": ("softmax", "softmax", "nce", "over all images, or over some", ("softmax", "nce")),
-    "negatives": (1024, 4096, 4096, "K, other images per view in nce", "[1, inf)"),
+    "loss": ("softmax", "softmax", "nce", "softmax over all images, or NCE with K others",
+             ("softmax", "nce")),
+    "negatives": (1024, 4096, 4096, "K, other images per view, with --loss nce", "[1, inf)"),
     # e^(1 / tau), by which Z is estimated, must stay finite
     "tau": (0.1, 0.1, 0.07, "temperature of the logits", "[0.02, inf)"),
     "dim": (128, 128, 128, "dimensions of an embedding", "[1, inf)"),

@@ -6,16 +6,17 @@ https://github.com/rksltnl/Caffe-Deep-Metric-Learning-CVPR16
 Idea. Pairs and triplets use few of the distances within a batch. Here each pair of positives is
 compared with all negatives of both its images: its distance plus a margin should be smaller than
 the distance from either image to its nearest negative. A maximum over so many distances has a
-gradient at a single negative and jumps from one to another, which ends in poor minima. So it is
-replaced by a smooth upper bound, the logarithm of a sum of exponentials, in which near negatives
-count most and all count a little: a step towards the softmax of N-pair and InfoNCE.
+gradient at a single negative, and this negative changes from step to step, so training ends in poor
+local minima. So the maximum is replaced by a smooth upper bound, the logarithm of a sum of
+exponentials, in which near negatives count most and all count a little, as in the softmax of N-pair
+and InfoNCE.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding, not
-normalised; D_ij = ||z_i - z_j|| distance, not squared (some lecture notes square D); a margin. A
-view has a name: the number of its image, or its label, or what it draws (--positives). Views of the
-same name are positives, others negatives. P: all pairs i < j of positives among the 2N views;
-N(i): the negatives of i. Eq. 4:
+normalised; D_ij = ||z_i - z_j|| distance, not squared (some lecture notes square D); a is the
+margin. A view has a name: the number of its image, or its label, or what it draws (--positives).
+Views of the same name are positives, others negatives. P: all pairs i < j of positives among the 2N
+views; N(i): the negatives of i. Eq. 4:
 
     J_ij = log( sum over k in N(i) of exp(a - D_ik)  +  sum over l in N(j) of exp(a - D_jl) ) + D_ij
     L    = 1 / (2 |P|)  sum over (i, j) in P of  max(0, J_ij)^2
@@ -23,6 +24,11 @@ N(i): the negatives of i. Eq. 4:
 This J_ij is an upper bound of that of Eq. 3, which --no-smooth takes instead:
 
     J_ij = max( max over k in N(i) of a - D_ik,  max over l in N(j) of a - D_jl ) + D_ij
+
+A pair with J_ij < 0 is nearer than its negatives by the margin and has no loss. The gradient of
+J_ij^2 / 2 is J_ij times that of J_ij: it fades where J_ij reaches 0. If all embeddings are the same
+and all images have different names, J = a + log(4N - 4), with --no-smooth J = a, and the loss is
+J^2 / 2.
 
 Run.
     python methods/lifted_structure.py                        one CPU core, about 6 minutes
@@ -36,9 +42,9 @@ Reached. On emoji after 30 epochs, 334 s on one busy core: kNN 57.8 % (untrained
 53.9); linear 58.8 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. By default positives are two views of an image, made by SimCLR's crops and colours | images
-       of one class. With --positives labels, batches hold pairs of images of one label, each as two
-       views | official code: random pairs, most of them negative; paper: random pairs, to which
+    1. By default positives are two views of an image, made by SimCLR's crops and colours. With
+       --positives labels, batches hold pairs of images of one label, each as two views | images of
+       one class. Official code: random pairs, most of them negative; paper: random pairs, to which
        hard negatives from outside the batch are added.
     2. At D = 0 the gradient of D is taken to be 0 | official code: divides by D, also by 0.
        pytorch-metric-learning's loss is ours, but of normalised embeddings by default.
@@ -72,7 +78,8 @@ def lifted_loss(z, name, margin, smooth):
     """Eq. 4, or with smooth=False Eq. 3. Returns a scalar.
 
     z: (2N, d) embeddings; name: (2N,) integers, equal for positives."""
-    # without matrix products, which lose the small distances; its gradient at 0 is 0
+    # cdist without matrix products, in which small distances would be lost to rounding. Where two
+    # views coincide its gradient is 0.
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # (2N, 2N)
     same = name[:, None] == name
 
@@ -162,6 +169,14 @@ def learning_rate(step, args, steps_per_epoch):  # copy of: methods/simclr.py::l
     return peak * 0.5 * (1 + math.cos(angle))
 
 
+def loss_of_collapse(args):
+    """The loss if all embeddings are the same and all images have different names."""
+    J = args.margin
+    if args.smooth:
+        J += math.log(4 * args.batch - 4)  # 2N - 2 negatives of each of the two views of a pair
+    return J**2 / 2
+
+
 def main(argv=None):
     args = parse(__doc__, SETTINGS, argv)
     device = join_processes(args.seed)
@@ -173,7 +188,10 @@ def main(argv=None):
     model = LiftedStructure(args.arch, args.size, args.dim, args.head).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=args.weight_decay)
     state = {"optimizer": optimizer}
-    run = Run("lifted_structure", args, data, loader, model, state)
+    collapsed = None
+    if args.positives == "views":  # the names of the images of a batch all differ
+        collapsed = ("collapsed", loss_of_collapse(args))
+    run = Run("lifted_structure", args, data, loader, model, state, collapsed)
     wrapped = distribute(model, device, args.compile)
 
     # A run that is continued starts in the epoch in which it stopped; the loader skips its steps.

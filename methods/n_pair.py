@@ -34,11 +34,11 @@ Reached. On emoji after 60 epochs, 609 s on one busy core: kNN 59.5 % (untrained
 53.9); linear 59.8 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or TensorFlow's code.)
-    1. By default the positive is a second view of the image, made by SimCLR's crops and colours |
-       another image of its class. With --positives labels, batches hold pairs of images of one
-       label, and several pairs may have the same: their images are left out of each other's sum |
-       paper: one pair of each of N classes. TensorFlow: such images are positives, too, and share
-       the probability.
+    1. By default the positive is a second view of the image, made by SimCLR's crops and colours.
+       With --positives labels, batches hold pairs of images of one label, and several pairs may
+       have the same: their images are left out of each other's sum | another image of the class.
+       Paper: one pair of each of N classes. TensorFlow: the images of several pairs of one class
+       are all positives of each other and share the probability.
     2. The penalty is lambda / 2 times the mean, as in TensorFlow's code | paper: not verified.
        pytorch-metric-learning: no penalty, and normalised embeddings by default.
     3. The classes of a batch are drawn at random | paper: also so that they are hard to tell apart,

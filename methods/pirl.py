@@ -11,18 +11,18 @@ memory bank. It holds one embedding of each training image, a moving average ove
 
 Notation. M training images, N of them in the global batch, n = N / processes on this process;
 I (n, 3, H, W) a view of each, I^t its transformed version: nine patches (n, 9, 3, t, t) in random
-order, or a turned view (n, 3, H, W). The backbone makes a representation of D numbers of each view
-and each patch, which is kept for later use. One head for each kind of view makes embeddings of
-them, L2-normalised: f (n, d) of the images, g (n, d) of the transformed versions. bank (M, d) has
-rows m_I, one for each image; tau temperature; mu momentum.
+order, or a turned view (n, 3, H, W). h (n, D) representation of a view, (9n, D) of the patches,
+made by the backbone and kept for later use. One head for each kind of view makes embeddings of h,
+L2-normalised: f (n, d) of the images, g (n, d) of the transformed versions. bank (M, d) has rows
+m_I, one for each image; tau temperature; mu momentum.
 The loss is noise-contrastive estimation (NCE, Eq. 4 and 5), averaged over images. An embedding v is
 compared with the row of its own image and with those of K others, drawn anew for each step. P is a
-softmax over all rows of the bank, but a constant Z stands for its sum. h is the probability that
+softmax over all rows of the bank, but a constant Z stands for its sum. p is the probability that
 m_I is the row of v's own image and not one of the K. lambda is the weight of the transformed
 versions. After the step the bank learns the embeddings of the images, not of those versions:
 
-    P(I, v)   = exp(m_I . v / tau) / Z,    h = P / (P + K / M)
-    NCE(I, v) = -log h(I, v) - sum over K others I' of log(1 - h(I', v))
+    P(I, v)   = exp(m_I . v / tau) / Z,    p = P / (P + K / M)
+    NCE(I, v) = -log p(I, v) - sum over K others I' of log(1 - p(I', v))
     L         = lambda NCE(I, g) + (1 - lambda) NCE(I, f)
     m_I      <- mu m_I + (1 - mu) f,    back to length 1
 
@@ -37,7 +37,7 @@ Reached. On emoji after 40 epochs, 1040 s on one busy core: kNN 59.2 % (untraine
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. The constant Z is estimated once, from the first batch, from all kinds of views | official
-       code: from the patches. Paper, Eq. 3, with s = m . v / tau: h = e^s / (e^s + sum of e^s over
+       code: from the patches. Paper, Eq. 3, with s = m . v / tau: p = e^s / (e^s + sum of e^s over
        the K others). Each view has a sum of its own where we, and the official code, have the
        constant Z K / M.
     2. The K others are the same for all images of a step; where one is the image itself, it is
@@ -173,8 +173,8 @@ def compare(v, bank, index, others, tau):
 @torch.no_grad()
 def update_bank(bank, index, v, mu):  # copy of: methods/instance_discrimination.py::update_bank
     """The rows `index` (N,) move towards the embeddings v (N, d) of the images of all processes, so
-    every process holds the same bank. The file that is read for a broken one may stand twice in a
-    batch: its first view counts."""
+    every process holds the same bank. If a file is broken, another is read in its place, so an
+    image may stand twice in a batch: its first view counts."""
     first = (index[:, None] == index).int().argmax(1)
     rows = mu * bank[index] + (1 - mu) * v[first]
     bank[index] = F.normalize(rows, dim=1)
@@ -254,8 +254,9 @@ SETTINGS = {
     "transform": ("jigsaw", "rotation", "jigsaw", "what the embedding ignores",
                   ("jigsaw", "rotation", "both")),
     "size": (32, 32, 224, "side of a view of the image, pixels"),
-    "puzzle": (48, 48, 255, "side of the image that is cut into nine, pixels", "[3, inf)"),
-    "tile": (12, 12, 64, "side of a patch, pixels", "[1, inf)"),
+    "puzzle": (48, 48, 255, "side of the image that is cut into nine, pixels; without effect with "
+               "--transform rotation", "[3, inf)"),
+    "tile": (12, 12, 64, "side of a patch of it, pixels", "[1, inf)"),
     "arch": ("resnet14", "resnet18", "resnet50", "the backbone", ARCHS),
     "batch": (256, 256, 1024, "images per step, over all processes"),
     "epochs": (40, 200, 800, "passes over the training images"),
@@ -279,6 +280,8 @@ SETTINGS = {
 
 def get_args(argv=None):
     args = parse(__doc__, SETTINGS, argv)
+    if args.transform == "rotation":  # no puzzle is shown
+        return args
     cell = args.puzzle // 3
     if args.tile > cell:
         fail(
@@ -334,7 +337,7 @@ def main(argv=None):
         {"params": biases_and_norms, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    # For a network that cannot tell images apart P is 1 / M, so h is 1 / (K + 1).
+    # For a network that cannot tell images apart P is 1 / M, so p is 1 / (K + 1).
     K = args.negatives
     chance = math.log(K + 1)
     if args.loss == "nce":

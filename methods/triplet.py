@@ -35,9 +35,9 @@ Reached. On emoji after 30 epochs, 338 s on one busy core: kNN 55.9 % (untrained
 53.9); linear 57.5 % (untrained 53.3, raw pixels 54.1); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or TensorFlow's code.)
-    1. By default positives are two views of an image, made by SimCLR's crops and colours | faces of
-       one person. With --positives labels, batches hold pairs of images of one label, each as two
-       views | about 40 faces of a person, and further faces at random.
+    1. By default positives are two views of an image, made by SimCLR's crops and colours. With
+       --positives labels, batches hold pairs of images of one label, each as two views | faces of
+       one person: about 40 of each person in a batch, and further faces at random.
     2. The mean over all pairs of positives, also those without loss | paper: a sum, which is the
        same up to a factor. pytorch-metric-learning: distances that are not squared by default; the
        mean leaves out triplets without loss; its miner takes all semi-hard negatives of a pair.

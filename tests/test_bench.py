@@ -305,6 +305,23 @@ def test_table_without_rows(tmp_path):
     assert all("not run" in line for line in lines)
 
 
+def test_every_kernel_has_a_line_on_both_devices():
+    """Also before it has been measured: then the line says so, beside the lines of others."""
+    ops = {case.op for case in bench.GPU_CASES}
+    assert ops == {case.op for case in bench.CPU_CASES} == {case.op for case in SMALL}
+
+    about = {"device": "a device", "who": "ours", "ms": 2.0}
+    for kind, cases in (("cuda", bench.GPU_CASES), ("cpu", bench.CPU_CASES)):
+        rows = [about | {"type": kind, "op": c.op, "size": c.size} for c in cases]
+        rows = [row for row in rows if row["op"] != "bank_loss"]
+        lines = bench.device_table("a device", rows, cases, bench.COLUMNS[kind])
+        banks = [line for line in lines if line.startswith("| bank_loss")]
+        assert banks and len(lines) == 5 + len(cases)
+        assert all(line.split(" | ")[2] == "not run" for line in banks)
+        others = [line for line in lines if line.startswith("| moco_loss")]
+        assert all(line.split(" | ")[2] == "2" for line in others)
+
+
 def test_table_by_hand():
     case = bench.simclr_case(64, 32)
     about = {"type": "cuda", "device": "H200", "date": "today"}
@@ -341,8 +358,8 @@ def test_table_by_hand():
 
 
 def test_sizes():
-    """A row is found by its kernel and size: sizes are unique, and those of the CPU are still the
-    recorded ones."""
+    """A row is found by its kernel and size: sizes are unique, and all rows of a CPU are still
+    in the table."""
     every_way = {way for _, ways in bench.STAGES for way in ways}
     for cases in (bench.GPU_CASES, bench.CPU_CASES, SMALL):
         assert len({(case.op, case.size) for case in cases}) == len(cases)
@@ -352,7 +369,7 @@ def test_sizes():
     for row in bench.read(bench.RESULTS):
         if row["type"] == "cpu":
             recorded.add((row["op"], row["size"]))
-    assert {(case.op, case.size) for case in bench.CPU_CASES} <= recorded
+    assert recorded <= {(case.op, case.size) for case in bench.CPU_CASES}
 
     dtypes = {}
     for case in bench.GPU_CASES:

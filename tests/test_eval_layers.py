@@ -15,9 +15,11 @@ from common import (
     features,
     fit_logistic,
     linear_probe,
+    new_backbone,
     pixels,
     read_lines,
 )
+from methods import cpc
 from methods.eval_layers import Layer, average, layers, probe
 
 DATA = tiny_data(40, 16)
@@ -89,6 +91,27 @@ def test_layers_of_a_vit():
         tokens = net.blocks[:2](net.embed(x))
         expected = torch.cat([tokens[:, 1:].mean(1), tokens[:, 0]], 1)
         torch.testing.assert_close(Layer(net, parts["block2"], 96)(x), expected)
+
+
+@pytest.mark.parametrize("arch", ["resnet14-layer", "vit_micro"])
+def test_layers_of_a_network_of_patches(arch):
+    """CPC: the layers of the network that sees a patch, for the mean over the 25 patches of an
+    image."""
+    torch.manual_seed(0)
+    net = new_backbone("cpc", arch, 24).eval()
+    parts = layers(net)
+    assert parts == layers(net.net) and len(parts) > 3
+    x = noise(2, 3, 24, 24, dtype=torch.float32)
+    patches = cpc.cut_patches(x).flatten(1, 2)  # (2, 25, 3, 8, 8)
+    with torch.no_grad():
+        for name, part in parts.items():
+            view = Layer(net.net, part, 400)
+            expected = torch.stack([view(image).mean(0) for image in patches])
+            found = Layer(net, part, 400)(x)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
+        if "layer4" in parts:  # the encoding is a mean over places, and so is the feature
+            torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-4)
+    assert not any(part._forward_hooks for part in net.modules())
 
 
 def test_what_has_no_known_layers():

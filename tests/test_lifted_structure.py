@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import light, noise, short
+from conftest import arguments, light, noise, short
 
 from methods import lifted_structure
 from methods.lifted_structure import lifted_loss
@@ -148,6 +148,19 @@ def test_no_negatives_and_equal_points_give_no_nan(smooth, name):
     else:
         J = MARGIN + (math.log(4) if smooth else 0)
         assert loss.item() == pytest.approx(J**2 / 2, abs=1e-12)
+
+
+@EITHER
+def test_the_loss_of_a_collapsed_network(smooth):
+    """Of a batch of 6 images: what curve.png shows as a line, and the default's number by hand."""
+    args = arguments("lifted_structure", "--batch", 6, "--margin", 0.7)
+    args.smooth = smooth
+    J = 0.7 + (math.log(20) if smooth else 0)
+    loss = lifted_loss(double([1.0, 2.0]).repeat(12, 1), torch.arange(6).repeat(2), 0.7, smooth)
+    assert loss.item() == pytest.approx(J**2 / 2, abs=1e-12)
+    assert lifted_structure.loss_of_collapse(args) == pytest.approx(J**2 / 2)
+    at_the_defaults = lifted_structure.loss_of_collapse(arguments("lifted_structure"))
+    assert at_the_defaults == pytest.approx((1 + math.log(1020)) ** 2 / 2)
 
 
 @EITHER

@@ -33,7 +33,7 @@ def model(transform="jigsaw", images=20, **options):
 
 def test_loss_by_hand():
     """M = 10, K = 2, Z = 5. Image: P is 4/5 for itself, 1/5 and 2/5 for the others; K / M = 1/5, so
-    h = 4/5, 1/2, 2/3. Puzzle: 1/5, 1/5, 1/5, so h = 1/2, 1/2, 1/2. Weights 3/4 and 1/4."""
+    p = 4/5, 1/2, 2/3. Puzzle: 1/5, 1/5, 1/5, so p = 1/2, 1/2, 1/2. Weights 3/4 and 1/4."""
     of_image = torch.tensor([[4.0, 1.0, 2.0]], dtype=torch.float64).log()
     of_puzzle = torch.zeros(1, 3, dtype=torch.float64)
     Z = torch.tensor(5.0).double()
@@ -396,3 +396,18 @@ def test_impossible_flags_are_refused(capsys, flags, words):
     with pytest.raises(SystemExit) as error:
         arguments("pirl", *flags)
     assert error.value.code == 1 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--recipe", "cifar10", "--arch", "vit_small", "--size", 224),
+        ("--transform", "rotation", "--puzzle", 24),
+    ],
+)
+def test_turned_views_need_no_tiles(flags):
+    """Sides of a puzzle that could not be are no reason to refuse where none is shown. With
+    --transform both they are."""
+    assert arguments("pirl", *flags).transform == "rotation"
+    with pytest.raises(SystemExit):
+        arguments("pirl", *flags, "--transform", "both")
