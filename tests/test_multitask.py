@@ -19,7 +19,7 @@ from conftest import (
     tiny_data,
 )
 
-from common import Loader
+from common import Loader, Split
 from kernels.clips import VideosInMemory, rendered
 from kernels.views import BatchRandom, denormalize, normalize
 from methods import multitask
@@ -386,6 +386,19 @@ def test_one_pixel_in_twelve_moves_and_shows_an_object():
     moves = multitask.motion_labels(truth.flow, 0.5, 1.0) == 1
     for pixels in (moves, truth.masks > 0):
         assert 0.065 < pixels.float().mean() < 0.105
+
+
+def test_scores_without_knowledge():
+    """As the docstring of `scores` says: of the grey class, and of "everything moves"."""
+    args = arguments("multitask", "--tasks", "colour,motion")
+    split = multitask.labelled(Split(rendered("test", 100, CPU)[0]), args)
+    _, shown = next(Loader(split, multitask.views(args, STRIDE), 100, 0, CPU)(0))
+    picture, label = [denormalize(x[:, -1]) for x in shown]
+    logits = torch.zeros(100, 225, 8, 8)
+    logits[:, 15 * 7 + 7] = 1
+    assert multitask.colour(logits, picture)[1].item() == pytest.approx(2 / 5, abs=0.06)
+    found = multitask.motion(torch.ones(100, 1, 8, 8), label)[1].item()
+    assert found == pytest.approx(1 / 12, abs=0.02)
 
 
 def test_every_task_sees_frames_and_motion_its_label():
