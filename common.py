@@ -942,7 +942,7 @@ class Parser(argparse.ArgumentParser):
         fail(message.removeprefix("argument "))
 
 
-def parse(doc, settings, argv=None, runs=None):
+def parse(doc, settings, argv=None, runs=None, learns_from=None):
     """The flags of a script, from its docstring and its table of settings.
 
     settings: {name: (a value per column, ..., help)} or, with what is allowed at the end,
@@ -950,7 +950,8 @@ def parse(doc, settings, argv=None, runs=None):
     not be negative. The row "recipe" names the columns: `--recipe NAME` takes the defaults from
     one, the first if it is not given. A column named after a data set also sets --data.
     argv: a list of words; None for those of the command line. runs: the help of the folders that
-    the command names besides its flags, for scripts that evaluate runs.
+    the command names besides its flags, for scripts that evaluate runs. learns_from: "videos or
+    images" for a method that needs no videos, though its first column has some.
 
     Returns a namespace with all settings and the flags of a run: data, root, seed, out, workers,
     and if something is trained eval_every, bank and compile. Exits with a one-line message on a
@@ -961,10 +962,9 @@ def parse(doc, settings, argv=None, runs=None):
     columns = settings["recipe"][:-1]
     n = len(columns)
     trains = "epochs" in settings
-    videos = columns[0] in FILMS  # the default of a method that learns from videos
-    known = FILMS if videos else (*EMBEDDED, *DOWNLOADED)
+    noun = learns_from or ("videos" if columns[0] in FILMS else "images")
+    known = FILMS if noun == "videos" else (*EMBEDDED, *DOWNLOADED)
     data = [column if column in known else "" for column in columns]
-    noun = "videos" if videos else "images"
     choices = f"{', '.join(known)}, or a folder of {noun}"
     rows = {"data": (*data, choices), **settings}
     for name, (value, text) in (EVERY_SCRIPT | (EVERY_TRAINING if trains else {})).items():

@@ -19,6 +19,12 @@ def region(predicted, truth):
     return share(shared, predicted | truth)
 
 
+def mean_region(predicted, truth):
+    """The mean J of all frames after the first, a number. Masks (n, T, H, W) bool."""
+    both = [masks[:, 1:].flatten(0, 1) for masks in (predicted, truth)]
+    return region(*both).mean().item()
+
+
 def as_masks(values, side):
     """Values (n, T, g, g) -> masks (n, T, side, side) bool."""
     wide = F.interpolate(values, (side, side), mode="bilinear")
@@ -30,3 +36,17 @@ def visible(clips, most):
     """The first `most` Clips (kernels/movers.py) whose first frame shows much of the emoji."""
     area = (clips.masks[:, 0] > 0).sum((1, 2))
     return clips.part((area >= 100).nonzero()[:most, 0])
+
+
+def carry(f, first, frames, temperature):
+    """Copies a value of each place along clips. f (n, T, P, d); first (n, P): values in the first
+    frame. Returns (n, T, P). As in the training of methods/video_colorization.py, a frame has
+    `frames` - 1 references: the first frame and the latest ones."""
+    values = [first]
+    for t in range(1, f.shape[1]):
+        references = [0, *range(max(1, t - frames + 2), t)]
+        scores = f[:, t] @ f[:, references].flatten(1, 2).mT  # (n, P, R)
+        known = torch.cat([values[i] for i in references], 1)  # (n, R)
+        attention = (scores / temperature).softmax(2)
+        values.append((attention @ known[:, :, None])[:, :, 0])
+    return torch.stack(values, 1)

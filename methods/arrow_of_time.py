@@ -82,7 +82,8 @@ def arrow_loss(logits):
 
 
 def accuracy(logits):
-    """Share of right answers: guessing has 1/2, and so has one answer for all. A scalar tensor."""
+    """Share of right answers: guesses are right for 1/2, and so is one answer for all. A
+    scalar tensor."""
     forwards, backwards = logits.unbind(1)
     right = torch.stack([forwards > 0, backwards <= 0])
     return right.float().mean()

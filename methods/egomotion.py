@@ -77,7 +77,8 @@ def motion_loss(logits, classes):
 
 
 def accuracy(logits, classes):
-    """Share of right answers, the mean of both axes: guessing has 1 / C. A scalar tensor."""
+    """Share of right answers, the mean of both axes: guesses are right for 1 / C. A scalar
+    tensor."""
     return (logits.argmax(3) == classes).float().mean()
 
 

@@ -86,7 +86,7 @@ def odd_loss(logits):
 
 
 def accuracy(logits):
-    """Share of right answers: guessing has 1/6. A scalar tensor."""
+    """Share of right answers: guesses are right for 1/6. A scalar tensor."""
     answers = torch.arange(WINDOWS, device=logits.device)
     return (logits.argmax(2) == answers).float().mean()
 

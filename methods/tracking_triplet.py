@@ -5,49 +5,48 @@ Official code (Caffe): https://github.com/xiaolonw/caffe-video_triplet
 Idea. Follow a moving thing through a video. In the first and in the last frame it is the same
 thing, though it has turned, come nearer or changed its background: two views of it that nobody had
 to invent. Their embeddings should be nearer to each other than to that of a patch of another video.
-Most other patches are soon far away and teach nothing, so later the training searches for those
-that are still too near.
+Most other patches are after a few epochs already farther away than the margin asks for and teach
+nothing. So later the training searches for those that are still too near.
 
-Notation. N tracks in the global batch, n = N / processes on this process, each of another clip; x1,
+Notation. N tracks in the global batch, n = N / processes on this process, one from each clip; x1,
 x2 (n, 3, H, W) patches around the thing in the first and in the last frame; h = f(x) (n, D)
 representation, kept for later use; z = g(h) (n, d) embedding, by two layers that are thrown away
-after training, L2-normalised; D(a, b) = 1 - z_a . z_b cosine distance, at most 2; M margin; K
-negatives of each anchor. Each of the two patches is once the anchor a; the other one is then the
-positive p (Eq. 2 and 3):
+after training, L2-normalised; dist(a, b) = 1 - z_a . z_b cosine distance, at most 2; M margin; K
+negatives of each anchor. Of each pair, one patch is the anchor a and the other the positive p; then
+they exchange roles (Eq. 2 and 3):
 
-    L = mean over anchors a and their K negatives of  max(0, D(a, p) - D(a, negative) + M)
+    L = mean over anchors a and their K negatives of  max(0, dist(a, p) - dist(a, negative) + M)
 
-Negatives are patches of other clips of the batch. At first they are random, the same for both
-anchors of a track. From epoch `hard_from` on, `hard` of the K are those with the largest loss,
-which are the nearest to the anchor. If all embeddings are the same, the loss is M. The training may
-stay at this loss if hard negatives are used from the start, or if all K are hard.
+Negatives are patches of other clips of the batch. At first they are random; both patches of a track
+get the same ones. From epoch `hard_from` on, `hard` of the K are those nearest to the anchor, which
+have the largest loss. If all embeddings are the same, the loss is M (the training has collapsed).
+It may stay there if hard negatives are used from the start, or if all K are hard.
 
 Run.
     python methods/tracking_triplet.py                        one CPU core, about 3 minutes
-    python methods/tracking_triplet.py --hard-from 20         random negatives to the end
+    python methods/tracking_triplet.py --hard-from 20         random to the end (20 = --epochs)
     torchrun --nproc_per_node 8 methods/tracking_triplet.py --recipe paper --data movers
 --batch counts the clips of all processes together.
-The network sees two patches of each. In metrics.jsonl, held_out is the share of triplets of test
-clips that are in the right order, D(a, p) < D(a, negative), over all negatives of a batch; guessing
-has 0.5.
+The network sees two patches of each. Clips without a track are left out; of 4,000 of movers 3,946
+remain. In metrics.jsonl, held_out is the share of triplets of test clips that are in the right
+order, dist(a, p) < dist(a, negative), over all negatives of a batch; guesses have 0.5.
 
 Reached. On movers after 20 epochs, 210 s on one busy core: kNN 34.2 % (untrained 33.6, raw pixels
 34.4); linear 42.3 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
-    1. A track follows one point for 11 steps, by the exact optical flow of synthetic clips (by how
-       many pixels each pixel moves until the next frame). It begins in the middle of what moves
-       against the background | paper: in real videos, it begins with the box that has most moving
-       points (trajectories of SURF features, motion above half a pixel); a tracker (KCF) follows
-       the box for 30 frames.
-    2. Two negatives are the nearest to the anchor and two are random | paper: the four nearest
-       (column `paper`); code: two of the four nearest to the first patch of a track, and two random
-       ones that have a loss; both patches share them.
+    1. A track follows one point for 11 steps, by the exact optical flow: how many pixels each pixel
+       moves until the next frame. It begins in the middle of what moves against the background |
+       paper: in real videos, it begins with the box that has most moving points (trajectories of
+       SURF features, motion above half a pixel); a tracker (KCF) follows the box for 30 frames.
+    2. Two negatives are the nearest to the anchor and two are random |
+       paper: the four nearest (column `paper`) |
+       code: two of the four nearest to the first patch, two random with a loss, for both patches.
     3. M = 0.5 as in the paper | code: 1.
     4. Each patch has its own crop and flip, as in the code, and its own changes of colour:
        otherwise the colours of a clip would tell which patches belong together | paper: colours as
-       they are. In both, the background around the thing is of the same video, and can be
-       recognised instead.
+       they are. In both methods, the background around the thing is of the same video, and can
+       be recognised instead.
     5. The network is a ResNet or ViT with a small head, trained by AdamW with warm-up and cosine |
        paper: AlexNet with two more layers, SGD whose rate falls in steps. A batch of the column
        `paper` has 48 tracks, a multiple of 8 processes | paper: 50.
@@ -109,11 +108,14 @@ def hardest_negatives(anchor, everyone, own, count):
 
 
 def right_order(z):
-    """Share of triplets with D(a, p) < D(a, negative); equal distances count one half. A scalar
-    tensor. z: (2n, d), L2-normalised; the first n are in the first frames."""
+    """Share of triplets with dist(a, p) < dist(a, negative); equal distances count one half. A
+    scalar tensor. z: (2n, d), L2-normalised; the first n are in the first frames. The triplets are
+    those of the whole batch, on all processes."""
+    z1, z2 = z.chunk(2)
+    z = torch.cat([gather(z1), gather(z2)])  # (2N, d)
     n = len(z) // 2
     row = torch.arange(2 * n, device=z.device)
-    likeness = z @ z.T  # (2n, 2n): 1 - D
+    likeness = z @ z.T  # (2N, 2N): 1 - dist
     of_positive = likeness.gather(1, row.roll(n)[:, None])
     right = (likeness < of_positive).to(z) + 0.5 * (likeness == of_positive).to(z)
 
@@ -199,7 +201,7 @@ def mine(split, args):
     which are the patches at the two ends of a track. Clips without a track are left out."""
     truth = getattr(split.images, "truth", None)  # images and files have none
     if truth is None:
-        fail(f"--data {args.data}: the flow of these videos is not known; choose --data movers")
+        fail(f"--data {args.data}: the flow of these videos is not known; choose movers or tripod")
     side = truth.frames.shape[4]
     if args.patch > side:
         fail(f"--patch {args.patch}: choose at most {side}, the side of a frame")
@@ -249,7 +251,7 @@ SETTINGS = {
     "dim": (128, 1024, "dimensions of the embedding z", "[1, inf)"),
     "margin": (0.5, 0.5, "margin M between cosine distances", "(0, 2]"),
     "negatives": (4, 4, "negatives K of an anchor", "[1, inf)"),
-    "hard": (2, 4, "how many of them are the hardest, from epoch hard_from on"),
+    "hard": (2, 4, "how many of the K negatives are the nearest, from epoch --hard-from on"),
     "hard_from": (10, 10, "first epoch, from 0, with hard negatives"),
     "strength": (0.5, 0.0, "strength s of the colour jitter", "[0, 1.25]"),
     "grey": (0.2, 0.0, "share of patches without colour", "[0, 1]"),

@@ -30,9 +30,10 @@ Run.
 --batch counts the clips of all processes together.
 The run folder also gets coloured.png: test clips, coloured from their first frames. In
 metrics.jsonl, held_out is the share of places of held-out clips whose most likely class is right.
-Beside it stand the shares of two rules without a network: the class that the references show most
-often, and that of the same place in the last reference. masks is J (intersection / union) of masks
-that f carries from the first frames of test clips (eval_video.py: by the maps of the backbone).
+Beside it stand two rules without a network: the class that the references show most often, and that
+of the same place in the last reference. masks is J (intersection / union) of masks that f carries
+from the first frames of test clips (eval_video.py: by the maps of the backbone); masks_stay that of
+first masks left in place, masks_raw that of masks carried by raw patches of lightness, without f.
 
 Reached. On movers after 12 epochs, 1005 s on one busy core: kNN 32.8 % (untrained 33.4, raw pixels
 34.9); linear 39.1 % (untrained 37.5, raw pixels 40.7); one run. Other recipes: not run.
@@ -48,8 +49,7 @@ Differs from the paper. (This file | the paper, or the reimplementation.)
        Frames are 1/6 s apart | reimplementation: 4, 4, 8 frames.
     4. Adam, warm-up, cosine; crops, flips | paper: a tenth of the rate after 60,000 of 400,000.
     5. Reimplementation: y is given to a softmax cross-entropy as if it were logits, so its loss
-       cannot fall below log(1 + 15 / e) = 1.88 (y is at most 1 for the true class and 0 for the 15
-       others; a softmax of that is at most e / (e + 15)).
+       cannot fall below log(1 + 15 / e) = 1.88, that of y = 1 for the true class.
 """
 
 import math
@@ -67,7 +67,7 @@ from common import (ARCHS, VITS, Loader, Run, first_batch, held_out, join_proces
                     parse, patch_side, save_grid)
 from kernels.collectives import distribute, fail, gather, rank, world
 from kernels.maps import maps, prepare
-from kernels.propagation import as_masks, region, visible
+from kernels.propagation import as_masks, carry, mean_region, visible
 from kernels.views import (ClipCrop, Crop, as_clips, as_tall, denormalize, normalize, random_flip,
                            whole_image)
 
@@ -341,23 +341,10 @@ def rules(model, data, settings, classes):
     return dict(zip(("most_frequent", "same_place"), found.get("held_out", ())))
 
 
-def carry(f, first, frames, temperature):
-    """Copies a value of each place along clips. f (n, T, P, d); first (n, P): values in the first
-    frame. Returns (n, T, P). As in training, a frame has `frames` - 1 references: the first frame
-    and the latest ones."""
-    values = [first]
-    for t in range(1, f.shape[1]):
-        references = [0, *range(max(1, t - frames + 2), t)]
-        scores = f[:, t] @ f[:, references].flatten(1, 2).mT  # (n, P, R)
-        known = torch.cat([values[i] for i in references], 1)  # (n, R)
-        values.append(copied(scores / temperature, known[:, :, None])[:, :, 0])
-    return torch.stack(values, 1)
-
-
 @torch.no_grad()
 def carried_masks(model, data, args, device):
-    """{"masks": J of masks that f carries from the first frames of 60 test clips}; {} where none
-    are known."""
+    """{name: J} of masks of the first frames of 60 test clips, in the later frames: carried by f;
+    left in place; carried by the lightness of the pixels of a place. {} where none are known."""
     truth = getattr(data.test and data.test.images, "truth", None)
     if truth is None:
         return {}
@@ -367,14 +354,18 @@ def carried_masks(model, data, args, device):
     model.eval()
     f = model.places(x.unflatten(0, masks.shape[:2]))
     model.train()
+    raw = F.unfold(lightness(x)[:, :1], args.cell, stride=args.cell).mT  # (n T, P, cell^2)
+    raw = F.normalize(raw, dim=2).unflatten(0, masks.shape[:2])
 
     # The share of the emoji in each place of the first frame is what is copied.
     first = F.adaptive_avg_pool2d(masks[:, 0].float(), model.side).flatten(1)
-    values = carry(f, first.to(device), args.frames, args.temperature)  # (n, T, P)
-    values = values.unflatten(2, (model.side, model.side))
-    carried = as_masks(values, masks.shape[3]).to(masks.device)
-    both = [part[:, 1:].flatten(0, 1) for part in (carried, masks)]
-    return {"masks": region(*both).mean().item()}
+    found = {"masks_stay": mean_region(masks[:, :1].expand_as(masks), masks)}
+    for name, features in (("masks", f), ("masks_raw", raw)):
+        values = carry(features, first.to(device), args.frames, args.temperature)  # (n, T, P)
+        values = values.unflatten(2, (model.side, model.side))
+        carried = as_masks(values, masks.shape[3]).to(masks.device)
+        found[name] = mean_region(carried, masks)
+    return found
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ def labelled(split, args):
     and the picture; channel 2 is empty."""
     truth = getattr(split.images, "truth", None)  # images and files have none
     if truth is None:
-        fail(f"--data {args.data}: the flow of these videos is not known; choose --data movers")
+        fail(f"--data {args.data}: the flow of these videos is not known; choose movers or tripod")
     generator = torch.Generator().manual_seed(args.seed)
     films = []
     for start in range(0, len(split.images), 100):  # the flow of all would take a gigabyte

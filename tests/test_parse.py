@@ -151,6 +151,18 @@ def test_the_papers_recipe_needs_images(capsys):
     assert refusal(capsys, "--recipe", "paper") == words
 
 
+def test_a_method_may_learn_from_videos_and_images(capsys):
+    """By the first column it would need videos."""
+    settings = SETTINGS | {"recipe": ("movers", "cifar10", "paper", "the column of defaults")}
+    words = refusal(capsys, "--recipe", "paper", settings=settings)
+    assert words.startswith("--recipe paper needs videos: ")
+    assert parse(DOC, settings, ["--recipe", "cifar10", "--data", "x"]).data == "x"
+    both = {"settings": settings, "learns_from": "videos or images"}
+    words = refusal(capsys, "--recipe", "paper", **both)
+    assert words.startswith("--recipe paper needs videos or images: ")
+    assert parse(DOC, argv=["--recipe", "cifar10"], **both).data == "cifar10"
+
+
 @pytest.mark.parametrize("words, message", REFUSED)
 def test_what_makes_no_sense_is_refused_with_one_sentence(words, message, capsys):
     assert refusal(capsys, *words) == message

@@ -11,6 +11,7 @@ from conftest import CPU, arguments, call_main, noise, tiny_clips
 
 from common import Data, Loader, Split
 from kernels.clips import VideosInMemory
+from kernels.collectives import rank, world
 from kernels.views import BatchRandom
 from methods import tracking_triplet as tracking
 
@@ -227,6 +228,21 @@ def test_right_order_by_hand():
     # twice: wrong. Anchor 3: positive 0, negatives -0.8 twice: right.
     assert tracking.right_order(z).item() == pytest.approx(6 / 8)
     assert tracking.right_order(torch.ones(6, 2)).item() == 0.5
+
+
+def share_of_rows(z):
+    """right_order of this process's rows of two batches of tracks, z: (2N, d)."""
+    first, last = z.chunk(2)
+    here = [part.chunk(world())[rank()] for part in (first, last)]
+    return tracking.right_order(torch.cat(here)).item()
+
+
+def test_right_order_does_not_depend_on_the_number_of_processes(processes):
+    z = unit(16, 3)
+    alone = tracking.right_order(z).item()
+    assert processes(2, share_of_rows, z) == [alone, alone]
+    parts = torch.stack(z.chunk(2)).chunk(2, 1)  # of each process its own negatives alone
+    assert any(tracking.right_order(part.flatten(0, 1)).item() != alone for part in parts)
 
 
 # -------- The views -------------------------------------------------------------------------------

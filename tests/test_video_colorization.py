@@ -387,7 +387,7 @@ def test_masks_are_carried_by_the_features_of_the_network(monkeypatch):
     clips = render(load_movers("test"), range(8))
     data = SimpleNamespace(test=SimpleNamespace(images=SimpleNamespace(truth=clips)))
     net = model(size=48)
-    args = SimpleNamespace(size=48, frames=4, temperature=0.05)
+    args = SimpleNamespace(size=48, cell=4, frames=4, temperature=0.05)
     masks = visible(clips, 60).masks > 0
 
     def truth(x):
@@ -395,12 +395,35 @@ def test_masks_are_carried_by_the_features_of_the_network(monkeypatch):
         return torch.stack([inside, 1 - inside], 3)
 
     monkeypatch.setattr(net, "places", truth)
-    known = video_colorization.carried_masks(net, data, args, CPU)["masks"]
+    found = video_colorization.carried_masks(net, data, args, CPU)
+    assert list(found) == ["masks_stay", "masks", "masks_raw"]
+    known = found["masks"]
     monkeypatch.setattr(net, "places", lambda x: torch.zeros(*masks.shape[:2], net.side**2, 2))
     nothing = video_colorization.carried_masks(net, data, args, CPU)["masks"]
     assert known > 0.6 > 0.2 > nothing
     data = SimpleNamespace(test=None)
     assert video_colorization.carried_masks(net, data, args, CPU) == {}
+
+
+def test_masks_without_a_network(monkeypatch):
+    """A checkered square of 12 pixels goes 4 pixels, a place, to the right in every frame, before a
+    flat background. Its own pixels find it again; its first mask, left in place, shares two thirds,
+    a third and nothing with it: J = 8/16, 4/20, 0."""
+    frames = torch.full((1, 4, 3, 48, 48), 64, dtype=torch.uint8)
+    masks = torch.zeros(1, 4, 48, 48, dtype=torch.uint8)
+    line = torch.arange(12)
+    square = (255 * ((line[:, None] + line) % 2)).byte()
+    for t in range(4):
+        left = 8 + 4 * t
+        frames[0, t, :, 16:28, left : left + 12] = square
+        masks[0, t, 16:28, left : left + 12] = 1
+    clips = SimpleNamespace(frames=frames, masks=masks)
+    monkeypatch.setattr(video_colorization, "visible", lambda truth, most: truth)
+    data = SimpleNamespace(test=SimpleNamespace(images=SimpleNamespace(truth=clips)))
+    args = SimpleNamespace(size=48, cell=4, frames=4, temperature=0.05)
+    found = video_colorization.carried_masks(model(size=48), data, args, CPU)
+    assert found["masks_stay"] == pytest.approx((8 / 16 + 4 / 20 + 0) / 3)
+    assert found["masks_raw"] > 0.9
 
 
 def test_picture_shows_truth_lightness_copied_colours_and_references(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_scale
 import numpy as np
 import pytest
 import torch
@@ -722,6 +723,22 @@ def test_held_out_clips_are_decoded_by_workers(tmp_path, monkeypatch):
         monkeypatch.undo()
     assert found[0] == found[1] and 0 < found[0]["held_out"] < 1
     assert multiprocessing.active_children() == before
+
+
+@NEEDS_AV
+def test_videos_of_the_benchmark_are_written_linked_and_decoded(tmp_path):
+    """tests/bench_scale.py --videos, without its training: two videos of four seconds, with names
+    for two classes of two files, of which one each is held out."""
+    paths = bench_scale.write_videos(tmp_path, count=2, seconds=4)
+    data = bench_scale.build(tmp_path, paths, classes=2, files=2)
+    names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*.mp4"))
+    assert names == [f"class000{c}/000{c}_0000{i}.mp4" for c in (0, 1) for i in (0, 1)]
+    train = load_data(str(data), tmp_path, CPU).train.images
+    assert len(train) == 2 and open_video(train.paths[0]).length == 48
+
+    found = bench_scale.decoding(data, clips=3)
+    assert list(found) == ["seconds to open the folder", "clips per second of one process"]
+    assert all(value > 0 for value in found.values())
 
 
 @pytest.mark.thorough
