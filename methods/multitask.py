@@ -149,7 +149,7 @@ def colour_classes(x):
 
 # The network.
 
-# The first so many pictures of a view are shown to the trunk.
+# how many pictures of a view, the first ones, are shown to the trunk
 SEEN = {"position": 9, "colour": 1, "exemplar": 2, "motion": 1}
 OUTPUTS = {"position": 8, "colour": COLOURS, "exemplar": 128, "motion": 1}  # of a head
 DENSE = ("colour", "motion")  # with an answer for each place of a grid, size / 4 places wide

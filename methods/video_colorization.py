@@ -354,8 +354,8 @@ def carried_masks(model, data, args, device):
     model.eval()
     f = model.places(x.unflatten(0, masks.shape[:2]))
     model.train()
-    raw = F.unfold(lightness(x)[:, :1], args.cell, stride=args.cell).mT  # (n T, P, cell^2)
-    raw = F.normalize(raw, dim=2).unflatten(0, masks.shape[:2])
+    raw = F.unfold(lightness(x)[:, :1], args.cell, stride=args.cell)  # (n T, cell^2, P)
+    raw = F.normalize(raw.mT, dim=2).unflatten(0, masks.shape[:2])
 
     # The share of the emoji in each place of the first frame is what is copied.
     first = F.adaptive_avg_pool2d(masks[:, 0].float(), model.side).flatten(1)

@@ -203,7 +203,8 @@ def test_training_does_not_depend_on_the_number_of_processes(train, name, count)
     together = train(name, *short(name), world=count, **light(name))
     assert len(alone.losses) == 4
     for key, value in alone.state.items():
-        assert not torch.is_tensor(value) or value.dtype != torch.float32, f"not float64: {key}"
+        if torch.is_tensor(value) and not key.endswith("/step"):  # fused, it counts in float32
+            assert value.dtype != torch.float32, f"not float64: {key}"
     first = together.shown[: len(alone.shown)]  # each process keeps up to 8
     torch.testing.assert_close(first, alone.shown, rtol=0, atol=1e-12)
     torch.testing.assert_close(together.losses, alone.losses, **SAME)
