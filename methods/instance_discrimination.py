@@ -17,16 +17,15 @@ The network gives this image the probability (Eq. 2)
     P(i | v) = exp(m_i . v / tau) / Z,    Z = sum over j of exp(m_j . v / tau)
 
 There are two losses, both averaged over images. The softmax names the image among all M.
-Noise-contrastive estimation (NCE, Eq. 4 to 7) looks at 1 + K rows: that of image i itself, and
-those of K other images, drawn anew for each view. For each row by itself it asks: is this the row
-of the view's own image? p is the probability of yes. In NCE Z is no sum but a constant,
-estimated once, from the first batch. The proximal term (Eq. 9) slows the embeddings down: it
-adds lambda ||v - m_i||^2 to the loss. After the step the bank learns the embeddings of the batch,
-with momentum mu:
+Noise-contrastive estimation (NCE, Eq. 4 to 7) looks at 1 + K rows: that of image i, and those of K
+others, drawn anew for each view. For each row by itself it asks: is this the row of the view's own
+image? p is the probability of yes. Its Z is no sum but a constant, estimated from the first batch:
 
     softmax:  L = -log P(i | v)
     nce:      L = -log p(i, v) - sum over K others j of log(1 - p(j, v)),    p = P / (P + K / M)
-    bank:     m_i <- mu m_i + (1 - mu) v,    back to length 1
+
+The proximal term (Eq. 9) slows the embeddings down: it adds lambda ||v - m_i||^2. After the step
+the bank learns them, with momentum mu: m_i <- mu m_i + (1 - mu) v, back to length 1.
 
 Run.
     python methods/instance_discrimination.py                 one CPU core, about 6 minutes

@@ -128,8 +128,7 @@ def scores(tasks, outputs):
     """That of each task, (tasks,). outputs: what the head says, and the picture, for each task.
 
     Without knowledge position has 1/8 and exemplar 1/2. In motion "everything moves" has the share
-    of places that move, about a twelfth. In colour the most frequent class, grey, has
-    about 2/5."""
+    of places that move, about a twelfth. In colour the most frequent class, grey, has about 2/5."""
     found = [TASKS[task](*output)[1] for task, output in zip(tasks, outputs)]
     return torch.stack(found)
 
@@ -426,7 +425,7 @@ def get_args(argv=None):
             f"--patch {args.patch}: choose a multiple of {patch_side(args.size)}, the side of a "
             f"token of {args.arch} at --size {args.size}"
         )
-    if args.heads != "lasso" and args.lasso != 0.01:
+    if args.heads != "lasso" and args.lasso != SETTINGS["lasso"][0]:
         fail(f"--lasso {args.lasso:g}: only --heads lasso has a penalty")
     return args
 
