@@ -78,7 +78,8 @@ def contrastive_loss(z, name, margin, repel):
     """The equation above, over all pairs of the views that are given. Returns a scalar.
 
     z: (2N, d) points; name: (2N,) integers, equal for similar views; repel: the weight w."""
-    # without matrix products, which lose the small distances; its gradient at 0 is 0
+    # cdist without matrix products, in which small distances would be lost to rounding. Where two
+    # views coincide its gradient is 0.
     D = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # (2N, 2N)
     similar = name[:, None] == name
     attracted = similar.triu(diagonal=1)  # each pair once

@@ -614,11 +614,12 @@ def test_years_are_drawn_at_one_budget_as_soon_as_all_have_it(report, tmp_path, 
     best = report.headline(rows)
     assert report.BUDGET.keys() == {m for f in report.COMPARE_VIEWS for m in report.FAMILIES[f]}
     equal = []
-    for method, epochs in report.BUDGET.items():
+    for method, (epochs, _) in report.BUDGET.items():
         equal.append(another(best[method][0], 40.0, epochs=epochs))
         equal.append(another(best[method][0], 43.0, epochs=epochs, seed=1))
-    usual = [row for row in rows if row["settings"]["epochs"] != report.BUDGET.get(row["method"])]
-    labels = another(drlim, 70.0, epochs=report.BUDGET["drlim"], positives="labels")
+    budget = {method: epochs for method, (epochs, _) in report.BUDGET.items()}
+    usual = [row for row in rows if row["settings"]["epochs"] != budget.get(row["method"])]
+    labels = another(drlim, 70.0, epochs=budget["drlim"], positives="labels")
     assert report.equal_budget([*usual, *equal[2:]]) == {}
     assert report.years_words([*usual, *equal[2:]]) != report.years_words([*usual, *equal])
 
@@ -636,16 +637,20 @@ def test_years_are_drawn_at_one_budget_as_soon_as_all_have_it(report, tmp_path, 
 
 
 def test_the_equal_budget_is_equal(report):
-    """Five minutes by the fastest row of one core, give or take one epoch or 45 seconds."""
-    compared = 0
+    """Four minutes by the times of one epoch, and these agree with the rows of the same machine:
+    the fastest run took no longer than beside another training, which is up to a third more."""
     best = report.headline(report.read_rows())
-    for method, epochs in report.BUDGET.items():
-        runs = [row for row in best[method] if row["device"].endswith(" 1 threads")]
+    rows = [row for row in report.read_rows() if row["device"] == "AMD EPYC, AVX512, 1 threads"]
+    compared = 0
+    for method, (epochs, seconds) in report.BUDGET.items():
+        assert abs(epochs * seconds - 240) < 20, method
+        same = {**best[method][0]["settings"], "epochs": None, "seed": None}
+        runs = [r for r in rows if {**r["settings"], "epochs": None, "seed": None} == same]
         times = [row["train_seconds"] / row["settings"]["epochs"] for row in runs]
         if times:
-            assert abs(epochs * min(times) - 300) < 45, (method, min(times))
+            assert 0.95 < min(times) / seconds < 1.33, (method, min(times))
             compared += 1
-    assert compared >= 11
+    assert compared >= 9
 
 
 def test_tables_of_comparisons(report):

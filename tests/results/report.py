@@ -222,25 +222,26 @@ FAMILIES = {  # family -> {file: (the idea in a few words, the paper's own numbe
 }
 
 
-# Epochs of about five minutes on one core of an Intel Xeon with AVX-512, for years.png: by the
-# fastest of the rows; where there is none of one core, by tests/bench_steps.py.
+# For years.png: how many epochs each method is trained, and the seconds of one epoch on one core of
+# an AMD EPYC with AVX-512 (tests/bench_steps.py, one thread, nothing else running). Together about
+# four minutes; the default itself where it is near.
 BUDGET = {
-    "drlim": 28,
-    "triplet": 26,
-    "lifted_structure": 26,
-    "n_pair": 30,
-    "cpc": 4,
-    "instance_discrimination": 60,
-    "alignment_uniformity": 32,
-    "pirl": 12,
-    "simclr": 30,
-    "moco": 24,
-    "moco_v3": 24,
-    "swav": 15,
-    "barlow_twins": 20,
-    "byol": 17,
-    "simsiam": 26,
-    "dino": 16,
+    "drlim": (30, 7.9),
+    "triplet": (30, 8.5),
+    "lifted_structure": (30, 8.2),
+    "n_pair": (33, 7.3),
+    "cpc": (5, 46.3),
+    "instance_discrimination": (70, 3.7),
+    "alignment_uniformity": (36, 7.1),
+    "pirl": (17, 13.8),
+    "simclr": (30, 7.4),
+    "moco": (36, 6.8),
+    "moco_v3": (26, 9.4),
+    "swav": (18, 13.4),
+    "barlow_twins": (29, 8.2),
+    "byol": (18, 13.3),
+    "simsiam": (25, 9.5),
+    "dino": (17, 13.8),
 }
 
 # Mean average precision, %, on PASCAL VOC 2007 classification of AlexNets all of whose layers were
@@ -645,7 +646,7 @@ COMPARE_VIEWS = ("Metric learning", "Contrastive", "Clustering and decorrelation
 
 def equal_budget(rows):
     """{method: its runs that were trained as long as BUDGET says}; {} if a method has none."""
-    found = {method: chosen(rows, method, epochs=epochs) for method, epochs in BUDGET.items()}
+    found = {method: chosen(rows, method, epochs=epochs) for method, (epochs, _) in BUDGET.items()}
     return found if all(found.values()) else {}
 
 
@@ -656,7 +657,7 @@ def is_usual(row):
 
 def draw_years(rows, path):
     """Linear accuracy on emoji of the methods that compare views, in the order of their papers: the
-    mean of the runs, and their spread. Trained for five minutes each as soon as there are such
+    mean of the runs, and their spread. Trained for four minutes each as soon as there are such
     runs of all, until then at the defaults. Hollow: with labels, as many epochs. Lines: raw pixels
     and the untrained network that most have; of another network these are short marks."""
     from matplotlib import colormaps
@@ -673,7 +674,7 @@ def draw_years(rows, path):
     figure = Figure((9, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.set_ylabel("linear accuracy, %")
-    budget = "five minutes of training on one core" if equal else "at the defaults of each file"
+    budget = "about four minutes of training on one core" if equal else "at the defaults of each file"
     axes.set_title(f"emoji, from scratch, {budget}")
     if missing:
         axes.set_xlabel("\n".join(textwrap.wrap(f"not run: {', '.join(missing)}", 90)), fontsize=8)
@@ -890,15 +891,17 @@ def about_films(files, best):
 
 
 def method_table(rows):
-    """One block per family: what the network is shown, the file, the idea, how far it came."""
+    """One block per family, the oldest paper first: what the network is shown, the file, the idea,
+    how far it came."""
     best = at_home(rows)
     lines = []
     for family, files in FAMILIES.items():
         lines += ["", f"**{family}**", ""]
         lines += about_films(files, best)
         cells = []
-        for method, (idea, _) in files.items():
+        for method in sorted(files, key=lambda name: about(name)[1]):
             name, year, link = about(method)
+            idea, _ = files[method]
             runs = best.get(method)
             numbers = ["not run", "not run"]
             if runs:
@@ -1118,7 +1121,7 @@ def pirl_table(rows):
         named[name] = chosen(rows, method, epochs=most)
     words = (
         "Compare the gains over the untrained network, because jigsaw is measured at 48 pixels. "
-        "The two pretext tasks are to be trained about as long as PIRL, not at their defaults."
+        "The two pretext tasks were trained longer than by default, about as long as PIRL."
     )
     return [*compare(named), "", *textwrap.wrap(words, 100)]
 
@@ -1151,7 +1154,7 @@ def years_words(rows):
     if not equal_budget(rows):
         return ["Each file has a budget of its own (the minutes above)."]
     words = (
-        "All had about the same budget, five minutes on one core, and therefore other epochs than "
+        "All had about the same budget, four minutes on one core, and so most had other epochs than "
         "their defaults: a method that needs long to begin suffers most."
     )
     return textwrap.wrap(words, 100)
