@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def versions():
-    """{package: version} of what computes a result. scikit-learn and SciPy are not imported for
-    this, because that takes a second."""
+    """{package: version} of what computes a result; Pillow decodes and resizes images.
+    scikit-learn and SciPy are not imported for this, because that takes a second."""
     known = {"python": platform.python_version(), "numpy": np.__version__}
     known |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    for package in ("scikit-learn", "scipy"):
+    for package in ("scikit-learn", "scipy", "pillow"):
         try:
             known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # a training can do without

@@ -21,8 +21,7 @@ choose nothing. Accuracies are in percent.
     linear          linear probe: logistic regression on the features, solved to convergence; its
                     weight decay is chosen on a fifth of the bank
     svm             mean average precision of one linear SVM per class, as on PASCAL VOC 2007: it
-                    sorts the test images, and those of its class should come first. Seven costs are
-                    tried | official code: 26, the others between or below these
+                    sorts the test images, and those of its class should come first
     retrieval1, 5   on emoji only: how often one of the 1 or 5 nearest drawings by other artists
                     shows the same emoji
     rankme          how many dimensions the features use: exp(entropy of the singular values)
@@ -31,7 +30,8 @@ choose nothing. Accuracies are in percent.
                     products of matrices
     images/s        speed on this machine
     train s         seconds of the training, as the run recorded them
-    train TFLOPs    operations of the whole training, in 10^12, counted as mflops
+    train TFLOPs    operations of the first training step times the number of steps, in 10^12,
+                    counted as mflops
     peak GB         most memory of the run, evaluations included
 
 knn20, knn200, linear, retrieval and rankme come from evaluate() in common.py, which prints them at
@@ -45,6 +45,14 @@ It writes results.jsonl and curves.png into --out, by default runs/eval_features
 results.jsonl is not measured again, so a command that was stopped continues. The file holds more
 than the tables: feature_std, alignment and uniformity, each class's average precision and cost.
 A "-" in a table stands for a number that is not defined or was not recorded.
+
+Differs from the official code of the SVMs. (This file | that code.)
+    1. Seven costs are tried | 26, the others between or below these.
+    2. A cost is chosen by the average precision as on PASCAL VOC since 2010, where the precision
+       at a recall is the highest at this or any larger recall, as on the test images | by
+       scikit-learn's, with the precision itself; the first kind only on the test images.
+    3. Images with equal scores are taken together | in the order of the sort.
+    4. On emoji all drawings of one emoji are in the same fold | folds of single images.
 """
 
 import math
@@ -370,8 +378,9 @@ def main(argv=None):
         measured = {}
         for protocol, function in functions.items():
             possible = data.test or protocol in ("features", "cost")
+            settings = {"images": images} | ({"costs": COSTS} if protocol == "svm" else {})
             if possible and args.only in ("all", protocol):
-                measured[protocol] = results.measure(protocol, candidate, function, images=images)
+                measured[protocol] = results.measure(protocol, candidate, function, **settings)
         tables[candidate.data][candidate.name] = columns_of(measured, candidate.lines)
 
     folder = results.folder

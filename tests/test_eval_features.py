@@ -6,15 +6,17 @@ import math
 import shutil
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import CPU, call_main, noise, tiny_data
+from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.svm import LinearSVC
 from torch import nn
 
 import methods.simclr
-from common import backbone, evaluate, pixels, read_lines
+from common import backbone, evaluate, load_data, pixels, read_lines
 from methods.eval_features import (
     COSTS,
     average_precision,
@@ -129,7 +131,9 @@ def test_values_are_those_of_evaluate(tmp_path):
     row = found.rows[2]
     assert row["protocol"] == "features" and row["data"] == "emoji" and row["seed"] == 3
     assert row["settings"] == {"size": 8, "images": [40, 16]} and row["training"]["epochs"] == 2
-    assert row["versions"]["torch"] == torch.__version__ and "commit" in row
+    packages = {"python", "numpy", "torch", "torchvision", "scikit-learn", "scipy", "pillow"}
+    assert set(row["versions"]) == packages and row["versions"]["torch"] == torch.__version__
+    assert row["versions"]["pillow"] == PIL.__version__ and "commit" in row
     assert row["command"].startswith(f"methods/eval_features.py {folders[0]} {folders[1]} --out")
     assert found.rows[1]["seed"] == 0
     assert (out / "curves.png").stat().st_size > 5000
@@ -224,6 +228,55 @@ def test_other_data_sizes_seeds_and_weights_are_kept_apart(tmp_path):
     write_run(tmp_path / "a", seed=5)  # a new run in the same folder
     assert measured() == 1
     assert measured() == 0 and measured("--size", 12, "--seed", 1) == 2
+
+
+def test_other_costs_of_the_svms_are_measured_anew(tmp_path):
+    """They belong to the measurement of an SVM, and of nothing else."""
+    write_run(tmp_path / "a")
+    calls = []
+
+    def quick_svm(*sets):
+        calls.append(len(calls))
+        return {"svm": 50.0}
+
+    def measured(only, **changed):
+        calls.clear()
+        flags = [tmp_path / "a", "--only", only, "--out", tmp_path / "out"]
+        counter = Counter()
+        found = run_script(*flags, evaluate=counter, svm=quick_svm, **changed)
+        assert found.code == 0, found.err
+        return len(calls) + len(counter.sizes)
+
+    assert [measured("svm"), measured("svm"), measured("svm", COSTS=(1.0,))] == [3, 0, 3]
+    assert [measured("features"), measured("features", COSTS=(2.0,))] == [3, 0]
+
+
+def test_files_that_cannot_be_read_are_left_out(tmp_path):
+    """A folder of red, green and blue images, of each half of which two files are broken: all
+    others are right, as neighbours, by the probe and by the SVMs. The features of a broken file are
+    those of a black image, which can be right for one label only."""
+    write_run(tmp_path / "a", arch="resnet14")
+    rng = np.random.default_rng(0)
+    for half, count in (("train", 8), ("val", 3)):
+        for channel, label in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "images" / half / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(60, size=(8, 8, 3), dtype=np.uint8)
+                image[:, :, channel] += 180
+                Image.fromarray(image).save(folder / f"{i}.png")
+            if label != "blue":
+                (folder / "0.png").write_text("no picture")
+    flags = [tmp_path / "a", "--only", "all", "--out", tmp_path / "out"]
+    data = load_data(str(tmp_path / "images"), "", CPU)
+    found = run_script(*flags, data=data, evaluate=evaluate)
+    assert found.code == 0, found.err
+    assert found.err.count("left out, cannot be used") == 4
+    for row in found.rows:
+        assert row["settings"]["images"] == [24, 9]
+        for name in ("knn20", "linear", "svm"):
+            assert row["result"].get(name, 100) == 100, (row["network"], name)
+    assert {row["protocol"] for row in found.rows} == {"features", "svm", "cost"}
 
 
 def test_two_folders_of_one_name(tmp_path):
