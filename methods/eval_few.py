@@ -14,14 +14,16 @@ Notation. Of the training images (the bank) only a few have labels: 1, 2, 5, 10 
 Five draws; of each draw the smaller set is a part of the larger. Accuracies on all test images, in
 percent: mean and deviation over the draws.
 
-With one label per class nothing is left to choose a weight decay on. So the classifier is always
-the logistic regression of scikit-learn with its default, C = 1:
+With one label per class nothing is left to choose a weight decay on. So the classifier is not the
+linear probe of the other scripts but always the logistic regression of scikit-learn with its
+default, C = 1:
 
     minimum over w, b of   1/2 ||w||^2 + sum over the labelled images of their cross-entropy
 
 Each feature is standardised with the mean and deviation of all bank images (no label is needed),
-then divided by sqrt(D): in every network the mean squared length is 1. The paper of 1 % and 10 %
-trains all weights instead.
+then divided by sqrt(D). So the mean squared length is the share of the features that vary over the
+bank: 1 in most networks, less in one with dead channels, which C = 1 then holds back more. The
+paper of 1 % and 10 % trains all weights instead (methods/eval_finetune.py).
 
 Run.
     python methods/eval_few.py runs/simclr-emoji-0
@@ -51,6 +53,8 @@ KIND = "evaluation"  # the tests ask for what is due to each kind
 # The measure.
 
 BUDGETS = {"1": 1, "2": 2, "5": 5, "10": 10, "20": 20, "1 %": 0.01, "10 %": 0.1}
+DRAWS = 5
+C = 1.0
 
 
 def draw_labels(labels, budget, draw):
@@ -76,7 +80,7 @@ def few_labels(bank, labels, test, test_labels):
     result = {}
     for name, budget in BUDGETS.items():
         accuracies = []
-        for draw in range(5):
+        for draw in range(DRAWS):
             chosen = draw_labels(labels, budget, draw)
             x = (bank[chosen.to(bank.device)].float() - mean) / scale
             y = labels[chosen].to(bank.device)
@@ -86,7 +90,7 @@ def few_labels(bank, labels, test, test_labels):
             zeros = x.new_zeros(int(labels.max()) + 1, len(s))
             start = zeros, zeros[:, 0]
             variance = s.square() / len(x)
-            weight, bias = fit_logistic(u * s, y, variance, 1 / len(x), *start)
+            weight, bias = fit_logistic(u * s, y, variance, 1 / (C * len(x)), *start)
             right = F.linear(test, weight @ v, bias).argmax(1) == test_labels
             accuracies.append(100 * right.double().mean().item())
         result[name] = {
@@ -218,7 +222,8 @@ def main(argv=None):
             return share(few_labels, *known[:4])
 
         images = [len(data.bank.images), len(data.test.images)]
-        measured = results.measure("few", candidate, measure, images=images)
+        settings = {"images": images, "budgets": BUDGETS, "draws": DRAWS, "C": C}
+        measured = results.measure("few", candidate, measure, **settings)
         tables[candidate.data][candidate.name] = measured
 
     folder = results.folder

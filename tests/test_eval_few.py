@@ -143,12 +143,52 @@ def test_run(tmp_path):
 
     lines = found.out.splitlines()
     head = next(i for i, line in enumerate(lines) if "1 per class" in line)
+    settings = {"size": 8, "images": [40, 16], "budgets": BUDGETS, "draws": 5, "C": 1.0}
+    assert found.rows[3]["settings"] == settings
     part = found.rows[3]["result"]["10 %"]
     assert lines[head + 4].startswith("a ")
     assert lines[head + 4].endswith(f" {part['mean']:.1f} +- {part['deviation']:.1f}")
     assert (out / "few.png").stat().st_size > 5000
     again = run_script(tmp_path / "a", "--out", out, few_labels=None)
     assert again.rows == found.rows and again.out.splitlines()[-6:] == lines[-6:]
+
+
+def test_other_draws_budgets_and_costs_are_measured_anew(tmp_path):
+    """What few_labels depends on belongs to a measurement."""
+    write_run(tmp_path / "a")
+    calls = []
+
+    def quick(*sets):
+        calls.append(len(calls))
+        return {name: {"images": 1, "mean": 5.0, "deviation": 1.0} for name in eval_few.BUDGETS}
+
+    patches = {"few_labels": quick, "with_kmeans": as_given, "draw_few": lambda *_: None}
+
+    def measured(**changed):
+        calls.clear()
+        found = run_script(tmp_path / "a", "--out", tmp_path / "out", **patches, **changed)
+        assert found.code == 0, found.err
+        return len(calls)
+
+    assert [measured(), measured()] == [3, 0]
+    assert [measured(C=2.0), measured(DRAWS=4), measured(BUDGETS={"1": 1})] == [3, 3, 3]
+
+
+def test_dead_features_shorten_all_others(monkeypatch):
+    """The mean squared length is the share of the features that vary."""
+    seen = []
+
+    def spy(x, *args):
+        seen.append(x)
+        return fit_logistic(x, *args)
+
+    monkeypatch.setattr(eval_few, "fit_logistic", spy)
+    monkeypatch.setattr(eval_few, "BUDGETS", {"all": 100})
+    labels = torch.arange(50) % 3
+    bank = noise(50, 10, dtype=torch.float32)
+    bank[:, :4] = 3
+    few_labels(bank, labels, bank, labels)
+    assert seen[0].square().sum(1).mean().item() == pytest.approx(0.6, rel=0.03)  # 49 / 50 of it
 
 
 def of_two_processes(folder, out):
