@@ -29,6 +29,7 @@ from methods.eval_robustness import (
     corrupt,
     leave_one_out,
     mean_relative_loss,
+    only_readable,
     robustness,
 )
 
@@ -250,6 +251,7 @@ def test_no_drawing_of_the_artist_who_is_left_out_trains(monkeypatch):
 
 def run_script(*flags, data=DATA, draw=False, **patches):
     """main() of the script, and the lines of results.jsonl."""
+    patches.setdefault("with_kmeans", lambda found, *_: found)
     if not draw:
         patches["draw_curves"] = patches["draw_corruptions"] = lambda *_: None
     found = call_main("eval_robustness", *flags, "--workers", 0, data=data, **patches)
@@ -304,7 +306,9 @@ def test_values_table_and_pictures(tmp_path, monkeypatch):
     lines = found.out.splitlines()
     heads = [i for i, line in enumerate(lines) if line.split()[:1] in (["clean"], ["twemoji"])]
     numbers = lines[heads[0] + 1].removeprefix("simclr-emoji-0").split()
-    assert lines[heads[0]].split() == ["clean", *some, "loss"]
+    assert lines[heads[0]].split() == ["clean", *some, "mean", "loss"]
+    corrupted = sum(map(sum, result["corrupted"].values())) / (3 * len(some))
+    assert numbers[-2] == f"{corrupted:.1f}"
     assert numbers[0] == f"{result['clean']:.1f}"
     assert numbers[-1] == f"{result['relative_loss']:.1f}"
     assert numbers[1] == f"{sum(result['corrupted']['noise']) / 3:.1f}"
@@ -328,17 +332,19 @@ def test_continues_and_keeps_seeds_apart(tmp_path, monkeypatch):
         return {"clean": 50.0, "corrupted": {"noise": [40.0]}, "relative_loss": 20.0 + args.seed}
 
     flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    patches = {"robustness": quick, "with_kmeans": eval_robustness.with_kmeans}
     with pytest.raises(InterruptedError):
-        run_script(*flags, robustness=quick)
-    assert calls == ["raw pixels, 8 px", "untrained vit_micro, 8 px"]
+        run_script(*flags, **patches)
+    assert calls == ["k-means, 8 px", "raw pixels, 8 px"]
     calls.clear()
-    found = run_script(*flags, robustness=quick)
-    assert calls == ["a"] and found.out.count("already measured") == 2
+    found = run_script(*flags, **patches)
+    assert calls == ["untrained vit_micro, 8 px", "a"]
+    assert found.out.count("already measured") == 2
     calls.clear()
-    assert run_script(*flags, robustness=quick).rows == found.rows and calls == []
+    assert run_script(*flags, **patches).rows == found.rows and calls == []
     with pytest.raises(InterruptedError):  # other noise: measured anew, from the first one on
-        run_script(*flags, "--seed", 1, robustness=quick)
-    assert calls == ["raw pixels, 8 px", "untrained vit_micro, 8 px"]
+        run_script(*flags, "--seed", 1, **patches)
+    assert calls == ["k-means, 8 px", "raw pixels, 8 px"]
 
 
 def of_processes(folder, out):
@@ -404,7 +410,50 @@ def test_collapsed_features_lose_nothing(tmp_path, monkeypatch):
     assert found.rows[0]["result"]["relative_loss"] is None
     assert "NaN" not in (tmp_path / "none" / "results.jsonl").read_text()
     line = next(line for line in found.out.splitlines() if line.startswith("a  "))
-    assert line.split() == ["a", *["0.0"] * 4, "-"]
+    assert line.split() == ["a", *["0.0"] * 5, "-"]
+
+
+def test_one_class_and_a_class_with_one_image(tmp_path, monkeypatch):
+    """One class is always right. A class with one training image spoils nothing."""
+    few(monkeypatch)
+    write_run(tmp_path / "a")
+
+    def result(name, bank_labels, test_labels):
+        bank = DATA.bank._replace(labels=bank_labels)
+        test = DATA.test._replace(labels=test_labels)
+        data = DATA._replace(bank=bank, test=test)
+        flags = [tmp_path / "a", "--out", tmp_path / name]
+        found = run_script(*flags, data=data, candidates=only_the_run)
+        assert found.code == 0, found.err
+        return found.rows[0]["result"]
+
+    found = result("one", 0 * DATA.bank.labels, 0 * DATA.test.labels)
+    assert found["clean"] == 100 and found["relative_loss"] == 0
+    assert set(found["artist_new"].values()) == {100}
+    labels = DATA.bank.labels.clone()
+    labels[0] = 9  # nothing else has this label
+    found = result("rare", labels, DATA.test.labels)
+    assert 0 < found["clean"] < 100 and found["relative_loss"] is not None
+
+
+def test_one_training_image_is_too_few(tmp_path, monkeypatch):
+    few(monkeypatch)
+    write_run(tmp_path / "a")
+    flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    found = run_script(*flags, data=tiny_data(1, 16), candidates=only_the_run)
+    assert found.code == 1 and found.err.count("\n") == 1 and not found.rows
+    assert found.err.startswith("error: tiny: at least two training images with labels")
+
+
+def test_images_that_cannot_be_read_are_left_out_everywhere():
+    """Of the features, the labels and the artists."""
+    readable = torch.arange(16) % 4 > 0
+    x, kept = only_readable(torch.arange(16.0)[:, None], DATA.test, readable)
+    assert x[:, 0].tolist() == [i for i in range(16) if i % 4]
+    for name in ("labels", "emoji", "drawing"):
+        assert torch.equal(getattr(kept, name), getattr(DATA.test, name)[readable])
+    bare = DATA.test._replace(emoji=None, drawing=None)
+    assert only_readable(torch.zeros(16, 1), bare, readable)[1].emoji is None
 
 
 def test_an_artist_without_test_images_is_not_defined(tmp_path, monkeypatch):
