@@ -7,8 +7,8 @@ Idea. Labels are expensive, images are not. A network that was trained without l
 classifier on top, the head, and then all weights are trained together with the labels of 1 %, 10 %
 or all of the images. This is compared with the same network from scratch, which means from its
 initial weights, with the same labels and steps; and with the frozen linear probe, which trains only
-a linear classifier on unchanged features. The papers find that training before is worth most where
-labels are few.
+a linear classifier on unchanged features; raw pixels and k-means features have only such a probe.
+The papers find that training before is worth most where labels are few.
 
 Notation. h = f(x) (n, D) features of the network, the trunk; W (C, D), b the head; y (n,) labels;
 T steps, counted by t from 0. The loss is the cross-entropy, and both learning rates fall to 0:
@@ -19,9 +19,17 @@ T steps, counted by t from 0. The loss is the cross-entropy, and both learning r
 lr(0) is larger for the head, which starts near 0, than for the trunk, which is trained already. The
 labelled images have the proportions of the classes in the whole set, with at least one per class.
 The subsets of a draw are nested: those of 1 % are among those of 10 %. The number of a draw is the
-seed of everything in it: labelled images, head, order, crops. --seed is only for the network from
-scratch, which starts alike in all draws. Batch-norm uses the statistics of the batch, as in any
-training. Accuracies are in percent, on whole test images, which choose nothing.
+seed of everything in it: labelled images, head, order, crops; and the network from scratch of draw
+k = 0, 1, ... has the initial weights of seed --seed + k, so the deviation over the draws includes
+that of the initial weights. Of a trained network all draws start from the same run. Batch-norm uses
+the statistics of the batch, as in any training. Accuracies are in percent, on whole test images,
+which choose nothing.
+
+What the numbers do not say. The learning rates were chosen on SimCLR's network and on one from
+scratch (see SETTINGS), so they favour SimCLR. With all labels of emoji 300 steps of 128 images are
+7.6 epochs, after which nothing has converged: "tuned" then measures how fast a network learns as
+well. The frozen probe chooses its weight decay on a fifth of the labelled images, so it has other
+accuracies than methods/eval_few.py, where C = 1.
 
 Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 runs/mae-emoji-0
@@ -29,9 +37,11 @@ Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 --steps 800 --lr-trunk 0.002
 It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
 runs/eval_finetune; the runs stay as they are. What is in results.jsonl is not measured again, so a
-command that was stopped continues. On emoji a run with the default ResNet takes about 4 minutes on
-two CPU cores, and the network from scratch, once for all runs, as long. MAE's vision transformer
-takes six times as long: --draws 1 or fewer --steps make it quicker.
+command that was stopped continues. On emoji one draw of a run with the default ResNet took 3.5
+(RotNet) to 8 minutes (SimCLR) on one core that other programs used as well. So three draws take
+about 10 minutes of one core, probably more than 5 of two, and those of the network from scratch,
+once for all runs, as long. MAE's vision transformer takes six times as long. --draws 1 or fewer
+--steps make it quicker.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with
@@ -54,10 +64,11 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (Loader, Results, Split, baselines, candidates, features, flip_and_normalize,
-                    join_processes, linear_probe, load_data, parse, print0, print_files,
-                    replace_file)
+from common import (Candidate, Loader, Results, Split, baselines, candidates, features,
+                    flip_and_normalize, join_processes, labelled_features, linear_probe, load_data,
+                    parse, pixels, print0, print_files, replace_file, share)
 from kernels.collectives import fail, world
+from kernels.kmeans import ABOUT, PATCH, KMeansFeatures, fit_kmeans
 from kernels.views import Crop
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -108,7 +119,7 @@ def parameter_groups(model, lr_trunk, lr_head):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
-    "seed": (0, "seed of the untrained network, from scratch"),
+    "seed": (0, "seed of the k-means features and, plus the draw, of the network from scratch"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "steps": (300, "steps of every fine-tuning", "[1, inf)"),
@@ -130,12 +141,16 @@ def get_args(argv=None):  # copy of: methods/eval_features.py::get_args
     return parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
 
 
+def is_trained(candidate):
+    return "method" in candidate.about  # it is a run, not a baseline
+
+
 def fine_tune(candidate, split, classes, draw, device, args):
     """Trains a copy of the network, with a head, on all images of a split. Returns the model and
     the loss of the last step."""
     model = with_head(candidate.network, classes, draw)
     model.to(device, memory_format=torch.channels_last).train()
-    lr_trunk = args.lr_trunk if "weights" in candidate.about else args.lr_scratch
+    lr_trunk = args.lr_trunk if is_trained(candidate) else args.lr_scratch
     groups = parameter_groups(model, lr_trunk, args.lr_head)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -167,28 +182,25 @@ def fine_tune(candidate, split, classes, draw, device, args):
 
 def measure(candidate, data, part, draw, device, args):
     """What a line of results.jsonl holds: accuracies with the labels of one draw. tuned is None
-    for raw pixels, which have no weights."""
+    for raw pixels and k-means features, which are no networks."""
     print0(f"  {part:.0%} of the labels, draw {draw + 1} of {args.draws}")
     index = labelled_part(data.bank.labels, part, draw)
     if len(index) < 2:
         fail(f"{part:.0%} of the labels is one image: at least two are needed")
+    emoji = None if data.bank.emoji is None else data.bank.emoji[index]
     labels = data.bank.labels[index].to(device)
-    split = Split(data.bank.images.part(index), labels)
+    split = Split(data.bank.images.part(index), labels, emoji)
     how = candidate.size, device, args.workers
     network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
 
-    bank, bank_readable = features(network, split, *how)
-    test, readable = features(network, data.test, *how)
-    test_labels = data.test.labels.to(device)[readable]
-    groups = None if data.bank.emoji is None else data.bank.emoji[index]
-    sets = bank[bank_readable], labels[bank_readable], test[readable], test_labels
-    result = {"labels": len(index), "frozen": linear_probe(*sets, groups), "tuned": None}
+    sets = labelled_features(network, data._replace(bank=split), *how)
+    result = {"labels": len(index), "frozen": linear_probe(*sets), "tuned": None}
 
-    if list(network.parameters()):
+    if "arch" in candidate.about:
         classes = int(data.bank.labels.max()) + 1
         model, loss = fine_tune(candidate, split, classes, draw, device, args)
-        logits, _ = features(model, data.test, *how)
-        right = logits[readable].argmax(1) == test_labels
+        logits, readable = features(model, data.test, *how)
+        right = logits[readable].argmax(1) == data.test.labels.to(device)[readable]
         result["tuned"] = 100 * right.double().mean().item()
         result["loss"] = loss
     return result
@@ -267,6 +279,24 @@ def draw_curves(path, summaries, scratch):
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
+def with_kmeans(found, sets, args, device):  # copy of: methods/eval_features.py::with_kmeans
+    """The candidates, and first the k-means features of their data sets and sizes, which are fitted
+    to 1,000 images of the bank without labels."""
+    baselines = []
+    for name, size in dict.fromkeys((candidate.data, candidate.size) for candidate in found):
+        if size < PATCH:
+            print0(f"no k-means features: {size} pixels are less than a patch of {PATCH}")
+            continue
+        images = sets[name].bank.images
+        some = np.random.default_rng(args.seed).permutation(len(images))[:1000]
+        some = Split(images.part(torch.from_numpy(some)))
+        x, _ = features(pixels(size), some, size, device, args.workers)
+        network = KMeansFeatures(*share(fit_kmeans, x, args.seed))
+        about = {"seed": args.seed, "weights": ABOUT}
+        baselines.append(Candidate(f"k-means, {size} px", network, name, size, about))
+    return [*baselines, *found]
+
+
 def main(argv=None):
     args = get_args(argv)
     device = join_processes(args.seed)
@@ -281,14 +311,20 @@ def main(argv=None):
     results = Results("eval_finetune", args, device)
 
     settings = {name: getattr(args, name) for name in ("steps", "batch", "lr_head", "crop")}
+    runs = [candidate for candidate in found if is_trained(candidate)]
+    owners = {}  # (an untrained network, its data): a run that began as this network
+    for run in runs:
+        owners[baselines(run, args.seed)[1].name, run.data] = run
     summaries = {name: {} for name in sets}
-    for candidate in found:
+    for candidate in with_kmeans(found, sets, args, device):
         data = sets[candidate.data]
-        trained = "weights" in candidate.about
-        settings["lr_trunk"] = args.lr_trunk if trained else args.lr_scratch
+        owner = owners.get((candidate.name, candidate.data))
+        settings["lr_trunk"] = args.lr_trunk if is_trained(candidate) else args.lr_scratch
         lines = {}
         for part in PARTS:
             for draw in range(args.draws):
+                if owner:
+                    candidate = baselines(owner, args.seed + draw)[1]
                 lines[part, draw] = results.measure(
                     "fine-tuning",
                     candidate,
@@ -302,8 +338,8 @@ def main(argv=None):
 
     folder = results.folder
     for name, measured in summaries.items():
-        runs = [run for run in found if run.data == name and "weights" in run.about]
-        scratch = {run.name: baselines(run, args.seed)[1].name for run in runs}
+        own = [run for run in runs if run.data == name]
+        scratch = {run.name: baselines(run, args.seed)[1].name for run in own}
         ending = f"-{Path(name).name}.png" if len(summaries) > 1 else ".png"
         draw_curves(folder / f"finetune{ending}", measured, scratch)
         print0(f"\n{name}\n{table(measured)}")

@@ -102,7 +102,8 @@ def test_trunk_and_head_have_their_own_rates():
 
 
 def run_of(net, size=8, trained=True):
-    return Candidate("a", net, "emoji", size, {"weights": "x"} if trained else {})
+    about = {"arch": "resnet14"} | ({"method": "simclr"} if trained else {})
+    return Candidate("a", net, "emoji", size, about)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -183,8 +184,28 @@ def test_frozen_line_is_the_linear_probe_and_the_network_stays():
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert measure(candidate, DATA, 1.0, 0, CPU, args) == result
-    # raw pixels have nothing to tune
-    assert measure(run_of(pixels(8), trained=False), DATA, 0.1, 0, CPU, args)["tuned"] is None
+    # raw pixels and k-means features have nothing to tune
+    raw = Candidate("raw pixels, 8 px", pixels(8), "emoji", 8, {})
+    assert measure(raw, DATA, 0.1, 0, CPU, args)["tuned"] is None
+    (kmeans,) = eval_finetune.with_kmeans([raw], {"emoji": DATA}, args, CPU)[:-1]
+    assert measure(kmeans, DATA, 0.1, 0, CPU, args)["tuned"] is None
+
+
+def test_one_class_is_always_right():
+    """Several images of a single class, and a class with one image."""
+    one = DATA.bank._replace(labels=torch.zeros(40, dtype=torch.int64))
+    test = DATA.test._replace(labels=torch.zeros(16, dtype=torch.int64))
+    args = get_args(["x", "--steps", "2", "--workers", "0"])
+    candidate = run_of(backbone("vit_micro", 8))
+    for part in (0.1, 1.0):
+        found = measure(candidate, DATA._replace(bank=one, test=test), part, 0, CPU, args)
+        assert found["labels"] == 40 * part
+        assert found["frozen"] == found["tuned"] == 100 and found["loss"] == 0
+    rare = DATA.bank.labels.clone()
+    rare[0] = 9
+    data = DATA._replace(bank=DATA.bank._replace(labels=rare))
+    found = measure(candidate, data, 0.1, 0, CPU, args)
+    assert 0 <= found["tuned"] <= 100 and math.isfinite(found["loss"])
 
 
 @pytest.mark.parametrize(
@@ -280,19 +301,23 @@ def test_summary_and_table_by_hand():
 def quick(stop_at=None):
     """In place of measure(): numbers that tell which measurement they are of, and a kill."""
     calls = []
+    networks = []
 
     def measured(candidate, data, part, draw, device, args):
         if len(calls) == stop_at:
             raise InterruptedError
         calls.append((candidate.name, part, draw))
-        tuned = 60.0 + draw if list(candidate.network.parameters()) else None
+        networks.append((candidate.about.get("seed"), candidate.network))
+        tuned = 60.0 + draw if "arch" in candidate.about else None
         return {"labels": round(100 * part), "frozen": 50.0 + draw, "tuned": tuned, "loss": 0.1}
 
     measured.calls = calls
+    measured.networks = networks
     return measured
 
 
 def run_script(*flags, data=DATA, **patches):
+    patches.setdefault("with_kmeans", lambda found, *_: found)
     found = call_main("eval_finetune", *flags, "--workers", 0, data=data, **patches)
     found.rows = read_lines(flags[flags.index("--out") + 1] / "results.jsonl")
     return found
@@ -313,6 +338,16 @@ def test_one_baseline_for_all_runs_and_the_picture(tmp_path):
     args = get_args(["x"])
     assert {row["lr_trunk"] for row in settings} == {args.lr_trunk, args.lr_scratch}
     assert settings[4]["part"] == 0.1 and settings[4]["draw"] == 1
+    # each draw from scratch starts from weights of its own, the runs always from the same
+    weights = [network.state_dict() for _, network in measured.networks]
+    for i, (name, part, draw) in enumerate(measured.calls):
+        if name == names[1]:
+            assert measured.networks[i][0] == found.rows[i]["seed"] == draw
+            torch.manual_seed(draw)
+            for key, value in backbone("vit_micro", 8).state_dict().items():
+                assert torch.equal(weights[i][key], value), key
+        elif name == "a":
+            assert measured.networks[i][1] is measured.networks[18][1]
     assert np.asarray(Image.open(out / "finetune.png").convert("RGB")).std() > 5
     assert "51.0 ± 1.0" in found.out and found.out.splitlines()[-1].endswith("results.jsonl")
 
