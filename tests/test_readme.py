@@ -4,20 +4,23 @@ what is generated is what the rows say."""
 import copy
 import importlib.util
 import json
+import math
 import re
 import statistics
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, arguments, call_main, kind_of, light, short, tiny_data
+from conftest import CPU, ROOT, SCRIPTS, arguments, call_main, kind_of, light, short, tiny_data
 from PIL import Image
 
 import common
 
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "tests/results/EVALUATIONS.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -140,6 +143,70 @@ def test_sentences_about_the_results(report):
             assert row["evaluation"][key] > row["random_init"][key], row["command"]
 
 
+STANDARD_ERROR = 2.3  # points, of an accuracy on the test images of emoji
+OF_A_DIFFERENCE = 1.6  # of that between two networks
+
+
+@pytest.mark.thorough
+def test_the_standard_errors():
+    """By the bootstrap over the emoji of the test set, of kNN and the linear probe: those of raw
+    pixels and of the untrained network, and that of their difference on the same emoji."""
+    data = common.load_data("emoji", "", CPU)
+    names, member = data.test.emoji.unique(return_inverse=True)
+    drawn = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
+
+    def error(right):  # (emoji,): how many of the four drawings
+        return 25 * right[torch.from_numpy(drawn)].mean(1).std().item()
+
+    torch.manual_seed(0)
+    neighbours = []
+    probes = []
+    for network in (common.pixels(32), common.backbone("resnet14", 32)):
+        bank, _ = common.features(network, data.bank, 32, CPU)
+        test, _ = common.features(network, data.test, 32, CPU)
+        labels = data.bank.labels
+        found = []
+        for number in range(len(names)):
+            of_it = member == number
+            found.append(common.knn(bank, labels, test[of_it], data.test.labels[of_it], 20) / 25)
+        neighbours.append(torch.tensor(found, dtype=torch.float64))
+        classify = common.linear_classifier(bank, labels, data.bank.emoji)
+        right = (classify(test) == data.test.labels).double()
+        probes.append(torch.zeros(len(names), dtype=torch.float64).scatter_add_(0, member, right))
+    for a, b in (neighbours, probes):
+        assert error(a) == pytest.approx(STANDARD_ERROR, abs=0.15)
+        assert error(b) == pytest.approx(STANDARD_ERROR, abs=0.15)
+        assert error(a - b) == pytest.approx(OF_A_DIFFERENCE, abs=0.15)
+
+
+def test_sentences_about_the_standard_error():
+    words = (
+        f"the standard error is about {STANDARD_ERROR} points (bootstrap over the 315 emoji of the "
+        "test set, whose four drawings are alike), of a difference between two networks about "
+        f"{OF_A_DIFFERENCE}"
+    )
+    for text in (README, PAGE):
+        text = " ".join(text.split())
+        assert words.lower() in text.lower()
+        assert f"below about {2 * OF_A_DIFFERENCE:.0f} points" in text  # two standard errors
+    log = " ".join((ROOT / "tests/results/LOG.md").read_text().split())
+    assert f"less than the standard error of a difference, {OF_A_DIFFERENCE}." in log
+
+
+def test_sentences_about_the_seed_of_the_untrained_network(report):
+    """The evaluations have that of seed 0; the rows have three."""
+    runs = report.headline(report.read_rows())["simclr"]
+    found = {run["settings"]["seed"]: run["random_init"]["linear"] for run in runs}
+    lucky, *others = [f"{found[seed]:.1f}" for seed in range(3)]
+    assert found[0] > max(found[1], found[2])
+    words = f"{lucky} by the linear probe, where seeds 1 and 2 have {' and '.join(others)}."
+    assert words in " ".join(README.split())
+    words = f"it has {lucky} by the linear probe, with seeds 1 and 2 {' and '.join(others)}."
+    assert words in " ".join(PAGE.split())
+    line = next(line for line in report.short_table(report.read_rows()) if "untrained res" in line)
+    assert f"| {statistics.mean(found.values()):.1f} ± " in line and line.endswith("| 3 |")
+
+
 def test_sentences_about_the_ranking_of_pretext_tasks(report):
     """They hold for the orders by linear accuracy and by its gain."""
     from scipy.stats import spearmanr
@@ -151,7 +218,7 @@ def test_sentences_about_the_ranking_of_pretext_tasks(report):
         order = sorted(ours, key=ours.get)
         assert "counting" in order[3:7]  # in the middle
         steps = [ours[b] - ours[a] for a, b in zip(order, order[1:])]
-        assert statistics.median(steps) < 1.4  # the standard error
+        assert statistics.median(steps) < OF_A_DIFFERENCE
     painting = {"colorization", "color_proxy", "context_encoder", "split_brain"}
     assert order[-1] in painting
     assert sorted(report.VOC, key=report.VOC.get)[-2] == "counting"
@@ -189,7 +256,11 @@ def test_sentences_about_the_evaluations(report, measured, section):
         ("robustness", "artist_new/mean"): (
             "**exemplar**", "**alignment_uniformity**", "**simclr**", UNTRAINED, RAW,
         ),
-        ("robustness", "relative_loss"): ("**simclr**", "**color_proxy**", UNTRAINED, RAW),
+        ("robustness", "relative_loss"): (
+            "**simclr**", "**color_proxy**", UNTRAINED, RAW, "raw pixels, 48 px",
+            "untrained resnet14 of context_prediction, 48 px",
+        ),
+        ("robustness", "corrupted/mean"): ("**exemplar**", "**simclr**", UNTRAINED, RAW),
         ("few", "1 %/accuracies"): (UNTRAINED, "**simclr**", "**swav**", "**drlim**"),
         ("few", "10 %/accuracies"): ("**split_brain**", "untrained resnet14 of split_brain, 32 px"),
         ("features", "linear"): ("k-means, 32 px",),
@@ -198,7 +269,22 @@ def test_sentences_about_the_evaluations(report, measured, section):
         for name in names:
             assert f"{evaluations.mean(networks, name, *place):.1f}" in section, (name, place)
 
-    linear = {name: evaluations.mean(networks, name, "features", "linear") for name in networks}
+    def of_all(*place):
+        found = {name: evaluations.mean(networks, name, *place) for name in networks}
+        return {name: number for name, number in found.items() if number is not None}
+
+    artist = of_all("robustness", "artist_new/mean")
+    more = artist["**exemplar**"] - artist[UNTRAINED]
+    assert f"exemplar has {more:.1f} points more than the untrained network" in section
+    assert max(artist, key=artist.get) == "**exemplar**"
+    loss = of_all("robustness", "relative_loss")
+    assert min(loss, key=loss.get) == "untrained resnet14 of context_prediction, 48 px"
+    loss = {name: number for name, number in loss.items() if name.endswith("**")}
+    assert min(loss, key=loss.get) == "**simclr**" and max(loss, key=loss.get) == "**color_proxy**"
+    corrupted = of_all("robustness", "corrupted/mean")
+    assert max(corrupted, key=corrupted.get) == "**exemplar**"
+
+    linear = of_all("features", "linear")
     trained = {name: x for name, x in linear.items() if name.endswith("**")}
     more = sorted(name.strip("*") for name, x in trained.items() if x > linear["k-means, 32 px"])
     assert f"Only {', '.join(more)} have more" in section
@@ -244,8 +330,59 @@ def test_sentences_about_depth(report, measured, section):
     words = f"context_prediction by {a[0]:.1f} points, jigsaw by {b[0]:.1f}, counting by {c[0]:.1f}"
     assert words in section
     assert f"by {a[1]:.1f}, {b[1]:.1f} and {c[1]:.1f}" in section
-    more = sorted(name for name, (trained, start) in falls.items() if trained - start > 1.4)
-    assert f"Only {', '.join(more[:-1])} and {more[-1]} fall more" in section
+
+
+def test_captions_of_the_evaluations(report, measured):
+    """What the captions of EVALUATIONS.md and a docstring say in numbers."""
+    evaluations = report.evaluations
+    networks = measured["features"]
+    page = " ".join(PAGE.split())
+
+    # Always answering the most frequent class of the training images.
+    with np.load(ROOT / "tests" / "data" / "emoji.npz") as file:
+        most = np.bincount(file["train_labels"]).argmax()
+        share = 100 * np.mean(file["test_labels"] == most)
+        count = len(file["train_labels"])
+    clean = [evaluations.mean(networks, name, "robustness", "clean") for name in networks]
+    clean = [number for number in clean if number is not None]
+    low, high = [100 * (a - share) / a for a in (min(clean), max(clean))]
+    assert f"the most frequent class would lose {low:.0f} to {high:.0f}." in page
+    words = f"{share:.1f} %, so of an accuracy of {min(clean):.0f} to {max(clean):.0f} % this "
+    words += f"loses only {low:.0f} to {high:.0f}."
+    doc = " ".join((ROOT / "methods" / "eval_robustness.py").read_text().split())
+    assert words in doc
+
+    # Fine-tuning: a linear probe is better than C = 1; 300 steps are few.
+    both = [("fine-tuning 0.01", "frozen"), ("few", "1 %/accuracies")]
+    pairs = [[evaluations.mean(networks, name, *place) for place in both] for name in networks]
+    more = [probe - fixed for probe, fixed in pairs if probe is not None]
+    words = {1: "one", 5: "five"}
+    words = [words[round(number)] for number in (min(more), max(more))]
+    assert f"it has {words[0]} to {words[1]} points more" in page
+    assert f"300 steps of 128 images are {300 * 128 / count:.1f} epochs with all labels" in page
+    losses = [evaluations.mean(networks, name, "fine-tuning 1.0", "loss") for name in networks]
+    assert min(loss for loss in losses if loss is not None) > 1
+
+
+def test_the_same_commands_measure_everything(tmp_path):
+    """README.md and EVALUATIONS.md have one block of commands. In a folder with one run on emoji
+    and one on a film every script gets the runs that it can measure."""
+    (commands,), other = [
+        re.findall(r"```bash\n(shopt .*?)```", text, re.DOTALL) for text in (README, PAGE)
+    ]
+    assert other == [commands]
+    for name in ("simclr-emoji-0", "multitask-movers-0"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    script = f'python() {{ echo "$@"; }}\n{commands}'
+    run = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
+    lines = subprocess.run(["bash", "-c", script], **run).stdout.splitlines()
+    calls = [line.replace("methods/", "").replace("runs/", "").split() for line in lines]
+    names = [name for name in SCRIPTS if kind_of(name) == "evaluation"]
+    assert {words[0] for words in calls} == {f"{name}.py" for name in names}
+    for name, *words in calls:
+        film = name == "eval_video.py" or words[-2:] == ["--data", "emoji"]
+        assert words[0] == ("multitask-movers-0" if film else "simclr-emoji-0"), name
+        assert len(words) == 1 or words[1] == "--data"
 
 
 # Their rows are older than the evaluations, for which the same commands were run once more.
@@ -548,20 +685,89 @@ def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
     assert lines[2:] == ["| P+M | 45.0 |  |  |  |", "| all | 50.0 |  |  |  |"]
 
 
-def test_the_sentence_about_fine_tuning(report):
-    evaluations = report.evaluations
-    assert evaluations.tuned_words([]) == ["- **Fine-tuning.** Not run."]
-    values = {None: (30, 40), "byol": (45, 41), "swav": (39, 38)}  # frozen, tuned
+def fine_tuning(values, draws):
+    """Rows of fine-tuning with 1 % and 10 % of the labels. values: {method, None for the untrained
+    network: (frozen, tuned)}, of a draw the draw's number more."""
     rows = []
     for part in (0.01, 0.1):
         for method, (frozen, tuned) in values.items():
-            result = {"frozen": frozen, "tuned": tuned}
-            rows += [row_of(method, "fine-tuning", result, part=part, draw=i) for i in range(3)]
-    text = " ".join(line.strip() for line in evaluations.tuned_words(rows))
+            for draw in range(draws):
+                result = {"frozen": frozen + draw, "tuned": tuned + draw}
+                seed = draw if method is None else 0
+                rows.append(row_of(method, "fine-tuning", result, seed, part=part, draw=draw))
+    return rows
+
+
+def test_the_sentence_about_fine_tuning(report):
+    evaluations = report.evaluations
+    assert evaluations.tuned_words([]) == ["- **Fine-tuning.** Not run."]
+    values = {None: (30.0, 40.0), "byol": (45.0, 41.0), "swav": (36.0, 38.0)}
+
+    def text(rows):
+        return " ".join(line.strip() for line in evaluations.tuned_words(rows))
+
+    # The draws differ by a constant: all differences between networks are exact.
+    three = text(fine_tuning(values, 3))
     start = "- **Fine-tuning** (3 draws of the labels). With 1 % of the labels 1 of 2 pretrained"
-    assert text.startswith(start)
-    assert "the best is byol, 41.0 (from scratch 40.0)" in text
-    assert "for 2 of them, and has up to 45.0. With 10 %" in text
+    assert three.startswith(start)
+    assert "better than a linear probe of the frozen features for 1 of them, worse for 1;" in three
+    assert "the best is byol, 42.0 (from scratch 41.0, frozen 46.0)" in three
+    assert "largest for swav, +2.0 ± 0.0. With 10 %" in three and "all labels" not in three
+
+    # One draw that contradicts the others: no network is better for certain.
+    rows = fine_tuning(values, 3)
+    rows[0]["result"]["tuned"] += 5
+    assert "With 1 % of the labels 0 of 2 pretrained" in text(rows)
+    one = text(fine_tuning(values, 1))
+    words = "(1 draw of the labels: too few to say what is better). With 1 % of the labels the best"
+    assert f"- **Fine-tuning** {words} is byol, 41.0" in one and " of 2 " not in one
+    assert "largest for swav, +2.0." in one
+
+
+def test_the_uncertainty_of_a_difference(report):
+    """Student's t of the differences, draw by draw; 4.303 is its 97.5 % quantile for 2 degrees."""
+    difference = report.evaluations.difference
+    a, b = {0: 50.0, 1: 52.0, 2: 57.0, 7: 99.0}, {0: 49.0, 1: 49.0, 2: 52.0, 9: 0.0}
+    mean, half = difference(a, b)
+    assert mean == 3 and half == pytest.approx(4.303 * 2 / math.sqrt(3), rel=1e-3)
+    assert difference({0: 50.0, 1: 52.0}, b) == (2.0, math.inf)
+
+
+def test_gains_and_means_of_an_evaluation(report):
+    """What fine-tuning gains over the frozen features; the mean of all corrupted accuracies."""
+    evaluations = report.evaluations
+    rows = fine_tuning({"byol": (45.0, 41.0)}, 2)
+    rows[1]["result"]["tuned"] += 2
+    rows += [row_of(None, "fine-tuning", {"frozen": 30.0, "tuned": None}, part=0.01, draw=0)]
+    networks = evaluations.collect(evaluations.rows_of("finetune", rows, ()))
+    lines = evaluations.table(networks, evaluations.TABLES["finetune"])
+    assert lines[0][1:4] == ["30.0", "", ""]
+    assert lines[1][1:4] == ["45.5 ± 0.7", "42.5 ± 2.1", "-3.0 ± 1.4"]
+    result = {"corrupted": {"noise": [10.0, 20.0], "blur": [30.0, 40.0]}}
+    assert evaluations.value(result, "corrupted/mean") == 25
+    assert evaluations.value(result, "corrupted/blur/mean") == 35
+
+
+def test_a_row_with_more_settings_replaces_an_older_one(report):
+    """Constants of a script became settings of its results later."""
+    replaces = report.evaluations.replaces
+    old = row_of(None, "svm", {"svm": 1.0}, images=[5020, 1260])
+    new = row_of(None, "svm", {"svm": 2.0}, images=[5020, 1260], costs=[1.0, 10.0])
+    assert replaces(new, old) and replaces(new, new) and not replaces(old, new)
+    assert not replaces(new, old | {"seed": 1}) and not replaces(new, old | {"protocol": "cost"})
+    assert not replaces(new, row_of(None, "svm", {}, images=[5020, 1260], costs=[1.0]))
+
+
+def test_the_table_of_costs(report):
+    """What is known of the runs at the defaults; more than one run: means, the most memory."""
+    (byol, *_) = report.chosen(report.read_rows(), "byol")
+    runs = [byol | {"train_flops": flops, "peak_memory_gb": memory, "train_seconds": 90.0}
+            for flops, memory in ((2e12, 1.0), (4e12, 1.26), (None, None))]
+    lines = report.cost_table(runs)
+    assert len(lines) == 3
+    cells = lines[2].strip("| ").split(" | ")
+    assert cells[:2] == ["**byol**", "90"] and cells[3:5] == ["3", "1.3"]
+    assert report.cost_table([]) == ["not run"]
 
 
 def test_what_the_video_methods_answer(report):

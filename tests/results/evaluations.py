@@ -5,6 +5,7 @@ them, without what is only drawn. report.py calls add() and blocks().
 """
 
 import json
+import math
 import re
 import statistics
 import textwrap
@@ -17,6 +18,7 @@ DRAWN = {"points", "shares", "shown", "precisions", "costs", "iou", "pck", "corr
 
 FILMS = ("movers", "tripod", "bunny")
 LABELS = ("1", "2", "5", "10", "20", "1 %", "10 %")
+SHARES = {"1 %": 0.01, "10 %": 0.1, "all": 1.0}  # of the labels, for fine-tuning
 LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
 CORRUPTIONS = ("noise", "blur", "contrast", "brightness", "pixelation", "jpeg", "rotation",
                "occlusion")
@@ -79,16 +81,14 @@ TABLES = {
     "robustness": {
         "clean": ("robustness", "clean", ".1f"),
         **{name: ("robustness", f"corrupted/{name}/mean", ".1f") for name in CORRUPTIONS},
+        "mean corrupted accuracy": ("robustness", "corrupted/mean", ".1f"),
         "mean relative loss": ("robustness", "relative_loss", ".1f"),
-        "unseen artist": ("robustness", "artist_new/mean", ".1f"),
+        "artist without labels": ("robustness", "artist_new/mean", ".1f"),
     },
     "finetune": {
-        "1 %, frozen": ("fine-tuning 0.01", "frozen", ".1f"),
-        "1 %, tuned": ("fine-tuning 0.01", "tuned", ".1f"),
-        "10 %, frozen": ("fine-tuning 0.1", "frozen", ".1f"),
-        "10 %, tuned": ("fine-tuning 0.1", "tuned", ".1f"),
-        "all, frozen": ("fine-tuning 1.0", "frozen", ".1f"),
-        "all, tuned": ("fine-tuning 1.0", "tuned", ".1f"),
+        f"{share}, {kind}": (f"fine-tuning {part}", kind, how)
+        for share, part in SHARES.items()
+        for kind, how in (("frozen", ".1f"), ("tuned", ".1f"), ("gain", "+.1f"))
     },
     "segmentation": in_two_ways("segmentation", {
         "mean IoU": ("miou", ".1f"),
@@ -175,18 +175,25 @@ def without_drawings(result):
 
 def add(path, variant):
     """Appends the lines of a results.jsonl. What was recorded of the same network, data and
-    settings before is replaced. variant: (method, settings of the training) -> the flags by which
-    the run differs from the method's default run."""
+    settings before is replaced, also if the older line names fewer of the settings. variant:
+    (method, settings of the training) -> the flags by which the run differs from the method's
+    default run."""
     rows = read_rows()
-    same = ("protocol", "network", "weights", "seed", "data", "settings")
     for line in path.read_text().splitlines():
         row = json.loads(line)
         row["result"] = without_drawings(row["result"])
         training = row.pop("training", {})  # rows.jsonl has all of it
         if "method" in row:
             row["variant"] = variant(row["method"], training)
-        rows = [r for r in rows if any(r.get(key) != row.get(key) for key in same)] + [row]
+        rows = [earlier for earlier in rows if not replaces(row, earlier)] + [row]
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def replaces(row, earlier):
+    """Whether a row is of the same measurement as an earlier one."""
+    same = ("protocol", "network", "weights", "seed", "data")
+    settings = earlier["settings"].items() <= row["settings"].items()
+    return settings and all(earlier.get(key) == row.get(key) for key in same)
 
 
 def protocol(row):
@@ -198,12 +205,15 @@ def protocol(row):
 
 
 def value(result, path):
-    """result["a"]["b"] for "a/b"; the mean of a list for "a/mean"; None if there is none."""
+    """result["a"]["b"] for "a/b"; for "a/mean" the mean of a list, or of all that a dict holds;
+    None if there is none."""
     for name in path.split("/"):
         if isinstance(result, list) and name == "mean":
             result = statistics.mean(result)
         elif isinstance(result, dict) and name == "mean" and "mean" not in result:
-            result = statistics.mean(result.values())
+            parts = result.values()
+            parts = [value(part, "mean") if isinstance(part, list) else part for part in parts]
+            result = statistics.mean(parts)
         else:
             result = result.get(name) if isinstance(result, dict) else None
     return result
@@ -286,7 +296,7 @@ def cell(runs, path, how):
     text = f"{statistics.mean(found):{how}}"
     if len(found) == 1:
         found = draws([result for results in runs.values() for result in results], path)
-    return text + (f" ± {statistics.stdev(found):{how}}" if len(found) > 1 else "")
+    return text + (f" ± {statistics.stdev(found):{how.strip('+')}}" if len(found) > 1 else "")
 
 
 def table(networks, columns):
@@ -363,6 +373,8 @@ def rows_of(block, rows, videos):
     """The rows of a table. Of images only networks that learned from images, but for "stills"."""
     data = DATA.get(block, ("emoji",))
     rows = [row for row in rows if row["data"] in data]
+    if block == "finetune":
+        rows = [row | {"result": with_gain(row["result"])} for row in rows]
     if block == "stills":
         rows = [row | {"protocol": f"{row['protocol']} on {row['data']}"} for row in rows]
         return [row for row in rows if learned_from(row, videos) != "images"]
@@ -377,31 +389,85 @@ def start_of(row, networks):
     return own[0] if own else f"untrained {row['arch']}, {row['settings']['size']} px"
 
 
+def with_gain(result):
+    """The result of a fine-tuning with the points that it gains over the frozen features."""
+    tuned = result.get("tuned")
+    return result if tuned is None else result | {"gain": tuned - result["frozen"]}
+
+
+def by_draw(rows, part, kind):
+    """{network: {draw: accuracy}} of fine-tuning with a share of the labels, the mean over the runs
+    of a network. kind: "frozen" or "tuned"."""
+    found = {}
+    for row, name in zip(rows, full_names(rows)):
+        number = row["result"].get(kind)
+        if row["settings"].get("part") == part and number is not None:
+            draws = found.setdefault(name, {})
+            draws.setdefault(row["settings"]["draw"], []).append(number)
+    return {
+        name: {draw: statistics.mean(numbers) for draw, numbers in draws.items()}
+        for name, draws in found.items()
+    }
+
+
+def difference(a, b):
+    """The mean over the draws of a - b, and half of its 95 % interval by Student's t; infinite for
+    fewer than three draws. a, b: {draw: accuracy}; a draw has the same labelled images in both."""
+    from scipy.stats import t
+
+    steps = [a[draw] - b[draw] for draw in a if draw in b]
+    if len(steps) < 3:
+        return statistics.mean(steps), math.inf
+    error = statistics.stdev(steps) / len(steps) ** 0.5
+    return statistics.mean(steps), t.ppf(0.975, len(steps) - 1) * error
+
+
 def tuned_words(rows):
-    """For two shares of the labels: how many networks fine-tuning makes better than the same one
-    from scratch, and how many have better frozen features."""
+    """For each share of the labels: how many networks are better by more than the uncertainty after
+    fine-tuning than the same one from scratch, and than a linear probe of their frozen features;
+    the best network, and the one that gains most over its frozen features."""
     networks = collect(rows)
     starts = {plain_name(row): start_of(row, networks) for row in rows if "method" in row}
     words = []
-    for share, part in (("1 %", 0.01), ("10 %", 0.1)):
-        place = f"fine-tuning {part}"
-        tuned = {name: mean(networks, name, place, "tuned") for name in networks}
-        frozen = {name: mean(networks, name, place, "frozen") for name in networks}
-        names = [n for n in starts if n.endswith("**") and tuned.get(n) and tuned.get(starts[n])]
-        if not names:
-            return ["- **Fine-tuning.** Not run."]
-        better = sum(tuned[name] > tuned[starts[name]] for name in names)
-        probe = sum(frozen[name] > tuned[name] for name in names)
-        best = max(names, key=tuned.get)
+    counts = []
+    for share, part in SHARES.items():
+        tuned = by_draw(rows, part, "tuned")
+        frozen = by_draw(rows, part, "frozen")
+        pairs = {name: starts[name] for name in starts if name.endswith("**") and name in tuned}
+        pairs = {n: start for n, start in pairs.items() if tuned.get(start, {}).keys() & tuned[n]}
+        if not pairs:
+            continue
+        over = [difference(tuned[name], tuned[start]) for name, start in pairs.items()]
+        gains = {name: difference(tuned[name], frozen[name]) for name in pairs}
+        counts += [len(tuned[name].keys() & tuned[start]) for name, start in pairs.items()]
+
+        text = "With all labels" if share == "all" else f"With {share} of the labels"
+        if min(counts) > 2:
+            better = sum(step > error for step, error in over)
+            more = sum(step > error for step, error in gains.values())
+            less = sum(step < -error for step, error in gains.values())
+            text += (
+                f" {better} of {len(pairs)} pretrained networks are better than the same network "
+                f"from scratch by more than the uncertainty (95 % interval over the draws), and "
+                f"fine-tuning is better than a linear probe of the frozen features for {more} of "
+                f"them, worse for {less};"
+            )
+        best = max(pairs, key=lambda name: statistics.mean(tuned[name].values()))
+        numbers = [tuned[best], tuned[pairs[best]], frozen[best]]
+        numbers = [f"{statistics.mean(drawn.values()):.1f}" for drawn in numbers]
+        most = max(gains, key=lambda name: gains[name][0])
+        gain, error = gains[most]
+        gain = f"{gain:+.1f}" + (f" ± {error:.1f}" if error < math.inf else "")
         words.append(
-            f"With {share} of the labels {better} of {len(names)} pretrained networks are better "
-            f"than the same network trained from scratch; the best is {best.strip('*')}, "
-            f"{tuned[best]:.1f} (from scratch {tuned[starts[best]]:.1f}). The linear probe of the "
-            f"frozen features is better than fine-tuning for {probe} of them, and has up to "
-            f"{max(frozen[name] for name in names):.1f}."
+            f"{text} the best is {best.strip('*')}, {numbers[0]} (from scratch {numbers[1]}, "
+            f"frozen {numbers[2]}), and fine-tuned minus frozen is largest for "
+            f"{most.strip('*')}, {gain}."
         )
-    count = max(len(drawn) for runs in networks[best].values() for drawn in runs.values())
-    text = f"- **Fine-tuning** ({count} draw{'s' * (count > 1)} of the labels). {' '.join(words)}"
+    if not words:
+        return ["- **Fine-tuning.** Not run."]
+    count = f"{min(counts)} draw{'s' * (min(counts) > 1)} of the labels"
+    count += ": too few to say what is better" if min(counts) < 3 else ""
+    text = f"- **Fine-tuning** ({count}). {' '.join(words)}"
     return textwrap.wrap(text, 100, subsequent_indent="  ")
 
 

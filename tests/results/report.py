@@ -918,8 +918,8 @@ def method_table(rows):
 
 
 def best_stages():
-    """{name: the stage of the network that is best for a linear probe, and its accuracy}, as far as
-    eval_layers.py has measured it."""
+    """{name: the stage of the network that is best for a linear probe of the test images, and its
+    accuracy}, as far as eval_layers.py has measured it."""
     rows = evaluations.rows_of("features", evaluations.read_rows(), FAMILIES["Video"])
     networks = evaluations.collect(rows)
     found = {}
@@ -947,6 +947,7 @@ def short_table(rows):
     for name, arch in (("untrained resnet14", "resnet14"), ("untrained vit_mini", "vit_mini")):
         plain = ("simclr", "moco", "mae")  # whose networks see the image as it is
         runs = [run for m in plain for run in best.get(m, []) if run["settings"]["arch"] == arch]
+        runs = list({run["settings"]["seed"]: run for run in runs}.values())  # one network per seed
         if runs:
             numbers = [spread(runs, "random_init", key) for key in keys]
             stage = stages.get(f"{name}, 32 px", "")
@@ -1013,6 +1014,24 @@ def full_table(rows, data):
         "",
         *markdown(["run", *before.values(), "epochs × batch", "seconds", "commits"], other),
     ]
+
+
+def cost_table(rows):
+    """What the training of each file cost at its defaults, and how fast its network is afterwards.
+    """
+    speeds = evaluations.collect([r for r in evaluations.read_rows() if r["protocol"] == "cost"])
+    lines = []
+    for method, runs in at_home(rows).items():
+        counted = [run["train_flops"] for run in runs if run.get("train_flops")]
+        flops = f"{statistics.mean(counted) / 1e12:,.0f}" if counted else ""
+        memory = [run["peak_memory_gb"] for run in runs if run.get("peak_memory_gb")]
+        memory = f"{max(memory):.1f}" if memory else ""
+        cores = "one" if on_one_core(runs) else "two"
+        speed = evaluations.mean(speeds, f"**{method}**", "cost", "images_per_s")
+        speed = f"{speed:,.0f}" if speed else ""
+        lines.append([f"**{method}**", f"{fastest(runs):,.0f}", cores, flops, memory, speed])
+    heads = ["file", "training, s", "cores", "training, TFLOPs", "peak memory, GB", "images/s"]
+    return markdown(heads, sorted(lines)) if lines else ["not run"]
 
 
 def question_table(rows):
@@ -1222,6 +1241,7 @@ def pages(rows):
         "movers": full_table(rows, "movers"),
         "tripod": full_table(rows, "tripod"),
         "bunny": full_table(rows, "bunny"),
+        "cost": cost_table(rows),
         "questions": question_table(rows),
         "bank": bank_words(rows),
         "ranking": ranking_table(rows),
