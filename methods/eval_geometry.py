@@ -1,6 +1,5 @@
 """Geometry of features: clusters, spectrum, dimension, smoothness and maps of trained networks.
-Adjusted mutual information: Vinh, Epps, Bailey, JMLR 2010.
-https://www.jmlr.org/papers/v11/vinh10a.html
+Adjusted mutual information: Vinh et al., JMLR 2010. https://www.jmlr.org/papers/v11/vinh10a.html
 Exponent of the spectrum: Agrawal et al., NeurIPS 2022. https://openreview.net/forum?id=ii9X4vtZGTZ
 TwoNN: Facco et al., Scientific Reports 2017. https://doi.org/10.1038/s41598-017-11873-y
 LiDAR: Thilak et al., 2023. https://arxiv.org/abs/2312.04000
@@ -10,36 +9,33 @@ t-SNE: van der Maaten, Hinton, JMLR 2008. https://www.jmlr.org/papers/v9/vanderm
 Idea. Accuracy tells what a network knows; geometry tells how it keeps it. Do images of one class
 lie together although no label was shown? How many directions do the features use, and do they
 repeat each other? Do the features change smoothly when an image is turned, moved or darkened?
-Labels are used only to judge the clusters and to colour the maps.
+Raw pixels and the networks before training show what training has changed. The k-means features of
+eval_features.py are left out, since no training has changed them. Labels are used only to judge the
+clusters and to colour the maps.
 
 Notation. x (N, D) features of N test images; l_1 >= l_2 >= ... the eigenvalues of their covariance,
-which are the variances along their principal directions. --only chooses what is measured:
+which are the variances along their principal directions. The words on the left are the choices of
+--only; the indented ones are columns of its table. Only those of clusters are better if larger.
 
-    clusters    k-means on features of length 1, with K = number of classes and (_3k) 3 K clusters;
-                mean and standard deviation of five seeds, in percent:
-                nmi, ami    how much the cluster of an image tells about its label (mutual
-                            information), normalised; adjusted, so that random clusters have 0
-                ari         on how many pairs of images both agree, adjusted (Rand index)
-                accuracy    each class gets the one cluster that suits it, in the best assignment;
-                            share of images in the cluster of their class. With 3 K clusters, the
-                            images of 2 K clusters count as wrong
-    spectrum    exponent        a of l_i ~ i^-a, fitted to i = 11 to 100, at most to half of the l_i
-                                that are not 0, so 11 to 64 for 128 features
+    clusters    k-means on features of length 1, with K = number of classes and, in columns that end
+                in _3k, 3 K clusters; mean and standard deviation of five seeds, in percent:
+                nmi, ami, ari, accuracy   how well clusters agree with labels: see agreement().
+                                Random clusters have 0 by ami and ari only
+    spectrum    exponent        a of l_i ~ i^-a, how fast the variances fall: see exponent()
                 participation   (sum l)^2 / sum l^2: how many directions hold most variance
-                twonn           dimension d of the curved surface on which the features lie: the
-                                distances r1 < r2 of an image to the two nearest others follow
-                                P(r2 / r1 > m) = m^-d
-                lidar           exp(entropy of the eigenvalues of W^-1 B): how many directions tell
-                                images apart in spite of random views. W: covariance of the views of
-                                an image; B: covariance of the images' mean features
+                twonn           dimension of the surface on which the features lie: see twonn()
                 correlation     mean |correlation| of two columns, less that of shuffled columns
-                rankme, alignment, uniformity: as in the results of every run
-    smoothness  lipschitz       ||J(x)|| mean ||x - x'|| / mean ||f(x) - f(x')||: how much the
-                                features change under the worst small change of pixels (largest
-                                singular value of the Jacobian J), relative to how much they change
-                                from one image to another. 1 for raw pixels; larger is less smooth
-                rotation, shift, brightness   sum ||f(x_k+1) - f(x_k)|| / ||f(x_end) - f(x_0)||
-                                while an image is turned, moved or darkened: 1 is a straight line
+                rankme, alignment, uniformity   explained at collapse_panel() in common.py
+    lidar       how many directions tell images apart in spite of random views, not how well:
+                exp(entropy of the eigenvalues of W^-1 B), W the covariance of the views of an
+                image, B that of the images: see lidar(). Features without information about images
+                have a high value, too
+    smoothness  lipschitz       mean ||J(x)|| * mean ||x - x'|| / mean ||f(x) - f(x')||, over images
+                                x and pairs x, x', with J the Jacobian of f: see smoothness()
+                rotation, shift, brightness   sum over k of ||f(x_k+1) - f(x_k)||, divided by
+                                ||f(x_end) - f(x_0)||, while an image is turned, moved or darkened:
+                                1 is a straight line; large for nearly invariant networks, too
+                rotation_path, ...   the same sum over mean ||f(x) - f(x')||: small for them
     tsne        maps in which near neighbours stay near; distances between groups mean nothing
 
 Run.
@@ -48,8 +44,13 @@ Run.
     python methods/eval_geometry.py runs/* --data fashion --out runs/geometry-fashion
 It writes results.jsonl, spectrum-DATA.png and tsne-DATA-category.png into --out, by default
 runs/eval_geometry. A "-" in a table stands for a number that is not defined, as the exponent is not
-if all features are equal. What is in results.jsonl is not measured again, so a command that was
-stopped continues.
+if all features are equal. What is in results.jsonl is not measured again.
+
+Differs from the papers. (This file | the paper.)
+    1. LiDAR: the noise of the views, W / q, is subtracted from B | it counts as information.
+    2. LiDAR: a part of W's mean variance is added to its diagonal | a constant, which would make
+       the result depend on the features' scale. 0 log 0 is 0 | each share plus a small number.
+    3. TwoNN: the mean over the artists, if there are drawings | all images.
 """
 
 import math
@@ -63,7 +64,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (EMBEDDED, HERE, Results, candidates, collapse_panel, embed, features,
+from common import (EMBEDDED, HERE, Loader, Results, candidates, collapse_panel, embed, features,
                     first_batch, flip_and_normalize, join_processes, load_data, parse, print0,
                     print_files, replace_file, thin)
 from kernels.collectives import fail, world
@@ -80,10 +81,13 @@ def participation(values):
 
 
 def exponent(values):
-    """a of l_i ~ i^-a by least squares on logarithms, for ranks 11 to 100, or to half of the
-    eigenvalues (D,) that are not 0; nan if these are fewer than 26."""
+    """How fast the variances fall: a of l_i ~ i^-a, by least squares on the logarithms of
+    eigenvalues (D,). i^-a is fitted from the 11th on, since the first ones follow no power law, to
+    the 100th (or half of those above 0); nan if fewer than 26 are above 0. A large a: few
+    directions matter."""
+    # Below 1e-9 float32 gives noise; the last half is bent by the finite number of images.
     last = min(100, int((values > 1e-9 * values[0]).sum()) // 2)
-    if last < 13:
+    if last < 13:  # fewer than three points: no line
         return math.nan
     log_rank = np.log(np.arange(11, last + 1))
     log_value = values[10:last].log().numpy()
@@ -98,9 +102,14 @@ def eigenvalues(x):
 
 
 def twonn(x):
-    """Intrinsic dimension of features (N, D), from a line through 0 fitted to -log P(r2 / r1 > m)
-    against log m, without the tenth of the largest ratios, as in the paper. Equal features count
-    once; nan if fewer than ten are left, or if all ratios are 1."""
+    """The number of dimensions d of the surface on which features (N, D) lie, from the distances
+    r1 < r2 of each image to its two nearest neighbours: P(r2 / r1 > m) = m^-d. d is the slope of a
+    line through 0, fitted to -log P against log m, without the tenth of the largest ratios, as in
+    the paper. Equal features count once; nan if fewer than ten are left, or if all ratios are 1.
+
+    It is too low if there are few images for the dimension: for 315 Gaussian points, as many as the
+    test images of one artist on emoji, in 10, 15 and 20 dimensions it is 9.2, 12.9 and 16.0 on
+    average."""
     x = torch.unique(x, dim=0)
     if len(x) < 10:
         return math.nan
@@ -111,7 +120,8 @@ def twonn(x):
     r1, r2 = distances.topk(2, largest=False).values.double().T
     kept = len(x) * 9 // 10
     log_m = (r2 / r1).log().sort().values[:kept]
-    share = torch.arange(1, kept + 1).double() / len(x)  # of images with at most this ratio
+    # Sorted, the k-th ratio is at least that of a share k / N of the images.
+    share = torch.arange(1, kept + 1).double() / len(x)
     minus_log_p = -torch.log1p(-share)
     return (log_m @ minus_log_p) / (log_m @ log_m)
 
@@ -121,61 +131,73 @@ def correlation(x):
     the same columns, each in a random order. Constant columns are left out; nan if fewer than two
     are left."""
     x = x[:, x.amax(0) > x.amin(0)].double().numpy()
-    if x.shape[1] < 2:
+    count = x.shape[1]
+    if count < 2:
         return math.nan
     shuffled = np.random.default_rng(0).permuted(x, axis=0)
-    return mean_correlation(x) - mean_correlation(shuffled)
-
-
-def mean_correlation(x):
-    c = np.abs(np.corrcoef(x, rowvar=False))
-    return (c.sum() - len(c)) / (c.size - len(c))  # without the ones of the diagonal
+    real, chance = [
+        np.abs(np.corrcoef(columns, rowvar=False)).sum()
+        for columns in (x, shuffled)
+    ]
+    return (real - chance) / (count * (count - 1))  # the ones of the diagonals cancel
 
 
 def lidar(views):
-    """LiDAR of features of random views, (views, n, D): 1 to min(n - 1, D); nan if the views of an
-    image are all equal. To the diagonal of W, a ten-thousandth of its mean is added | paper: a
-    constant, with which the scale of the features would matter. 0 log 0 is 0 | paper: a small
-    number is added to each eigenvalue's share."""
-    count, n, _ = views.shape
+    """LiDAR of features of q random views of n images (q, n, D): exp(entropy of the eigenvalues of
+    W^-1 B), 1 to min(n - 1, D). W: covariance of an image's views around their mean, averaged over
+    the images. A ten-thousandth of W's mean variance is added to its diagonal so that it can be
+    inverted. B: covariance of the images' means, less W / q, without eigenvalues below 0.
+
+    W / q is the noise of a mean of q views. It would give all directions an eigenvalue of 1 / q: if
+    600 images differ along 20 of 192 directions, as much as the views of an image do, lidar() finds
+    24 directions from 50 views and 39 from 8, the paper's formula 39 and 100. Features without
+    information about images have a high value all the same, a third of all directions, since noise
+    has no preferred one.
+
+    nan if the views of an image are all equal, or if no eigenvalue is above 0."""
+    q, n, _ = views.shape
     means = views.mean(0)  # (n, D)
-    between = (means - means.mean(0)).double() / math.sqrt(n - 1)
+    root_of_between = (means - means.mean(0)).double() / math.sqrt(n - 1)  # (n, D)
     within = (views - means).flatten(0, 1)
-    within = (within.T @ within).double() / (n * (count - 1))  # (D, D): W
+    within = (within.T @ within).double() / (n * (q - 1))  # (D, D): W
     within.diagonal().add_(1e-4 * within.diagonal().mean())
 
-    # W = L L^T. The eigenvalues of W^-1 B are the squared singular values of L^-1 between^T.
+    # With W = L L^T, the squared singular values of L^-1 root^T are the eigenvalues of W^-1 times
+    # the covariance of the means. Less W / q, they are smaller by 1 / q.
     lower, failed = torch.linalg.cholesky_ex(within)
     if failed:
         return math.nan
-    half = torch.linalg.solve_triangular(lower, between.T, upper=False)  # (D, n)
-    values = torch.linalg.eigvalsh(half.T @ half).clamp(min=0)
+    whitened = torch.linalg.solve_triangular(lower, root_of_between.T, upper=False)  # (D, n)
+    values = torch.linalg.eigvalsh(whitened.T @ whitened)
+    values = (values - 1 / q).clamp(min=0)
     return torch.special.entr(values / values.sum()).sum().exp()
 
 
-def largest_singular_value(f, x, rounds=10):
-    """Of the Jacobian J of f at each image of x (n, 3, H, W), by power iteration on J^T J: (n,). f
-    treats each image by itself. Ten rounds come within about 3 % of the limit, from below."""
+def largest_singular_value(f, x, rounds):
+    """The largest singular value (n,) of f's Jacobian J at each image of x (n, 3, H, W), by power
+    iteration on J^T J. f must treat every image by itself: one gradient then holds all images' J.
+    Ten rounds give somewhat too little, 0.94 to 1.00 of the value after 100 rounds."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(x.shape, generator=generator).to(x)
     x = x.clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivative
-        h = f(x)  # (n, D)
+        # J^T u is linear in u, so its gradient with respect to u, in the direction v, is J v.
+        h = f(x).flatten(1)  # (n, D)
         u = torch.zeros_like(h, requires_grad=True)
-        (pulled,) = torch.autograd.grad(h, x, u, create_graph=True)  # J^T u, whose gradient is J
+        (jt_u,) = torch.autograd.grad(h, x, u, create_graph=True)
 
         for _ in range(rounds):
             v = F.normalize(v.flatten(1), dim=1).view_as(x)
-            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)  # J v
-            (v,) = torch.autograd.grad(h, x, pushed, retain_graph=True)  # J^T J v
-    return pushed.norm(dim=1)
+            (j_v,) = torch.autograd.grad(jt_u, u, v, retain_graph=True)
+            (v,) = torch.autograd.grad(h, x, j_v, retain_graph=True)  # J^T J v
+    return j_v.norm(dim=1)
 
 
-def path_ratio(points):
-    """Length of paths (steps, n, D) over the distance between their ends: (n,), 1 for a straight
-    line, nan where nothing moves."""
-    steps = points.diff(dim=0).norm(dim=2)
-    return steps.sum(0) / (points[-1] - points[0]).norm(dim=1)
+def path_lengths(points):
+    """Lengths of paths (steps, n, D): as they are (n,), and over the distance between their ends
+    (n,), which is 1 for a straight line and nan where nothing moves."""
+    length = points.diff(dim=0).norm(dim=2).sum(0)
+    return length, length / (points[-1] - points[0]).norm(dim=1)
 
 
 def rotated(images, degrees):
@@ -183,17 +205,18 @@ def rotated(images, degrees):
     side = images.shape[3]
     wide = F.pad(images, [side // 4] * 4, "replicate")
     turned = TF.rotate(wide, degrees, TF.InterpolationMode.BILINEAR)
-    return TF.center_crop(turned, [side, side])
+    return TF.center_crop(turned, side)
 
 
 def shifted(images, pixels):
     """Images (n, 3, S, S), moved to the right by whole pixels. The border continues outwards."""
+    # A negative number cuts pixels off.
     return F.pad(images, [pixels, -pixels, 0, 0], "replicate")
 
 
 def paths(images):
-    """{what is done: steps}, each step the images (n, 3, H, W) in [0, 1]: turned by 30 degrees,
-    moved by a quarter of the side, darkened to a half."""
+    """{name of the change: generator of its steps}, each step the images (n, 3, H, W) in [0, 1]:
+    turned by up to 30 degrees, moved by up to a quarter of the side, darkened to a half."""
     pixels = math.ceil(images.shape[3] / 32)
     return {
         "rotation": (rotated(images, degrees) for degrees in range(0, 31, 2)),
@@ -203,62 +226,76 @@ def paths(images):
 
 
 def smoothness(network, images):
-    """Of a network in eval mode at images (n, 3, S, S) in [0, 1]: the mean of the largest singular
-    value of its Jacobian, as it is and relative to the distances of images and of their features;
-    medians of the ratios of paths."""
+    """Measures how smoothly a network in eval mode changes at images (n, 3, S, S) in [0, 1].
+
+    singular_value, lipschitz: how much the features change under the worst small change of pixels,
+    as it is (mean of the largest singular value of the Jacobian), and relative to how much they
+    change from one image to another: 1 for raw pixels up to a side of 32 (larger images are
+    averaged to 32). Larger is less smooth.
+
+    rotation, ...: median length of the path of an image's features, over the distance of its ends.
+    1 is a straight line. A large number means a curved path, or a network that is nearly invariant:
+    its path may end where it began. rotation_path, ... tell the two apart: over the mean distance
+    between the features of two images, the paths of an invariant network are short."""
     x = normalize(images)
-    largest = largest_singular_value(lambda x: network(x).flatten(1), x)
+    largest = largest_singular_value(network, x, ROUNDS).mean()
     between_images = F.pdist(x.flatten(1)).mean()
     between_features = F.pdist(embed(network, x)).mean()
     result = {
-        "singular_value": largest.mean(),
-        "lipschitz": largest.mean() * between_images / between_features,
+        "singular_value": largest,
+        "lipschitz": largest * between_images / between_features,
     }
     for name, steps in paths(images).items():
-        points = torch.stack([embed(network, normalize(step)) for step in steps])
-        result[name] = path_ratio(points).nanmedian()
+        embedded = torch.stack([embed(network, normalize(step)) for step in steps])
+        length, ratio = path_lengths(embedded)
+        result[name] = ratio.nanmedian()
+        result[f"{name}_path"] = length.median() / between_features
     return result
 
 
-def spectrum(x, drawing, network, views):
-    """Of features (N, D), and of random views of images: a list of batches. drawing: (N,) or None.
-    twonn is measured for each artist and averaged: the four drawings of an emoji lie close together
-    and would lower it."""
+def spectrum(x, drawing, x1, x2):
+    """Spectrum, dimension and rank of features (N, D). drawing: (N,) or None. x1, x2 (M, D): of two
+    random views of M images."""
     values = eigenvalues(x)
     shares = values / values.sum().clamp(min=1e-30)  # of the variance; 0 if all is equal
     artists = [x]
     if drawing is not None:
         artists = [x[(drawing == i).cpu()] for i in drawing.unique()]
-    views = torch.stack([embed(network, view).cpu() for view in views])
     return {
         "exponent": exponent(values),
         "participation": participation(values),
         "twonn": np.mean([twonn(part) for part in artists]),
-        "lidar": lidar(views),
         "correlation": correlation(x),
-        **collapse_panel(x, *views[:2]),
-        "shares": shares.numpy().round(9).tolist(),
+        **collapse_panel(x, x1, x2),
+        "shares": shares.round(decimals=9).tolist(),
     }
 
 
-def agreement(clusters, labels):
-    """Of clusters with labels, both (N,) integers: nmi, ami, ari and accuracy, at most 1."""
+def agreement(found, labels):
+    """How well clusters agree with labels, both (N,) integers, at most 1.
+
+    nmi: the mutual information of cluster and label, divided by the mean of their entropies: 1 if
+    they agree. Random clusters have more than 0; ami is corrected for this. ari: the share of pairs
+    of images that both put together, or both put apart, corrected in the same way. accuracy: each
+    class gets the one cluster that suits it, in the best assignment; share of images in the cluster
+    of their class. One cluster for all has the share of the largest class, and with 3 K clusters
+    the images of 2 K clusters count as wrong."""
     from scipy.optimize import linear_sum_assignment
     from sklearn import metrics
 
-    counts = metrics.cluster.contingency_matrix(labels, clusters)  # (classes, clusters)
+    counts = metrics.cluster.contingency_matrix(labels, found)  # (classes, clusters)
     pairs = linear_sum_assignment(counts, maximize=True)
     return {
-        "nmi": metrics.normalized_mutual_info_score(labels, clusters),
-        "ami": metrics.adjusted_mutual_info_score(labels, clusters),
-        "ari": metrics.adjusted_rand_score(labels, clusters),
+        "nmi": metrics.normalized_mutual_info_score(labels, found),
+        "ami": metrics.adjusted_mutual_info_score(labels, found),
+        "ari": metrics.adjusted_rand_score(labels, found),
         "accuracy": counts[pairs].sum() / len(labels),
     }
 
 
 def clusters(x, labels):
     """Agreement of the k-means clusters of features (N, D) with labels (N,), in percent: mean
-    and standard deviation over five seeds, one start (k-means++) each."""
+    and standard deviation over the seeds, one start (k-means++) each."""
     from sklearn.cluster import KMeans
 
     x = F.normalize(x, dim=1).numpy()
@@ -266,9 +303,9 @@ def clusters(x, labels):
     classes = len(np.unique(labels))
     scores = {}
     for ending, k in (("", classes), ("_3k", 3 * classes)):
-        for seed in range(5):
-            kmeans = KMeans(k, random_state=seed)
-            for name, score in agreement(kmeans.fit_predict(x), labels).items():
+        for seed in range(SEEDS):
+            found = KMeans(k, random_state=seed).fit_predict(x)
+            for name, score in agreement(found, labels).items():
                 scores.setdefault(name + ending, []).append(score)
 
     result = {}
@@ -283,8 +320,9 @@ def tsne(x):
     from sklearn.manifold import TSNE
 
     x = F.normalize(x, dim=1).numpy()
-    if np.ptp(x, axis=0).max() < 1e-6:
+    if np.ptp(x, 0).max() < 1e-6:
         return {"points": []}
+    # The paper's usual value; scikit-learn wants less than the number of images.
     perplexity = min(30, (len(x) - 1) / 3)
     points = TSNE(perplexity=perplexity, random_state=0).fit_transform(x)
     return {"points": points.astype(float).round(1).tolist()}
@@ -292,14 +330,17 @@ def tsne(x):
 
 # The evaluation.
 
-UNLABELLED = ("spectrum", "smoothness")
+SEEDS = 5  # of k-means: 0 to 4
+ROUNDS = 10  # of the power iteration
+UNLABELLED = ("spectrum", "lidar", "smoothness")
 PROTOCOLS = ("clusters", *UNLABELLED, "tsne")
-SCORES = ("nmi", "ami", "ari", "accuracy")
 COLUMNS = {
-    "clusters": (*SCORES, *(f"{score}_3k" for score in SCORES)),
-    "spectrum": ("exponent", "participation", "twonn", "lidar", "rankme", "correlation",
-                 "alignment", "uniformity"),
-    "smoothness": ("lipschitz", "rotation", "shift", "brightness"),
+    "clusters": ("nmi", "ami", "ari", "accuracy", "nmi_3k", "ami_3k", "ari_3k", "accuracy_3k"),
+    "spectrum": ("exponent", "participation", "twonn", "rankme", "correlation", "alignment",
+                 "uniformity"),
+    "lidar": ("lidar",),
+    "smoothness": ("lipschitz", "rotation", "shift", "brightness", "rotation_path",
+                   "shift_path", "brightness_path"),
 }
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
@@ -308,14 +349,14 @@ SETTINGS = {
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "only": ("all", "what is measured", ("all", *PROTOCOLS)),
     "images": (2000, "test images at most; 0: all"),
-    "views": (8, "random views of each of 1024 images for LiDAR; paper: 50", "[2, inf)"),
+    "views": (50, "random views of each image for LiDAR", "[2, 1000]"),
     "probes": (64, "images at most at which smoothness is measured", "[2, inf)"),
 }
 
 
 def choose_protocols(name, split, chosen):
-    """What can be measured on this data. Without enough labels, clusters and maps are left out, or
-    refused if nothing else is asked for."""
+    """Tells what can be measured on this data. Without enough labels, clusters and maps are left
+    out, or refused if nothing else is asked for."""
     count = len(split.images)
     if count < 10:
         fail(f"--data {name}: {count} images to evaluate; their geometry needs at least 10")
@@ -344,34 +385,51 @@ def measure(candidate, split, measured, results):
     x = x.float().cpu()
     if not readable.all():
         fail(f"--data {candidate.data}: remove the images that cannot be read")
+    # Else the measures would describe rounding errors of a collapsed network.
     rounding = 1e-6 * x.abs().max()
     if (x - x[0]).abs().max() <= rounding:
-        x = x[:1].repeat(len(x), 1)  # equal to the last bit
+        x = x[:1].expand_as(x)
 
-    def shown(views, count):
-        return first_batch(split, views, count, 0, device)
+    def embed_views(count):
+        """Features of random views, (count, n, D), on the CPU. A batch of images has 2,048 views at
+        most, and a last incomplete batch is left out. Two views of up to 1,024 images are those of
+        the results of every run."""
+        crop = (Crop(size, scale=(0.2, 1.0)), flip_and_normalize)
+        batch = min(2048 // count, len(x))
+        loader = Loader(split, [crop] * count, batch, 0, device, args.workers)
+        found = []
+        for _, views in loader(epoch=0):
+            found.append(torch.stack([embed(network, view).cpu() for view in views]))
+        return torch.cat(found, 1)
 
-    crop = Crop(size, scale=(0.2, 1.0)), flip_and_normalize  # as in the results of every run
-    crops = [crop] * args.views
     whole = whole_image(size, lambda images, rand: images)
     jobs = {
         "clusters": lambda: clusters(x, split.labels),
-        "spectrum": lambda: spectrum(x, split.drawing, network, shown(crops, 1024)),
-        "smoothness": lambda: smoothness(network, *shown([whole], args.probes)),
+        "spectrum": lambda: spectrum(x, split.drawing, *embed_views(2)),
+        "lidar": lambda: {"lidar": lidar(embed_views(args.views))},
+        "smoothness": lambda: smoothness(
+            network, *first_batch(split, [whole], args.probes, 0, device)
+        ),
         "tsne": lambda: tsne(x),
     }
-    settings = {"images": len(x), "views": args.views, "probes": args.probes}
+    settings = {
+        "clusters": {"clusters_per_class": [1, 3], "seeds": SEEDS},
+        "lidar": {"views": args.views},
+        "smoothness": {"probes": args.probes, "rounds": ROUNDS},
+    }
     for name, rows in measured.items():
-        rows[candidate.name] = results.measure(name, candidate, jobs[name], **settings)
+        rows[candidate.name] = results.measure(
+            name, candidate, jobs[name], images=len(x), **settings.get(name, {})
+        )
 
 
 def table(results, columns):
     """{name: result} as text, one line per name."""
     width = max(len(name) for name in results) + 2
-    lines = [" " * width + "".join(f"{column:>14}" for column in columns)]
+    lines = [" " * width + "".join(f"{column:>16}" for column in columns)]
     for name, result in results.items():
         words = [number(result[column], result.get(f"{column}_std")) for column in columns]
-        lines.append(f"{name:{width}}" + "".join(f"{word:>14}" for word in words))
+        lines.append(f"{name:{width}}" + "".join(f"{word:>16}" for word in words))
     return "\n".join(lines)
 
 
@@ -382,37 +440,38 @@ def number(value, deviation=None):
 
 
 def draw_spectrum(path, results):
-    """The spectra of all networks and their exponents. Networks whose names begin with the same
-    word, as the runs of one method, have one colour."""
+    """Draws the spectra of all networks, with their exponents."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # here, so --help need not wait for it
 
     figure = Figure((9, 3 + 0.17 * len(results)), dpi=110, layout="constrained")
     axes = figure.subplots()
-    title = "Spectrum of the features' covariance"
-    axes.set(title=title, xscale="log", yscale="log", ylim=(1e-7, 1))
-    axes.set(xlabel="rank i of the principal direction", ylabel="its share of the variance")
-    kinds = {}
+    axes.set(
+        title="Spectrum of the features' covariance",
+        xlabel="rank i of the principal direction",
+        ylabel="its share of the variance",
+        ylim=(1e-7, 1),
+    )
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     for name, result in results.items():
         shares = result["shares"]
-        kind = kinds.setdefault(name.split("-")[0], len(kinds))
-        label = f"{name}: {number(result['exponent'])}"
-        color = colormaps["tab20"](kind % 20)
-        axes.plot(range(1, len(shares) + 1), shares, color=color, label=label)
+        axes.loglog(
+            range(1, len(shares) + 1), shares, label=f"{name}: {number(result['exponent'])}"
+        )
     figure.legend(loc="outside right upper", fontsize=8, title="exponent a of i^-a, from i = 11")
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
 def draw_maps(path, results, numbers, names, word):
-    """The t-SNE maps of all networks side by side. numbers (N,): places in `names`, by which the
-    points are coloured."""
+    """Draws the t-SNE maps of all networks side by side. numbers (N,): places in `names`, by which
+    the points are coloured. word: what the names are."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     columns = min(4, len(results))
     rows = math.ceil(len(results) / columns)
     figure = Figure((2.6 * columns + 1.8, 2.7 * rows + 0.5), dpi=110, layout="constrained")
-    figure.suptitle(f"t-SNE of the features of test images; colours: {word}")
+    figure.suptitle(f"t-SNE of the features of test images, one colour per {word}")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.set_axis_off()
@@ -430,8 +489,9 @@ def draw_maps(path, results, numbers, names, word):
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
-def colourings(data, split):
-    """Of the points of a map: yields what a colour means, numbers (N,), a name for each number."""
+def map_labels(data, split):
+    """Yields the ways to colour a map: what a colour stands for, the number of each point's colour
+    (N,), a name for each number."""
     parts = ("category", split.labels, "categories"), ("artist", split.drawing, "drawings")
     for word, numbers, part in parts:
         if numbers is not None:
@@ -464,7 +524,7 @@ def main(argv=None):
         if "spectrum" in protocols:
             draw_spectrum(folder / f"spectrum-{data.name}.png", measured["spectrum"])
         if "tsne" in protocols:
-            for word, numbers, names in colourings(data.name, split):
+            for word, numbers, names in map_labels(data.name, split):
                 path = folder / f"tsne-{data.name}-{word}.png"
                 draw_maps(path, measured["tsne"], numbers, names, word)
     print0("")

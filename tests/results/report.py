@@ -674,7 +674,7 @@ def draw_years(rows, path):
     figure = Figure((9, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.set_ylabel("linear accuracy, %")
-    budget = "about four minutes of training on one core" if equal else "at the defaults of each file"
+    budget = "four minutes of training on one core" if equal else "at the defaults of each file"
     axes.set_title(f"emoji, from scratch, {budget}")
     if missing:
         axes.set_xlabel("\n".join(textwrap.wrap(f"not run: {', '.join(missing)}", 90)), fontsize=8)
@@ -1173,8 +1173,8 @@ def years_words(rows):
     if not equal_budget(rows):
         return ["Each file has a budget of its own (the minutes above)."]
     words = (
-        "All had about the same budget, four minutes on one core, and so most had other epochs than "
-        "their defaults: a method that needs long to begin suffers most."
+        "All had about the same budget, four minutes on one core, so most had other epochs than by "
+        "default: a method that needs long to begin suffers most. A point without a bar is one run."
     )
     return textwrap.wrap(words, 100)
 
