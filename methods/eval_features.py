@@ -48,11 +48,10 @@ A "-" in a table stands for a number that is not defined or was not recorded.
 
 Differs from the official code of the SVMs. (This file | that code.)
     1. Seven costs are tried | 26, the others between or below these.
-    2. A cost is chosen by the average precision as on PASCAL VOC since 2010, where the precision
-       at a recall is the highest at this or any larger recall, as on the test images | by
-       scikit-learn's, with the precision itself; the first kind only on the test images.
+    2. A cost is chosen by the measure of the test images, average_precision | by scikit-learn's,
+       which does not take the highest precision at a larger recall.
     3. Images with equal scores are taken together | in the order of the sort.
-    4. On emoji all drawings of one emoji are in the same fold | folds of single images.
+    4. On emoji all drawings of an emoji are in one fold | folds of single images.
 """
 
 import math

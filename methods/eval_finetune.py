@@ -19,17 +19,14 @@ T steps, counted by t from 0. The loss is the cross-entropy, and both learning r
 lr(0) is larger for the head, which starts near 0, than for the trunk, which is trained already. The
 labelled images have the proportions of the classes in the whole set, with at least one per class.
 The subsets of a draw are nested: those of 1 % are among those of 10 %. The number of a draw is the
-seed of everything in it: labelled images, head, order, crops; and the network from scratch of draw
-k = 0, 1, ... has the initial weights of seed --seed + k, so the deviation over the draws includes
-that of the initial weights. Of a trained network all draws start from the same run. Batch-norm uses
-the statistics of the batch, as in any training. Accuracies are in percent, on whole test images,
-which choose nothing.
+seed of everything in it: labelled images, head, order, crops. From scratch, draw k = 0, 1, ... has
+the initial weights of seed --seed + k; a trained network is the same run in all draws. Batch-norm
+uses the statistics of the batch. Accuracies are in percent, on whole test images, which choose
+nothing. The frozen probe chooses its weight decay; in methods/eval_few.py C is always 1.
 
-What the numbers do not say. The learning rates were chosen on SimCLR's network and on one from
-scratch (see SETTINGS), so they favour SimCLR. With all labels of emoji 300 steps of 128 images are
-7.6 epochs, after which nothing has converged: "tuned" then measures how fast a network learns as
-well. The frozen probe chooses its weight decay on a fifth of the labelled images, so it has other
-accuracies than methods/eval_few.py, where C = 1.
+Limits. The learning rates were chosen on SimCLR's network and on one from scratch (see SETTINGS),
+so they favour SimCLR. With all labels of emoji 300 steps are 7.6 epochs, after which nothing has
+converged: "tuned" then measures how fast a network learns as well.
 
 Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 runs/mae-emoji-0
@@ -37,11 +34,10 @@ Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 --steps 800 --lr-trunk 0.002
 It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
 runs/eval_finetune; the runs stay as they are. What is in results.jsonl is not measured again, so a
-command that was stopped continues. On emoji one draw of a run with the default ResNet took 3.5
-(RotNet) to 8 minutes (SimCLR) on one core that other programs used as well. So three draws take
-about 10 minutes of one core, probably more than 5 of two, and those of the network from scratch,
-once for all runs, as long. MAE's vision transformer takes six times as long. --draws 1 or fewer
---steps make it quicker.
+command that was stopped continues. On emoji the three draws of a run with the default ResNet take
+about 10 minutes of one core (on a busy one, one draw took 3.5 for RotNet, 8 for SimCLR), probably
+more than 5 of two; and those of the network from scratch, once for all runs, as long. MAE's vision
+transformer takes six times as long. --draws 1 or fewer --steps make it quicker.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with
