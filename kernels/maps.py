@@ -1,5 +1,5 @@
-"""Maps: what a network knows of each place of an image, before its features are pooled; and a head
-that reads a linear function of them at each place.
+"""Maps: what a network knows of each place of an image, before its features are pooled; a head that
+reads a linear function of them at each place; and how heads and networks are trained on scenes.
 
     images uint8 (n, 3, H, W) --prepare--> (n, 3, size, size) --maps--> [(n, channels, h, w), ...]
                               --MapHead--> (n, channels, side, side)
@@ -10,9 +10,14 @@ an image by itself, one map of what it finds in them. Stacked they are the hyper
 Hariharan et al., CVPR 2015 (https://arxiv.org/abs/1411.5752).
 """
 
+import functools
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from kernels.collectives import fail
 from kernels.views import normalize
@@ -61,6 +66,8 @@ def maps(network, x):
     return [F.unfold(x, 7, padding=3).unflatten(2, x.shape[2:])]
 
 
+# One network's maps of training and of test scenes serve all tasks.
+@functools.lru_cache(maxsize=2)
 @torch.no_grad()
 def all_maps(network, images, size, device):
     """The maps of all images (N, 3, H, W) uint8, a list of (N, channels, h, w) in float16."""
@@ -71,10 +78,19 @@ def all_maps(network, images, size, device):
     return found
 
 
+def map_source(frozen, network, images, size, device):
+    """Returns a function: indices of images (n,) -> their maps, a list of (n, channels, h, w). The
+    maps of a frozen network are made once, for all images."""
+    if frozen:
+        known = all_maps(network, images, size, device)
+        return lambda index: [x[index] for x in known]
+    return lambda index: maps(network, prepare(images[index].to(device), size))
+
+
 class MapHead(nn.Module):
-    """Maps -> (n, channels, side, side): a 1x1 convolution of all maps together, enlarged to `side`
-    bilinearly. Each map is first standardised per channel. The convolution comes before the maps
-    are enlarged: both are linear, so their order does not matter, and small maps are less work.
+    """Maps -> (n, channels, side, side): a 1x1 convolution of all maps together, resized to `side`.
+    Each map is first standardised per channel. The convolution comes before the maps are resized:
+    both are linear, so their order does not matter, and one of few channels is less work.
 
     start: what the head answers everywhere before it is trained, (channels,); None: its weights
     start at random, as those of a layer among others."""
@@ -93,15 +109,50 @@ class MapHead(nn.Module):
         output = self.bias[:, None, None]
         for norm, conv, x in zip(self.norms, self.convs, maps):
             read = conv(norm(x.float()))  # (n, channels, h, w)
-            down = enlarging(read.shape[2], self.side).to(read)
-            across = enlarging(read.shape[3], self.side).to(read)
+            down = resizing(read.shape[2], self.side).to(read)
+            across = resizing(read.shape[3], self.side).to(read)
             wide = read @ across.T  # (n, channels, h, side)
             output = output + (wide.mT @ down.T).mT
         return output
 
 
-def enlarging(size, side):
-    """The matrix (side, size) of bilinear resizing. Two small products of matrices take a fifth of
-    the time of F.interpolate."""
+def resizing(size, side):
+    """The matrix (side, size) of bilinear resizing, antialiased: a smaller map is made of means,
+    not of single places. Two small products of matrices take a fifth of the time of
+    F.interpolate."""
     unit = torch.eye(size)[None, None]
-    return F.interpolate(unit, (side, size), mode="bilinear")[0, 0]
+    return F.interpolate(unit, (side, size), mode="bilinear", antialias=True)[0, 0]
+
+
+def schedule(step, steps):
+    """The learning rate of a step, counted from 0, as a part of the highest rate: it rises for a
+    tenth of the steps, then falls by a cosine that would reach 0 in step `steps`."""
+    rise = max(1, steps // 10)
+    if step < rise:
+        return (step + 1) / rise
+    return (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+
+def fit(loss_of, head, trunk, count, settings):
+    """Trains the weights of a head and of a trunk (none, if it is frozen) by AdamW without weight
+    decay. Each step draws indices (batch,) of `count` scenes and takes the gradient of
+    loss_of(indices). settings: "steps", "batch", "head_seed" for the order of scenes, and the
+    highest learning rates, "lr_head" and "lr_trunk". Exits with a one-line message if the loss is
+    not finite."""
+    optimizer = torch.optim.AdamW(
+        [{"params": list(head)}, {"params": list(trunk)}],
+        weight_decay=0.0,
+    )
+    rates = settings["lr_head"], settings["lr_trunk"]
+    steps = settings["steps"]
+    generator = np.random.default_rng(settings["head_seed"])
+    for step in tqdm(range(steps), leave=False, disable=None):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule(step, steps)
+        index = generator.choice(count, settings["batch"], replace=False)
+        loss = loss_of(torch.from_numpy(index))
+        if not loss.isfinite():
+            fail(f"the loss is {loss.item()}: choose lower rates (--lr-head, --lr-trunk)")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -12,56 +12,65 @@ the maps themselves must hold the answer. Fine-tuned, all weights are trained to
 head. The untrained network is treated in the same way; to fine-tune it is to train from scratch.
 
 Notation. The maps are those of ALL stages of a ResNet (its first layer, then layer1 to layer4), or
-the patches of a ViT after four evenly spaced blocks; of raw pixels, averaged to 32 x 32, the
-colours of the 7 x 7 around each. The head standardises each map per channel (batch-norm without
-scale and offset) and adds what it reads off each, enlarged to the 48 x 48 pixels of a scene. Over
-all test pixels, for normals and depth without those that show no surface (the sky):
+the patches of a ViT after four evenly spaced blocks. For raw pixels the map is the image, averaged
+to 32 x 32, with the colours of the 7 x 7 pixels around each place. The head standardises each map
+per channel (batch-norm without scale and offset), resizes what it reads off each to the 48 x 48
+pixels of a scene, and adds it. Scores are taken over all pixels of all test scenes together. Sky
+has no normal and no depth and does not count there.
 
-    segmentation  the shape at a pixel, one of 8, or the background. miou: intersection / union of
-                  each of these 9 classes, in percent, averaged over the classes; object_iou:
-                  that of all objects, whatever their shapes
-    normals       the direction of the surface, a unit vector n, by angle = arccos(n . n_true):
-                  mean, median, and the percentage within 11.25, 22.5 and 30 degrees;
-                  object_angle: the mean over the pixels of objects, without the floor
-    depth         rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true
-    keypoints     corners and tips of solids, as the peaks of a heat map. Each object's box and its
-                  number n of visible points are given; the n highest peaks in the box are paired
-                  with the points, one to one, by least total distance. pck: the percentage of
-                  points whose peak is no further than a fraction of the longer side of the box;
-                  auc: its mean over the fractions from 0 to 0.2
+    segmentation  The shape at a pixel, one of 8, or the background. miou: intersection / union,
+                  percent, the mean of these 9 classes; object_iou: that of objects of any shape.
+    normals       The direction of the surface, a unit vector n. The error is arccos(n . n_true).
+                  angle: its mean in degrees; median; 11.25, 22.5, 30: the percentage of pixels with
+                  at most this error. object_ is over the pixels of objects, all_ over all: the flat
+                  floor covers 78 % of the pixels and decides all_, so compare networks by object_.
+    depth         The distance d along the view, where objects are about 1 wide.
+                  rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true.
+    keypoints     Corners and tips of solids. The head gives a heat map. For each object its box and
+                  the number n of its visible points are given. The n highest peaks in and around
+                  the box are the answer. They are paired with the points so that the sum of
+                  distances is least. The error of a pair is its distance / the longer side of the
+                  box. pck: the percentage of points whose error is at most a fraction; pck_0.1:
+                  that of the fraction 0.1; auc: the mean over the fractions from 0 to 0.2.
 
-The row "no network" gives one answer for all pixels, the best for the training scenes; for normals
-their mean. A "-" in the table stands for a number that was not measured or is not defined.
+No heat map reaches 100: where boxes overlap, peaks of one object are found in the box of another.
+The true heat maps have pck_0.1 94.0 and auc 89.0. What the boxes alone tell, the mean heat map of
+all training boxes resized to each test box, has 13.6 and 14.4.
+
+The row "no network" gives one answer for all pixels that is good for the training scenes: for miou
+background, for object_iou any shape; for all_ the mean normal, for object_ that of objects; for
+rmse the mean depth, for abs_rel the depth of least mean relative error. A "-" stands for a number
+that was not measured or is not defined, as for a heat map that is the same everywhere. The learning
+rates were not tuned here; --lr-trunk is that of eval_finetune.py.
 
 Run.
     python methods/eval_dense.py runs/simclr-emoji-0
     python methods/eval_dense.py runs/* --no-finetune
-    python methods/eval_dense.py runs/* --only normals
+    python methods/eval_dense.py runs/* --only normals --lr-trunk 3e-4
 It writes results.jsonl, scenes.png and pck.png into --out, by default runs/eval_dense, and the
-folder outputs, the answers from which scenes.png is drawn. What is in results.jsonl is not
-measured again. For a ViT choose --size 48: with 96 pixels it has four times as many patches, and
-training all of its weights takes six times as long.
+folder outputs, the answers from which scenes.png is drawn. What is in results.jsonl is not measured
+again. For a ViT choose --size 48: with 96 pixels it has four times as many patches, and training
+all of its weights takes six times as long.
 """
 
 import copy
-import functools
 import hashlib
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import Candidate, Results, candidates, join_processes, parse, print0, replace_file
 from kernels.collectives import fail, world
-from kernels.maps import MapHead, all_maps, maps, prepare
+from kernels.maps import MapHead, fit, map_source
 from kernels.readers import load_solids
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
 FRACTIONS = torch.linspace(0, 0.2, 21, dtype=torch.float64)  # of the longer side of a box
+WINDOW = 2  # pixels: the next peak lies outside the 5 x 5 pixels around one
+MARGIN = 2  # pixels around a box: a third of the points lie just outside their box
 
 # The measure.
 
@@ -69,6 +78,7 @@ FRACTIONS = torch.linspace(0, 0.2, 21, dtype=torch.float64)  # of the longer sid
 def segmentation_scores(predicted, truth, classes):
     """Intersection over union of each class, over all pixels together, and its mean, in percent.
     A class that neither has is -1, and left out of the mean. predicted, truth: (N, H, W) ints."""
+    # One number per pair (true, predicted): counting them gives the confusion matrix.
     pairs = classes * truth.long() + predicted.long()
     counts = pairs.flatten().bincount(minlength=classes**2).view(classes, classes).double()
     shared = counts.diag()
@@ -77,19 +87,20 @@ def segmentation_scores(predicted, truth, classes):
     return {"miou": iou.nanmean().item(), "iou": iou.nan_to_num(-1).tolist()}
 
 
-def normal_scores(predicted, truth):
-    """Angles in degrees over all valid pixels: mean, median, and the percentage within limits.
-    {} if there is none. predicted: (N, 3, H, W) of any length; truth: unit vectors, 0 where there
-    is no surface."""
+def normal_scores(predicted, truth, pixels):
+    """Angles in degrees over all valid pixels: mean, median, and the percentage within limits; {}
+    if there is no such pixel. predicted: (N, 3, H, W) of any length; truth: unit vectors, 0 where
+    there is no surface. pixels: "all" or "object", with which the names begin."""
     valid = truth.any(1)  # (N, H, W)
     cosine = F.cosine_similarity(predicted.double(), truth.double(), dim=1)[valid]
     angle = cosine.clamp(-1, 1).arccos().rad2deg()
     if not len(angle):
         return {}
-    scores = {"mean_angle": angle.mean().item(), "median_angle": angle.quantile(0.5).item()}
+    found = {f"{pixels}_angle": angle.mean().item()}
+    found[f"{pixels}_median"] = angle.quantile(0.5).item()
     for limit in (11.25, 22.5, 30):
-        scores[f"within_{limit}"] = 100 * (angle <= limit).double().mean().item()
-    return scores
+        found[f"{pixels}_{limit}"] = 100 * (angle <= limit).double().mean().item()
+    return found
 
 
 def depth_scores(predicted, truth):
@@ -98,9 +109,10 @@ def depth_scores(predicted, truth):
     valid = truth > 0
     true = truth[valid].double()
     error = predicted[valid].double() - true
-    relative = error.abs() / true
-    rmse = error.square().mean().sqrt()
-    return {"rmse": rmse.item(), "abs_rel": relative.mean().item()}
+    return {
+        "rmse": error.square().mean().sqrt().item(),
+        "abs_rel": (error.abs() / true).mean().item(),
+    }
 
 
 def point_errors(predicted, truth):
@@ -113,30 +125,43 @@ def point_errors(predicted, truth):
 
 
 def pck_scores(errors):
-    """Errors (n,), as fractions of the side of a box -> pck, the percentage that is at most each of
-    FRACTIONS; auc, the area under it by trapezoids, 100 at best; and its value at 0.1."""
-    curve = 100 * (errors[:, None] <= FRACTIONS + 1e-9).double().mean(0)
+    """Errors (n,), as fractions of the side of a box -> pck: the percentage that is at most each of
+    FRACTIONS, a curve; auc: the area under it by trapezoids, 100 at best; pck_0.1: the curve at
+    0.1."""
+    curve = 100 * (errors[:, None] <= FRACTIONS + 1e-9).double().mean(0)  # 1e-9: 0.1 counts at 0.1
     area = torch.trapezoid(curve, FRACTIONS) / FRACTIONS[-1]
     return {
         "pck": curve.tolist(),
-        "pck_0.1": curve[10].item(),
+        "pck_0.1": curve[10].item(),  # FRACTIONS[10] is 0.1
         "auc": area.item(),
     }
 
 
+def pixels_around(box, side):
+    """The pixels of a box x0, y0, x1, y1 (4,), with MARGIN more on each side, in an image: a mask
+    (side, side), and the centres of the k pixels in it, x and y, (k, 2)."""
+    axis = torch.arange(side) + 0.5
+    centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2)
+    after = centres > box[:2] - MARGIN
+    inside = (after & (centres < box[2:] + MARGIN)).all(2)
+    return inside, centres[inside]
+
+
 def peaks(heat, box, count):
-    """The highest pixel of a map (H, W) in a box x0, y0, x1, y1, then the highest that is more than
-    2 pixels from it, and so on. Returns their centres, x and y, (count, 2)."""
-    x0, y0, x1, y1 = box.int().tolist()
-    rest = heat[y0:y1, x0:x1].clone()
+    """The highest pixel of a map of logits (H, H) in and around a box (4,), then the highest
+    outside the 5 x 5 pixels around it, and so on. Each is refined to the centre of mass of
+    exp(heat) over its 5 x 5 pixels. Returns x and y in pixels, (count, 2)."""
+    inside, centres = pixels_around(box, len(heat))
+    logits = heat[inside]  # (k,)
+    rest = logits.clone()
     found = []
     for _ in range(count):
-        row, column = divmod(rest.argmax().item(), x1 - x0)
-        found.append((x0 + column + 0.5, y0 + row + 0.5))
-        top = max(0, row - 2)
-        left = max(0, column - 2)
-        rest[top : row + 3, left : column + 3] = -torch.inf
-    return torch.tensor(found)
+        highest = centres[rest.argmax()]
+        near = (centres - highest).abs().amax(1) <= WINDOW
+        mass = logits[near].softmax(0)
+        found.append(mass @ centres[near])
+        rest[near] = -torch.inf
+    return torch.stack(found)
 
 
 def visible_points(scenes):
@@ -151,26 +176,27 @@ def visible_points(scenes):
 
 
 def keypoint_scores(heat, scenes):
-    """pck_scores of the peaks of heat maps (N, H, W) in the boxes of all objects."""
+    """pck_scores of the peaks of heat maps, logits (N, H, W), in the boxes of all objects; {} if no
+    object has a visible point."""
     errors = []
     for scene, _, box, points in visible_points(scenes):
         found = peaks(heat[scene], box, len(points))
         side = (box[2:] - box[:2]).max().double()
         errors.append(point_errors(found, points) / side)
-    return pck_scores(torch.cat(errors))
+    return pck_scores(torch.cat(errors)) if errors else {}
 
 
 def scores(task, output, scenes):
     """What a head's output (N, channels, H, W) for some scenes is worth: a dict."""
     if task == "segmentation":
         shapes = output.argmax(1)
-        found = segmentation_scores(shapes, scenes.classes, output.shape[1])
-        of_two = segmentation_scores(shapes > 0, scenes.classes > 0, 2)
-        return found | {"object_iou": of_two["iou"][1]}
+        by_shape = segmentation_scores(shapes, scenes.classes, output.shape[1])
+        object_or_not = segmentation_scores(shapes > 0, scenes.classes > 0, 2)
+        return by_shape | {"object_iou": object_or_not["iou"][1]}
     if task == "normals":
-        found = normal_scores(output, scenes.normals)
+        everywhere = normal_scores(output, scenes.normals, "all")
         on_objects = scenes.normals * (scenes.classes[:, None] > 0)
-        return found | {"object_angle": normal_scores(output, on_objects).get("mean_angle")}
+        return everywhere | normal_scores(output, on_objects, "object")
     if task == "depth":
         return depth_scores(output[:, 0], scenes.depth)
     return keypoint_scores(output[:, 0], scenes)
@@ -179,8 +205,8 @@ def scores(task, output, scenes):
 # The evaluation.
 
 TASKS = {"segmentation": 9, "normals": 3, "depth": 1, "keypoints": 1}  # channels of the output
-COLUMNS = ("miou", "object_iou", "mean_angle", "median_angle", "object_angle", "within_11.25",
-           "within_22.5", "within_30", "rmse", "abs_rel", "pck_0.1", "auc")
+COLUMNS = ("miou", "object_iou", "all_angle", "all_median", "object_angle", "object_median",
+           "object_11.25", "object_22.5", "object_30", "rmse", "abs_rel", "pck_0.1", "auc")
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
     "seed": (0, "seed of the untrained network, of the head, and of the order of scenes"),
@@ -188,9 +214,10 @@ SETTINGS = {
     "size": (96, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
     "only": ("all", "which task", ("all", *TASKS)),
     "finetune": (True, "also train all weights, anew for each task"),
-    "batch": (16, "scenes per step"),
+    "batch": (16, "scenes per step", "[1, 1000]"),
     "steps": (200, "training steps for each task", "[1, inf)"),
-    "lr": (3e-3, "learning rate of AdamW at its highest"),
+    "lr_head": (3e-3, "learning rate of the head at its highest"),
+    "lr_trunk": (1e-3, "the same of a network that is fine-tuned"),
 }
 SHOWN = 2  # test scenes in the pictures
 
@@ -204,19 +231,15 @@ def targets(task, scenes):
     if task == "depth":
         return scenes.depth[:, None]  # (N, 1, H, W)
 
-    # For each object a distribution over its box, Gaussians (sigma 1) at its visible points; -1
-    # outside the box, and everywhere if the object has no points.
-    heat = torch.full(
-        (*scenes.keypoints.shape[:2], *scenes.images.shape[2:]),
-        -1.0,
-    )
+    # For each object a distribution over the pixels in and around its box, Gaussians (sigma 1) at
+    # its visible points; -1 elsewhere, and everywhere if the object has no points.
+    shape = *scenes.keypoints.shape[:2], *scenes.classes.shape[1:]
+    heat = torch.full(shape, -1.0)
     for scene, number, box, points in visible_points(scenes):
-        x0, y0, x1, y1 = box.int().tolist()
-        x = torch.arange(x0, x1) + 0.5 - points[:, :1]  # (n, width of the box)
-        y = torch.arange(y0, y1) + 0.5 - points[:, 1:]
-        near = torch.exp(-y.square() / 2)
-        near = near.T @ torch.exp(-x.square() / 2)
-        heat[scene, number, y0:y1, x0:x1] = near / near.sum()
+        inside, centres = pixels_around(box, heat.shape[3])
+        squared = (centres[:, None] - points).square().sum(2)  # distances (k, n)
+        density = torch.exp(-squared / 2).sum(1)
+        heat[scene, number][inside] = density / density.sum()
     return heat
 
 
@@ -225,22 +248,49 @@ def constant(task, target):
     if task == "keypoints":
         return torch.zeros(TASKS[task])
     if task == "segmentation":
+        # A class with n pixels and weight n^-1/2 pulls like n^1/2 pixels, so the best logit is
+        # log(n)/2. + 1: a shape may be missing.
         counts = target.flatten().bincount(minlength=TASKS[task])
-        # The best logits when a class weighs 1 / sqrt(its share); + 1: a shape may be missing.
         return (counts + 1).log() / 2
     valid = target.any(1)
     return target.sum((0, 2, 3)) / valid.sum()
 
 
-def loss_of(task, output, target, start):
-    """start: the best constant output. A shape with a share f of the pixels has weight 1/sqrt(f):
-    without it, nearly all pixels would be called background, which most of them are."""
+def constant_scores(task, train, test):
+    """The scores of the row "no network": one answer for all pixels of the test scenes, for each
+    measure one that is good for the training scenes. {} for keypoints, which it cannot tell."""
+    if task == "keypoints":
+        return {}
+    target = targets(task, train)
+    answers = {"": constant(task, target)}  # {prefix: answer}; a later one replaces the first
     if task == "segmentation":
-        return F.cross_entropy(output, target, (-start).exp())
+        answers["object"] = torch.arange(9)  # the last shape everywhere
+    elif task == "normals":
+        answers["object"] = constant(task, target * (train.classes[:, None] > 0))
+    else:
+        # The error |answer - d| / d is least at the median in which d has weight 1/d.
+        depth = target[target > 0].double().sort().values
+        weight = (1 / depth).cumsum(0)
+        answers["abs_rel"] = depth[weight >= weight[-1] / 2][:1]
+
+    found = {}
+    for prefix, answer in answers.items():
+        output = answer.expand(*test.classes.shape, -1).movedim(3, 1)
+        measured = scores(task, output, test)
+        found |= {name: measured[name] for name in measured if name.startswith(prefix)}
+    return found
+
+
+def loss_of(task, output, target, start):
+    """The loss of a batch. Shapes that are rare weigh more (1/sqrt of their share f), or nearly
+    everything would be called background. output: (n, channels, H, W); target: rows of targets();
+    start: the best constant output (channels,)."""
+    if task == "segmentation":
+        return F.cross_entropy(output, target, (-start).exp())  # exp(-start) = 1/sqrt(count)
     if task == "keypoints":  # a softmax over the pixels of each box
         inside = target >= 0  # (n, objects, H, W)
         given = inside.any(3).any(2)
-        heat = output.where(inside, -1e4)[given].flatten(1)
+        heat = output.where(inside, -1e4)[given].flatten(1)  # -1e4: outside a box the softmax is 0
         truth = target[given].clamp(min=0).flatten(1)
         total = F.cross_entropy(heat, truth, reduction="sum")
         return total / given.sum().clamp(min=1)
@@ -250,69 +300,39 @@ def loss_of(task, output, target, start):
     return F.mse_loss(output[:, 0][valid], target[:, 0][valid])
 
 
-@functools.lru_cache(maxsize=2)  # kept for all tasks, of training and of test scenes
-def frozen_maps(*args):
-    return all_maps(*args)
-
-
-def reader(frozen, network, images, size, device):
-    """A function of the numbers of some images that gives their maps."""
-    if frozen:
-        known = frozen_maps(network, images, size, device)
-        return lambda index: [x[index] for x in known]
-    return lambda index: maps(network, prepare(images[index].to(device), size))
-
-
-def fit(see, head, weights, task, target, start, settings):
-    """Trains weights by AdamW; the rate rises for a tenth of the steps, then falls to 0.
-    see(index): the maps of the scenes with these numbers."""
-    steps, lr = settings["steps"], settings["lr"]
-    optimizer = torch.optim.AdamW(weights, lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    generator = np.random.default_rng(settings["head_seed"])
-    for _ in tqdm(range(steps), task, leave=False, disable=None):
-        index = generator.choice(len(target), settings["batch"], replace=False)
-        index = torch.from_numpy(index)
-        loss = loss_of(task, head(see(index)), target[index], start)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-
-def train_and_test(candidate, task, mode, train, test, settings, device):
+def train_and_test(candidate, task, frozen, train, test, settings, device):
     """Trains a head on the training scenes. Returns its output for the test scenes, (N, channels,
     H, W). A frozen network is left as it was; a fine-tuned one is a copy."""
     target = targets(task, train).to(device)
     start = constant(task, target)
     side = train.images.shape[3]
-    if mode == "constant":
-        shape = len(test.images), len(start), side, side
-        return start.cpu()[:, None, None].expand(shape)
-
     network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
-    frozen = mode == "frozen"
     if not frozen:
         network = copy.deepcopy(network)
-    see = reader(frozen, network, train.images, candidate.size, device)
+    source = map_source(frozen, network, train.images, candidate.size, device)
     with torch.no_grad():
-        widths = [x.shape[1] for x in see([0])]
+        widths = [x.shape[1] for x in source([0])]
 
     torch.manual_seed(settings["head_seed"])
     head = MapHead(widths, len(start), side, start).to(device)
-    weights = [*head.parameters()]
-    if not frozen:
-        weights += network.train().requires_grad_(True).parameters()
-    fit(see, head, weights, task, target, start, settings)
+    trunk = [] if frozen else network.train().requires_grad_(True).parameters()
+
+    def loss(index):
+        return loss_of(task, head(source(index)), target[index], start)
+
+    fit(loss, head.parameters(), trunk, len(target), settings)
 
     network.eval()
     head.eval()
-    see = reader(frozen, network, test.images, candidate.size, device)
+    source = map_source(frozen, network, test.images, candidate.size, device)
     with torch.no_grad():
         parts = torch.arange(len(test.images)).split(50)
-        output = torch.cat([head(see(part)) for part in parts]).cpu()
+        output = torch.cat([head(source(part)) for part in parts]).cpu()
     if not output.isfinite().all():
-        fail(f"some answers for {task} are infinite or not a number: choose a lower --lr")
+        fail(
+            f"some answers for {task} are infinite or not a number: "
+            "choose lower rates (--lr-head, --lr-trunk)"
+        )
     return output
 
 
@@ -332,7 +352,8 @@ def table(results):
 def paint(axes, task, output, scenes, i):
     """Draws what an output (channels, H, W), or the truth in the form of targets(), says of a
     scene."""
-    picture = scenes.images[i].permute(1, 2, 0) // 2 + 127  # pale, under the keypoints
+    # Half as strong and brighter, so that the points stand out.
+    picture = scenes.images[i].permute(1, 2, 0) // 2 + 127
     limits = {}
     if task == "segmentation":
         picture = output.argmax(0) if output.ndim == 3 else output
@@ -343,11 +364,12 @@ def paint(axes, task, output, scenes, i):
         picture = (1 + normals).permute(1, 2, 0) / 2
     elif task == "depth":
         picture = output[0].where(scenes.depth[i] > 0, torch.nan)
-        limits = {"vmin": 2, "vmax": 10}
+        limits = {"vmin": 2, "vmax": 12}
     else:
         for scene, _, box, points in visible_points(scenes):
             if scene == i:
-                points = peaks(output.amax(0), box, len(points))
+                if len(output) == 1:  # an answer; the truth has one map per object
+                    points = peaks(output[0], box, len(points))
                 axes.plot(*(points.T - 0.5), "o", markersize=3)
     axes.imshow(picture.numpy(), **limits)
 
@@ -404,49 +426,55 @@ def main(argv=None):
         fail("this script runs in one process: start it with python, not with torchrun")
     train = load_solids("train")
     test = load_solids("test")
-    if args.batch > len(train.images):
-        fail(f"--batch {args.batch}: choose at most {len(train.images)}, the training scenes")
     found = candidates(args)
     results = Results("eval_dense", args, device)
     folder = results.folder
     (folder / "outputs").mkdir(exist_ok=True)
 
+    # What is measured: the constant, every frozen network, then those with weights, fine-tuned.
     jobs = [(Candidate("no network", None, args.data, args.size, {}), "constant")]
-    jobs += [(candidate, "frozen") for candidate in found]
-    if args.finetune:  # all but raw pixels, which have no weights
+    jobs += [(each, "frozen") for each in found]
+    if args.finetune:
         jobs += [(each, "fine-tuned") for each in found if list(each.network.parameters())]
     settings = {
         "steps": args.steps,
-        "lr": args.lr,
+        "lr_head": args.lr_head,
         "batch": args.batch,
         "head_seed": args.seed,
         "scenes": [len(train.images), len(test.images)],
+        "points": [len(FRACTIONS), FRACTIONS[-1].item(), WINDOW, MARGIN],
     }
 
     tasks = TASKS if args.only == "all" else [args.only]
-    measured = {}  # {network and mode: scores}
+    measured = {task: {} for task in tasks}  # {task: {network and mode: scores}}
     outputs = {}  # {network and mode: {task: outputs for the first scenes}}
     for candidate, mode in jobs:
         heading = f"{candidate.name}, {mode}"
-        measured[heading] = {}
-        outputs[heading] = {}
+        settings["lr_trunk"] = args.lr_trunk if mode == "fine-tuned" else 0
         for task in tasks:
-            # New weights, or other settings, have outputs of their own.
+            # The file's name holds all that changes an output, so two settings never share one.
             name = f"{task} {heading} {candidate.about} {settings} {args.size} {args.seed}"
-            file = folder / "outputs" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npy"
+            file = folder / "outputs" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.pt"
 
             def measure():
-                output = train_and_test(candidate, task, mode, train, test, settings, device)
-                replace_file(file, lambda part: np.save(part, output[:SHOWN].numpy()))
+                if mode == "constant":
+                    return constant_scores(task, train, test)
+                frozen = mode == "frozen"
+                output = train_and_test(candidate, task, frozen, train, test, settings, device)
+                replace_file(file, lambda part: torch.save(output[:SHOWN].clone(), part))
                 return scores(task, output, test)
 
-            measured[heading] |= results.measure(f"{task}, {mode}", candidate, measure, **settings)
+            measured[task][heading] = results.measure(
+                f"{task}, {mode}", candidate, measure, **settings
+            )
             if file.exists():
-                outputs[heading][task] = torch.from_numpy(np.load(file))
+                outputs.setdefault(heading, {})[task] = torch.load(file)
 
     draw_scenes(folder / "scenes.png", tasks, outputs, test)
-    draw_pck(folder / "pck.png", measured)
-    print0(f"\n{table(measured)}\n\n{folder}: pck.png, results.jsonl, scenes.png")
+    draw_pck(folder / "pck.png", measured.get("keypoints", {}))
+    for task, of_task in measured.items():
+        print0(f"\n{task}\n{table(of_task)}")
+    print0(f"\n{folder}: pck.png, results.jsonl, scenes.png")
 
 
 if __name__ == "__main__":

@@ -3,29 +3,33 @@ Measure: Lin et al., Microsoft COCO, ECCV 2014. https://arxiv.org/abs/1405.0312
 Official code of the measure: https://github.com/cocodataset/cocoapi
 Detector: Tian, Shen, Chen, He, FCOS, ICCV 2019. https://arxiv.org/abs/1904.01355
 
-Idea. A detector is a network that marks objects, built upon the maps of another network, its trunk
-(the features before they are pooled). Torchvision's FCOS asks of each place of a map: is this the
-middle of an object, of which shape, and how far are the four sides of its box? It is trained on the
-1,000 rendered scenes of the data set `solids` and tested on 250 with other textures. Frozen, the
-trunk is that of a run and does not change; fine-tuned, all weights are trained. The untrained trunk
-is treated in the same way: to fine-tune it is to train from scratch. Raw pixels have no row: a
-detector on them would have to train a network of its own.
+Idea. A detector is a network that finds objects. It is built upon the maps of another network, its
+trunk: the trunk's features before they are pooled. Torchvision's FCOS asks of each place of a map:
+is this the middle of an object, of which shape, and how far away are the four sides of its box? It
+is trained on the 1,000 rendered scenes of the data set `solids` and tested on 250 with other
+textures. Frozen, the trunk is that of a run and does not change; fine-tuned, all weights are
+trained. The untrained trunk is treated in the same way; to fine-tune it is to train from scratch.
+Raw pixels have no row, for a detector on them would have to train a network of its own.
 
-Notation. The trunk's maps (of ALL stages of a ResNet, or of the patches of a ViT after four evenly
-spaced blocks) are standardised per channel, reduced to 64 channels by a 1x1 convolution, resized to
-12 x 12 places, and added. Two branches of two 3x3 convolutions read this map. FCOS resizes scenes
-bilinearly; all other evaluations do so by an antialiased bicubic filter.
+Notation. The trunk's maps are those of ALL stages of a ResNet, or the patches of a ViT after four
+evenly spaced blocks. Each is standardised per channel, reduced to 64 channels by a 1x1 convolution,
+and averaged or enlarged to 12 x 12 places; their sum is one map. Two branches of two 3x3
+convolutions read it. FCOS resizes the scenes for the trunk bilinearly; all other evaluations use an
+antialiased bicubic filter.
 
-The measure is COCO's. The overlap of two boxes is the area they share / the area they cover
-together (intersection over union). In each image, best score first, each box that was found takes,
-of the true boxes of its shape not yet taken whose overlap is at least a threshold t, the one with
-the largest overlap. If there is none, it is wrong. Over all images, again best score first,
+The measure is COCO's. The overlap of two boxes is the area that they share / the area that they
+cover together (intersection over union). In each image the boxes that were found come in the order
+of their scores, the best first. Each takes one true box of its shape: of those that no other box
+has taken, and whose overlap with it is at least a threshold t, the one with the largest overlap.
+Then it is right. If there is no such box, it is wrong. Over all images, again the best score first,
 
     precision = right / found so far          recall = right / true boxes
     AP(t)     = mean over 101 recalls r = 0, 0.01, ..., 1 of the highest precision at recall >= r
 
     ap50, ap75  AP(0.5) and AP(0.75), averaged over the shapes, in percent
     ap          the mean over t = 0.5, 0.55, ..., 0.95
+
+The learning rates were not tuned here; --lr-trunk is that of eval_finetune.py.
 
 Run.
     python methods/eval_detection.py runs/simclr-emoji-0
@@ -46,12 +50,11 @@ from torch import nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import Results, candidates, join_processes, parse, print0, replace_file
 from kernels.collectives import fail, world
-from kernels.maps import MapHead, maps
+from kernels.maps import MapHead, fit, maps
 from kernels.readers import load_solids
 from kernels.views import MEAN, STD
 
@@ -74,8 +77,9 @@ def overlaps(boxes, others):
 
 
 def right_boxes(boxes, scores, truth):
-    """Which of the boxes found in one image, of one shape, are right. boxes (n, 4), scores (n,),
-    truth (m, 4). Returns the scores, best first, and bool (n, 10), by threshold; n at most MOST."""
+    """Which of the boxes of one shape that were found in one image are right. boxes (n, 4), scores
+    (n,), truth (m, 4). Returns of the best MOST of them, the best first, the scores (n,) and
+    whether each is right at each threshold, bool (n, 10)."""
     order = np.argsort(-scores, kind="stable")[:MOST]
     overlap = overlaps(boxes[order], truth)
     right = np.zeros((len(order), len(THRESHOLDS)), bool)
@@ -96,8 +100,8 @@ def average_precision(scores, right, count):
     hits = right[order].cumsum()
     precision = hits / np.arange(1, len(hits) + 1)
     highest = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or a higher one
-    place = np.searchsorted(hits / count, RECALLS)  # the first with this recall
-    return np.append(highest, 0)[place].mean()  # 0 for a recall that is never reached
+    place = np.searchsorted(hits / count, RECALLS)  # of the first box that reaches the recall
+    return np.append(highest, 0)[place].mean()  # 0 where the recall is never reached
 
 
 def coco_scores(found, truth, shapes):
@@ -111,11 +115,12 @@ def coco_scores(found, truth, shapes):
         count = 0
         for image, true in zip(found, truth):
             mine = image["labels"] == label
-            boxes = true["boxes"][true["labels"] == label].astype(float)
-            parts = right_boxes(image["boxes"][mine].astype(float), image["scores"][mine], boxes)
-            scores.append(parts[0])
-            right.append(parts[1])
-            count += len(boxes)
+            boxes = image["boxes"][mine].astype(float)
+            true_boxes = true["boxes"][true["labels"] == label].astype(float)
+            ordered, of_image = right_boxes(boxes, image["scores"][mine], true_boxes)
+            scores.append(ordered)
+            right.append(of_image)
+            count += len(true_boxes)
         if count:
             scores = np.concatenate(scores)
             for t, of_threshold in enumerate(np.concatenate(right).T):
@@ -139,19 +144,24 @@ SETTINGS = {
     "data": ("solids", "the scenes", ("solids",)),
     "size": (96, "side to which the scenes are resized for the network, pixels", "[12, inf)"),
     "finetune": (True, "also train all weights"),
-    "batch": (16, "scenes per step"),
+    "batch": (16, "scenes per step", "[1, 1000]"),
     "steps": (500, "training steps of the detector", "[1, inf)"),
-    "lr": (2e-3, "learning rate of AdamW at its highest"),
+    "lr_head": (2e-3, "learning rate of the detector at its highest"),
+    "lr_trunk": (1e-3, "the same of a trunk that is fine-tuned"),
 }
 GRID = 12  # places of the detector's map along a side
+CHANNELS = 64  # of this map
+CONVS = 2  # in each of the detector's branches
+LOWEST = 0.01  # score of a box that is kept
 SHOWN = 6  # test scenes in the picture
+DIVERGED = "are infinite or not a number: choose lower rates (--lr-head, --lr-trunk)"
 
 
 class Trunk(nn.Module):
-    """Normalised images -> one map (n, 64, GRID, GRID) for the detector. A frozen network stays in
-    evaluation mode and gets no gradient."""
+    """Normalised images -> one map (n, CHANNELS, GRID, GRID) for the detector. A frozen network
+    stays in evaluation mode and gets no gradient."""
 
-    out_channels = 64
+    out_channels = CHANNELS  # FCOS asks for it
 
     def __init__(self, network, size, frozen):
         super().__init__()
@@ -160,7 +170,7 @@ class Trunk(nn.Module):
         with torch.no_grad():
             found = maps(network, torch.zeros(1, 3, size, size))
         widths = [x.shape[1] for x in found]
-        self.reduce = MapHead(widths, self.out_channels, GRID)
+        self.reduce = MapHead(widths, CHANNELS, GRID)
 
     def train(self, mode=True):
         super().train(mode)
@@ -174,19 +184,21 @@ class Trunk(nn.Module):
 
 
 def detector(network, size, frozen, shapes):
-    """Torchvision's FCOS with one map, smaller than its own: images [(3, H, W) in [0, 1], ...]."""
+    """Torchvision's FCOS with one map instead of five, on a trunk: a network whose input is a list
+    of images, each (3, H, W) in [0, 1]. shapes: how many there are."""
     trunk = Trunk(network, size, frozen)
+    classes = 1 + shapes  # 0 is not used
     return FCOS(
         trunk,
-        num_classes=1 + shapes,  # 0 is not used
+        num_classes=classes,
         min_size=size,
         max_size=size,
         image_mean=MEAN,
         image_std=STD,
         size_divisible=1,
         anchor_generator=AnchorGenerator(((size // GRID,),), ((1.0,),)),
-        head=FCOSHead(trunk.out_channels, 1, 1 + shapes, num_convs=2),
-        score_thresh=0.01,
+        head=FCOSHead(CHANNELS, 1, classes, num_convs=CONVS),
+        score_thresh=LOWEST,
         detections_per_img=MOST,
     )
 
@@ -200,32 +212,22 @@ def train_and_test(candidate, frozen, train, test, settings, device):
         network = copy.deepcopy(network).requires_grad_(True)
     model = detector(network, candidate.size, frozen, len(train.names) - 1)
     model = model.to(device, memory_format=torch.channels_last).train()
-    weights = [*model.backbone.reduce.parameters(), *model.head.parameters()]
-    if not frozen:
-        weights += network.parameters()
-    steps, lr = settings["steps"], settings["lr"]
-    optimizer = torch.optim.AdamW(weights, lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    generator = np.random.default_rng(settings["head_seed"])
     images = train.images.to(device).float() / 255
     truth = []
     for boxes, labels in zip(train.boxes, train.labels):
         truth.append({"boxes": boxes.to(device), "labels": labels.to(device)})
 
-    for _ in tqdm(range(steps), leave=False, disable=not sys.stderr.isatty()):
-        index = generator.choice(len(images), settings["batch"], replace=False)
+    def loss(index):
         losses = model([images[i] for i in index], [truth[i] for i in index])
-        loss = sum(losses.values())
-        if not loss.isfinite():
-            fail(f"the detector's loss is {loss.item()}: choose a lower --lr")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return sum(losses.values())  # of the shape, the box, and how near its middle is
+
+    head = [*model.backbone.reduce.parameters(), *model.head.parameters()]
+    trunk = [] if frozen else network.parameters()
+    fit(loss, head, trunk, len(images), settings)
 
     model.eval()
     if not all(value.isfinite().all() for value in model.state_dict().values()):
-        fail("some weights of the detector are infinite or not a number: choose a lower --lr")
+        fail(f"some weights of the detector {DIVERGED}")
     found = []
     with torch.no_grad():
         for part in test.images.to(device).split(50):
@@ -233,14 +235,14 @@ def train_and_test(candidate, frozen, train, test, settings, device):
     arrays = []
     for image in found:
         if not all(part.isfinite().all() for part in image.values()):
-            fail("some boxes or scores are infinite or not a number: choose a lower --lr")
+            fail(f"some boxes or scores {DIVERGED}")
         arrays.append({name: part.cpu().numpy() for name, part in image.items()})
     return arrays
 
 
 def best_boxes(found, truth):
-    """For the picture: of the boxes found in an image as many as it has objects, those of the best
-    scores, [(x0, y0, x1, y1, label), ...]."""
+    """For the picture: as many of the boxes found in an image as it has objects, those with the
+    best scores, [(x0, y0, x1, y1, label), ...]."""
     order = np.argsort(-found["scores"], kind="stable")[: len(truth["labels"])]
     rows = np.concatenate([found["boxes"], found["labels"][:, None]], 1)
     return rows[order].round(2).tolist()
@@ -270,7 +272,7 @@ def draw_boxes(path, shown, scenes):
     size = (1.9 * columns + 2, 1.9 * len(rows) + 0.5)
     figure = Figure(size, dpi=90, layout="constrained")
     figure.suptitle(
-        "Test scenes with their true boxes, and of the boxes that were found\n"
+        "Test scenes with their true boxes, and the boxes that were found:\n"
         "as many as there are objects, those with the best scores"
     )
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -299,21 +301,26 @@ def main(argv=None):
         fail(f"--size {args.size}: choose a multiple of {GRID}, the places of the detector's map")
     train = load_solids("train")
     test = load_solids("test")
-    if args.batch > len(train.images):
-        fail(f"--batch {args.batch}: choose at most {len(train.images)}, the training scenes")
     trunks = [each for each in candidates(args) if list(each.network.parameters())]
     results = Results("eval_detection", args, device)
     jobs = [(trunk, "frozen") for trunk in trunks]
     if args.finetune:
         jobs += [(trunk, "fine-tuned") for trunk in trunks]
-    settings = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "head_seed": args.seed}
-    settings["scenes"] = [len(train.images), len(test.images)]
+    settings = {
+        "steps": args.steps,
+        "lr_head": args.lr_head,
+        "batch": args.batch,
+        "head_seed": args.seed,
+        "scenes": [len(train.images), len(test.images)],
+        "detector": [GRID, CHANNELS, CONVS, LOWEST, MOST],
+    }
 
     truth = []
     for boxes, labels in zip(test.boxes, test.labels):
         truth.append({"boxes": boxes.numpy(), "labels": labels.numpy()})
     measured = {}
     for trunk, mode in jobs:
+        settings["lr_trunk"] = args.lr_trunk if mode == "fine-tuned" else 0
 
         def measure():
             found = train_and_test(trunk, mode == "frozen", train, test, settings, device)

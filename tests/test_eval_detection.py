@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main
-from test_eval_dense import TEST, TRAIN, LastStep
+from test_eval_dense import TEST, TRAIN, LastStep, relabelled
 from test_eval_features import write_run
 
 from common import Candidate, backbone, read_lines
@@ -163,6 +163,24 @@ def assert_equal_to_pycocotools(found, truth, shapes):
     return scores
 
 
+CROWDED = {"seed": 7, "images": 4, "most": 60, "shapes": 2, "copies": 9, "steps": 1000}
+
+
+def test_ap_equals_stored_numbers_of_pycocotools():
+    """Of version 2.0.11, for who does not have it: of a crowd with ties, and of a crowded one."""
+    found = coco_scores(*crowd(0), 3)
+    assert [found[name] for name in ("ap", "ap50", "ap75")] == pytest.approx(
+        [12.166267231214425, 34.362969626451736, 6.3736779083313735], abs=1e-9
+    )
+    expected = [12.244940840237868, 12.087593622190987, -1]
+    assert found["ap_of_shapes"] == pytest.approx(expected, abs=1e-9)
+
+    found = coco_scores(*crowd(**CROWDED), 2)
+    assert [found[name] for name in ("ap", "ap50", "ap75")] == pytest.approx(
+        [17.88632806570285, 51.8946733913299, 9.881447615662674], abs=1e-9
+    )
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_ap_equals_pycocotools_with_ties(seed):
     scores = assert_equal_to_pycocotools(*crowd(seed), 3)
@@ -171,7 +189,7 @@ def test_ap_equals_pycocotools_with_ties(seed):
 
 def test_ap_equals_pycocotools_in_crowded_scenes():
     """Up to 60 true boxes that overlap, and more boxes found of one shape than COCO counts."""
-    found, truth = crowd(7, images=4, most=60, shapes=2, copies=9, steps=1000)
+    found, truth = crowd(**CROWDED)
     assert max(len(image["scores"]) for image in found) > 150
     assert_equal_to_pycocotools(found, truth, 2)
 
@@ -203,9 +221,9 @@ def candidate(network, size=24):
     return Candidate("a", network, "solids", size, {})
 
 
-def find(network, frozen, steps=2, lr=0.003, test=TEST):
-    settings = {"steps": steps, "lr": lr, "batch": 4, "head_seed": 0}
-    return train_and_test(candidate(network), frozen, TRAIN, test, settings, CPU)
+def find(network, frozen, steps=2, lr=0.003, test=TEST, size=24):
+    settings = {"steps": steps, "lr_head": lr, "lr_trunk": lr, "batch": 4, "head_seed": 0}
+    return train_and_test(candidate(network, size), frozen, TRAIN, test, settings, CPU)
 
 
 @pytest.mark.parametrize("arch", ["resnet14", "vit_micro"])
@@ -250,10 +268,24 @@ def test_a_fine_tuned_trunk_moves_and_a_frozen_one_gets_no_gradient(monkeypatch)
 def test_boxes_are_in_pixels_of_the_scene_at_any_size():
     """Images are resized for the network, and the boxes back."""
     network = backbone("resnet14", 16).eval()
-    settings = {"steps": 1, "lr": 0.0, "batch": 4, "head_seed": 0}
     for size in (24, 48):
-        found = train_and_test(candidate(network, size), True, TRAIN, TEST, settings, CPU)
+        found = find(network, True, steps=1, lr=0.0, size=size)
         assert max(image["boxes"].max(initial=0) for image in found) <= 16
+
+
+def test_the_test_scenes_choose_nothing():
+    """Neither their labels nor their number changes what is found."""
+    torch.manual_seed(0)
+    network = backbone("resnet14", 16).eval()
+    alone = TEST._replace(images=TEST.images[:5])
+    for frozen in (True, False):
+        first = find(network, frozen)
+        again = find(network, frozen, test=relabelled(TEST))
+        for image, same in zip(first, again, strict=True):
+            assert all(np.array_equal(image[name], same[name]) for name in image)
+        fewer = find(network, frozen, test=alone)
+        for image, same in zip(first[:5], fewer, strict=True):
+            assert image["scores"] == pytest.approx(same["scores"], abs=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -265,7 +297,8 @@ def test_a_detector_that_diverges_ends_in_one_sentence(steps, capsys, monkeypatc
     with pytest.raises(SystemExit):
         find(backbone("resnet14", 16).eval(), False, steps=steps, lr=1e30)
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "a lower --lr" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "--lr-head, --lr-trunk" in error
 
 
 def test_boxes_and_scores_that_are_not_finite_end_in_one_sentence(monkeypatch, capsys):
@@ -298,7 +331,7 @@ def test_the_detector_learns_scenes_whose_colours_tell_the_shape():
         {"boxes": boxes.numpy(), "labels": labels.numpy()}
         for boxes, labels in zip(TEST.boxes, TEST.labels)
     ]
-    before = coco_scores(find(network, False, steps=1), truth, 8)
+    before = coco_scores(find(network, False, steps=1, lr=0.0), truth, 8)
     after = coco_scores(find(network, False, steps=200), truth, 8)
     assert before["ap50"] < 5 and after["ap50"] > 50
 
@@ -345,7 +378,8 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     expected = [(name, mode) for mode in ("frozen", "fine-tuned") for name in (untrained, "a")]
     assert [(row["network"], row["protocol"].split(", ")[1]) for row in found.rows] == expected
     row = found.rows[-1]
-    settings = {"steps": 1, "lr": 2e-3, "batch": 4, "head_seed": 0, "scenes": [40, 12]}
+    settings = {"steps": 1, "lr_head": 2e-3, "lr_trunk": 1e-3, "batch": 4, "head_seed": 0}
+    settings |= {"scenes": [40, 12], "detector": [12, 64, 2, 0.01, 100]}
     assert row["settings"] == {"size": 24, **settings} and row["seed"] == 3
     assert set(row["result"]) == {"ap", "ap50", "ap75", "ap_of_shapes", "shown"}
     assert [len(boxes) for boxes in row["result"]["shown"]] == [1] * 6  # one object per scene
@@ -365,6 +399,12 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     more = run_script(*flags, "--no-finetune", **patches)
     assert more.out.count("already measured") == 2
 
+    # the rate of a trunk matters where it is trained, the sizes of the detector for all
+    more = run_script(*flags, "--lr-trunk", 0.1)
+    assert more.out.count("already measured") == 2 and len(more.rows) == 6
+    more = run_script(*flags, "--no-finetune", CONVS=1)
+    assert more.out.count("already measured") == 0 and len(more.rows) == 8
+
 
 def test_refusals(tmp_path):
     write_run(tmp_path / "a", arch="vit_micro", size=24)
@@ -372,10 +412,9 @@ def test_refusals(tmp_path):
         (["--data", "emoji"], "--data"),
         (["--size", 30], "--size 30: choose a multiple of 12"),
         (["--steps", 0], "--steps 0: choose at least 1"),
-        (["--batch", 41], "--batch 41: choose at most 40, the training scenes"),
+        (["--batch", 1001], "--batch 1001: choose"),
     ):
-        scenes = {"load_solids": lambda split: {"train": TRAIN, "test": TEST}[split]}
-        found = call_main_raw(tmp_path / "a", *flags, **scenes)
+        found = call_main_raw(tmp_path / "a", *flags)
         assert found.code == 1 and found.err.count("\n") == 1 and words in found.err
     found = call_main_raw(tmp_path / "a", world=lambda: 2)
     assert found.code == 1 and "one process" in found.err

@@ -668,20 +668,20 @@ def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
 
     start = "untrained resnet14 made for 32, 96 px"
     rows = [
-        row_of(None, "normals, constant", {"mean_angle": 60.0}, network="no network"),
-        row_of(None, "normals, frozen", {"mean_angle": 40.0}, network=start),
-        row_of("byol", "normals, frozen", {"mean_angle": 31.0, "within_11.25": 7.5}, size=96),
-        row_of("nat", "normals, frozen", {"mean_angle": 33.0}, size=96),
-        row_of("byol", "normals, fine-tuned", {"mean_angle": 25.0}, size=96),
+        row_of(None, "normals, constant", {"object_angle": 60.0}, network="no network"),
+        row_of(None, "normals, frozen", {"object_angle": 40.0}, network=start),
+        row_of("byol", "normals, frozen", {"object_angle": 31.0, "object_11.25": 7.5}, size=96),
+        row_of("nat", "normals, frozen", {"object_angle": 33.0}, size=96),
+        row_of("byol", "normals, fine-tuned", {"object_angle": 25.0}, size=96),
     ]
     found = blocks([row | {"data": "solids"} for row in rows])
     assert found["eval_normals"][2] == "| no network | 60.0 |  |  |  |  |  |  |  |  |  |  |  |"
     line = found["eval_normals"][4]
-    assert line.startswith("| **byol**, 96 px | 31.0 |  |  | 7.5 |  |  | 25.0 |")
+    assert line.startswith("| **byol**, 96 px | 31.0 |  | 7.5 |  |  |  | 25.0 |")
     assert found["eval_depth"] == ["Not run."]
     text = " ".join(line.strip() for line in found["scenes"])
     beside = f"(no network, 60.0; {start}, 40.0)"
-    assert text.endswith(f"networks: normals, mean angle: byol, 96 px, 31.0 {beside}.")
+    assert text.endswith(f"networks: normals, mean angle on objects: byol, 96 px, 31.0 {beside}.")
 
     raw = row_of(None, "linear probe of pixels", {"linear": 51.0}, network=RAW)
     assert blocks([raw])["eval_layers_vit"] == ["Not run."]

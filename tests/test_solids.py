@@ -478,20 +478,32 @@ def assert_same_pictures(found, stored, same_encoder):
         assert (a.float() - b.float()).abs().mean() < 3  # grey levels of 255
 
 
-@EACH_SPLIT
-def test_the_first_scenes_are_rendered_again(photos, split):
-    """Of training scenes, without a look at the test photographs, and the other way round."""
+def assert_rendered_again(photos, split, count):
+    """The first scenes of a split. Of training scenes, without a look at the test photographs, and
+    the other way round."""
     own = {name: array for name, array in photos.items() if name.startswith(split)}
-    found = build.scene_arrays(split, 2, own)
+    found = build.scene_arrays(split, count, own)
     with np.load(SOLIDS) as file:
         assert file["shapes"].tolist() == scenes.NAMES
         same = str(file["encoder"]) == str(build.encoder())
         stored = {name: file[f"{split}_{name}"] for name in found}
-    stored["ends"] = stored["ends"][:2]
+    stored["ends"] = stored["ends"][:count]
     stored["webp"] = stored["webp"][: stored["ends"][-1]]
     for name in set(found) - {"webp", "ends"}:
-        assert np.array_equal(found[name], stored[name][:2]), name
+        assert np.array_equal(found[name], stored[name][:count]), name
     assert_same_pictures(found, stored, same)
+
+
+@EACH_SPLIT
+def test_the_first_scenes_are_rendered_again(photos, split):
+    assert_rendered_again(photos, split, 2)
+
+
+@pytest.mark.thorough
+@EACH_SPLIT
+def test_all_scenes_are_rendered_again(photos, split):
+    """A minute for both splits."""
+    assert_rendered_again(photos, split, build.SCENES[split])
 
 
 @pytest.mark.thorough
