@@ -953,6 +953,22 @@ def test_what_is_kept_of_a_run(report, tmp_path, monkeypatch, drlim):
     assert report.picture("instability.png") == ["not run"]
 
 
+def test_the_sentence_about_the_instability(report):
+    """In the recorded runs the accuracies end close together, and no gradient is a peak."""
+    rows = [row for row in report.read_rows() if row["method"] == "moco_v3"]
+    rows = [row for row in rows if row["settings"]["arch"] == "vit_micro"]
+    frozen, trained = sorted(rows, key=lambda row: row["settings"]["train_patches"])
+    assert {row["settings"]["epochs"] for row in rows} == {12}
+    assert {row["settings"]["batch"] for row in rows} == {256}
+    assert abs(frozen["evaluation"]["knn20"] - trained["evaluation"]["knn20"]) < 1
+    gradients = trained["first_gradient"]
+    later = gradients[len(gradients) // 12 :]
+    assert max(later) < 2 * statistics.median(later)
+    page = (ROOT / "tests" / "results" / "README.md").read_text()
+    assert "256 images and 12 epochs" in page
+    assert "no gradient is more than\ntwice as large" in page
+
+
 def test_the_instability_is_drawn_if_both_kinds_of_runs_exist(report, tmp_path):
     row = report.chosen(report.read_rows(), "moco_v3")[0]
     frozen = another(row, arch="vit_micro", train_patches=False)
