@@ -134,7 +134,7 @@ def run(method, batch, data, out, steps):
         print("   ", line.rstrip(), flush=True)
         if "training and" in line:
             found["seconds to list the files"] = time.perf_counter() - began
-        if "images per step" in line:
+        if " per step on " in line:  # "images" or "videos"
             break
 
     metrics = out / "metrics.jsonl"
