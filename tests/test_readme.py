@@ -666,10 +666,11 @@ def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
         evaluations.ROWS.write_text(text)
         return evaluations.blocks(report.markdown, report.FAMILIES["Video"])
 
-    start = "untrained resnet14 made for 32, 96 px"
+    start = report.evaluations.SCENE_START
     rows = [
         row_of(None, "normals, constant", {"object_angle": 60.0}, network="no network"),
         row_of(None, "normals, frozen", {"object_angle": 40.0}, network=start),
+        row_of(None, "normals, fine-tuned", {"object_angle": 35.0}, network=start),
         row_of("byol", "normals, frozen", {"object_angle": 31.0, "object_11.25": 7.5}, size=96),
         row_of("nat", "normals, frozen", {"object_angle": 33.0}, size=96),
         row_of("byol", "normals, fine-tuned", {"object_angle": 25.0}, size=96),
@@ -680,8 +681,11 @@ def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
     assert line.startswith("| **byol**, 96 px | 31.0 |  | 7.5 |  |  |  | 25.0 |")
     assert found["eval_depth"] == ["Not run."]
     text = " ".join(line.strip() for line in found["scenes"])
-    beside = f"(no network, 60.0; {start}, 40.0)"
-    assert text.endswith(f"networks: normals, mean angle on objects: byol, 96 px, 31.0 {beside}.")
+    assert "(2 trained networks so far; " in text
+    assert text.endswith(
+        "Normals, mean angle on objects: frozen 31.0 by byol (40.0), "
+        "fine-tuned 25.0 by byol (35.0)."
+    )
 
     raw = row_of(None, "linear probe of pixels", {"linear": 51.0}, network=RAW)
     assert blocks([raw])["eval_layers_vit"] == ["Not run."]

@@ -130,7 +130,7 @@ TABLES = {
     },
 }  # fmt: skip
 SCENES = ("segmentation", "normals", "depth", "keypoints", "detection")
-SCENE_BASELINES = ("no network", "untrained resnet14 made for 32, 96 px")
+SCENE_START = "untrained resnet14 made for 32, 96 px"
 DATA = {  # table: the data sets of its rows, where that is not emoji
     "fashion": ("fashion",),
     **dict.fromkeys(SCENES, ("solids",)),
@@ -483,26 +483,41 @@ def tuned_words(rows):
     return textwrap.wrap(text, 100, subsequent_indent="  ")
 
 
+def best_on_scenes(networks, measured, path, form, lowest):
+    """"18.6 by byol (15.7)": the best trained network, and in brackets the untrained one; None if
+    neither was measured. lowest: whether the measure is an error."""
+    found = {name: mean(networks, name, measured, path) for name in networks}
+    trained = [name for name in found if name.startswith("**") and found[name] is not None]
+    if not trained or found.get(SCENE_START) is None:
+        return None
+    best = (min if lowest else max)(trained, key=found.get)
+    name = best.replace("**", "").removesuffix(", 96 px")
+    return f"{found[best]:{form}} by {name} ({found[SCENE_START]:{form}})"
+
+
 def scene_words(networks):
-    """The first measure of each task on rendered scenes, of the best frozen network beside the
-    untrained one and the constant answer. networks: {task: those that were measured}"""
+    """The first measure of each task on rendered scenes, frozen and fine-tuned, of the best network
+    beside the untrained one. networks: {task: those that were measured}"""
     words = []
     for task in SCENES:
-        heading, place = list(TABLES[task].items())[0]
-        found = {name: mean(networks[task], name, *place[:2]) for name in networks[task]}
-        found = {name: number for name, number in found.items() if number is not None}
-        trained = [name for name in found if name.startswith("**")]
-        if not trained:
-            continue
+        heading, (measured, path, form) = list(TABLES[task].items())[0]
         lowest = task in ("normals", "depth")  # their measures are errors
-        best = (min if lowest else max)(trained, key=found.get)
-        beside = [f"{name}, {found[name]:{place[2]}}" for name in found if name in SCENE_BASELINES]
-        name = best.replace("**", "")
-        beside = f" ({'; '.join(beside)})" if beside else ""
-        words.append(f"{task}, {heading}: {name}, {found[best]:{place[2]}}{beside}")
+        parts = []
+        for how in ("frozen", "fine-tuned"):
+            protocol = measured.replace("frozen", how)
+            best = best_on_scenes(networks[task], protocol, path, form, lowest)
+            if best:
+                parts.append(f"{how} {best}")
+        if parts:
+            words.append(f"{task.capitalize()}, {heading}: {', '.join(parts)}.")
     if not words:
         return ["- **Dense tasks and detection.** Not run."]
-    text = f"- **Dense tasks and detection.** The best frozen networks: {'. '.join(words)}."
+    trained = {name for task in SCENES for name in networks[task] if name.startswith("**")}
+    count = "one trained network" if len(trained) == 1 else f"{len(trained)} trained networks"
+    text = (
+        f"- **Dense tasks and detection** ({count} so far; in brackets the untrained one, which is "
+        f"trained from scratch where others are fine-tuned). {' '.join(words)}"
+    )
     return textwrap.wrap(text, 100, subsequent_indent="  ")
 
 
