@@ -27,14 +27,14 @@ z1, z2: of two distorted copies of an image, z3: of a copy of another image; dis
 s = 1, v = 8 where it moves; s = -1, v = 1 where it rests; v = 0 where unknown.
 
 Run.
-    python methods/multitask.py                               one CPU core, about 11 minutes
+    python methods/multitask.py                               one CPU core, about 7 minutes
     python methods/multitask.py --tasks position,colour --heads lasso
     torchrun --nproc_per_node 8 methods/multitask.py --recipe paper --data IMAGENET
 --batch counts the clips of all processes together. In metrics.jsonl, held_out_position, _colour,
 _exemplar and _motion are the scores of these tasks on held-out clips (see `scores`).
 
-Reached. On movers after 12 epochs, 668 s on one busy core: kNN 45.0 % (untrained 33.6, raw pixels
-34.4); linear 51.2 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
+Reached. On movers after 12 epochs, 421 s on one busy core: kNN 45.4 % (untrained 33.6, raw pixels
+34.4); linear 50.9 % (untrained 37.7, raw pixels 40.5); mean of 2 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper.)
     1. Every step trains all tasks, on frames of the same clips | one task per machine, ImageNet for
