@@ -277,6 +277,8 @@ RULES = {
     ("arrow_of_time", "movers"): "75, larger differences come first",
     ("arrow_of_time", "tripod"): "87, larger differences come first",
     ("watching_objects_move", "movers"): "19, a square in the middle",
+    ("multitask", "movers"): "position 12.5 by guessing; colour 40, grey; exemplar 50 by guessing; "
+    "motion 8, everything moves",
 }
 
 PICTURES = {  # that may not exist yet -> what they show
