@@ -23,7 +23,7 @@ have the largest loss. If all embeddings are the same, the loss is M (the traini
 It may stay there if hard negatives are used from the start, or if all K are hard.
 
 Run.
-    python methods/tracking_triplet.py                        one CPU core, about 3 minutes
+    python methods/tracking_triplet.py                        one CPU core, about 2 minutes
     python methods/tracking_triplet.py --hard-from 20         random to the end (20 = --epochs)
     torchrun --nproc_per_node 8 methods/tracking_triplet.py --recipe paper --data movers
 --batch counts the clips of all processes together.
@@ -31,8 +31,8 @@ The network sees two patches of each. Clips without a track are left out; of 4,0
 remain. In metrics.jsonl, held_out is the share of triplets of test clips that are in the right
 order, dist(a, p) < dist(a, negative), over all negatives of a batch; guesses have 0.5.
 
-Reached. On movers after 20 epochs, 210 s on one busy core: kNN 34.2 % (untrained 33.6, raw pixels
-34.4); linear 42.3 % (untrained 37.7, raw pixels 40.5); one run. Other recipes: not run.
+Reached. On movers after 20 epochs, 129 s on one busy core: kNN 36.6 % (untrained 34.0, raw pixels
+34.4); linear 42.7 % (untrained 40.4, raw pixels 40.5); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. A track follows one point for 11 steps, by the exact optical flow: how many pixels each pixel
