@@ -468,7 +468,7 @@ def main(argv=None):
                 f"{task}, {mode}", candidate, measure, **settings
             )
             if file.exists():
-                outputs.setdefault(heading, {})[task] = torch.load(file)
+                outputs.setdefault(heading, {})[task] = torch.load(file, weights_only=True)
 
     draw_scenes(folder / "scenes.png", tasks, outputs, test)
     draw_pck(folder / "pck.png", measured.get("keypoints", {}))

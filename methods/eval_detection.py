@@ -36,8 +36,8 @@ Run.
     python methods/eval_detection.py runs/* --no-finetune
     python methods/eval_detection.py runs/* --steps 2000
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
-results.jsonl is not measured again. A default ResNet takes about two minutes of one CPU core. For a
-ViT choose --size 48: with 96 pixels it has four times as many patches, and training all of its
+results.jsonl is not measured again. A default ResNet takes about three minutes of one CPU core. For
+a ViT choose --size 48: with 96 pixels it has four times as many patches, and training all of its
 weights takes six times as long.
 """
 

@@ -680,10 +680,10 @@ def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
     assert line.startswith("| **byol**, 96 px | 31.0 |  | 7.5 |  |  |  | 25.0 |")
     assert found["eval_depth"] == ["Not run."]
     text = " ".join(line.strip() for line in found["scenes"])
-    assert "(2 trained networks so far; " in text
+    assert "(the best of 2 trained networks; " in text
     assert text.endswith(
-        "Normals, mean angle on objects: frozen 31.0 by byol (40.0), "
-        "fine-tuned 25.0 by byol (35.0)."
+        "Normals, mean angle on objects: frozen 31.0 by byol (40.0; no network 60.0), "
+        "fine-tuned 25.0 (35.0)."
     )
 
     raw = row_of(None, "linear probe of pixels", {"linear": 51.0}, network=RAW)

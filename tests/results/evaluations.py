@@ -480,19 +480,28 @@ def tuned_words(rows):
     count = f"{min(counts)} draw{'s' * (min(counts) > 1)} of the labels"
     count += ": too few to say what is better" if min(counts) < 3 else ""
     text = f"- **Fine-tuning** ({count}). {' '.join(words)}"
-    return textwrap.wrap(text, 100, subsequent_indent="  ")
+    return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def best_on_scenes(networks, measured, path, form, lowest):
-    """"18.6 by byol (15.7)": the best trained network, and in brackets the untrained one; None if
-    neither was measured. lowest: whether the measure is an error."""
+    """"18.6 by byol (15.7; no network 9.0)": the best trained network, and in brackets the
+    untrained one, and the constant answer if there is one; without a name if only one was trained;
+    None if nothing was measured. lowest: whether the measure is an error."""
     found = {name: mean(networks, name, measured, path) for name in networks}
     trained = [name for name in found if name.startswith("**") and found[name] is not None]
     if not trained or found.get(SCENE_START) is None:
         return None
     best = (min if lowest else max)(trained, key=found.get)
-    name = best.replace("**", "").removesuffix(", 96 px")
-    return f"{found[best]:{form}} by {name} ({found[SCENE_START]:{form}})"
+    by = f" by {scene_name(best)}" if len(trained) > 1 else ""
+    beside = f"{found[SCENE_START]:{form}}"
+    if found.get("no network") is not None:
+        beside += f"; no network {found['no network']:{form}}"
+    return f"{found[best]:{form}}{by} ({beside})"
+
+
+def scene_name(network):
+    """The name of a trained network in a sentence on the rendered scenes, which have 96 pixels."""
+    return network.replace("**", "").removesuffix(", 96 px")
 
 
 def scene_words(networks):
@@ -513,12 +522,14 @@ def scene_words(networks):
     if not words:
         return ["- **Dense tasks and detection.** Not run."]
     trained = {name for task in SCENES for name in networks[task] if name.startswith("**")}
-    count = "one trained network" if len(trained) == 1 else f"{len(trained)} trained networks"
+    which = f"the best of {len(trained)} trained networks"
+    if len(trained) == 1:
+        which = f"so far only of {scene_name(*trained)}"
     text = (
-        f"- **Dense tasks and detection** ({count} so far; in brackets the untrained one, which is "
+        f"- **Dense tasks and detection** ({which}; in brackets the untrained one, which is "
         f"trained from scratch where others are fine-tuned). {' '.join(words)}"
     )
-    return textwrap.wrap(text, 100, subsequent_indent="  ")
+    return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def blocks(markdown, videos):
