@@ -459,8 +459,9 @@ def main(argv=None):
             def measure():
                 if mode == "constant":
                     return constant_scores(task, train, test)
-                frozen = mode == "frozen"
-                output = train_and_test(candidate, task, frozen, train, test, settings, device)
+                output = train_and_test(
+                    candidate, task, mode == "frozen", train, test, settings, device
+                )
                 replace_file(file, lambda part: torch.save(output[:SHOWN].clone(), part))
                 return scores(task, output, test)
 
