@@ -18,6 +18,11 @@ DRAWN = {"points", "shares", "shown", "precisions", "costs", "iou", "pck", "corr
 
 FILMS = ("movers", "tripod", "bunny")
 LABELS = ("1", "2", "5", "10", "20", "1 %", "10 %")
+FASHION_BESIDE = {  # baselines in the sentence on fashion
+    "untrained": "untrained resnet14, 32 px",
+    "raw pixels": "raw pixels, 32 px",
+    "k-means features": "k-means, 32 px",
+}
 SHARES = {"1 %": 0.01, "10 %": 0.1, "all": 1.0}  # of the labels, for fine-tuning
 LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
 CORRUPTIONS = ("noise", "blur", "contrast", "brightness", "pixelation", "jpeg", "rotation",
@@ -532,6 +537,35 @@ def scene_words(networks):
     return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
+def fashion_words(networks):
+    """How networks that learned from emoji, the worst and the best, do on fashion, beside the
+    baselines for 32 pixels."""
+    trained = [name for name in networks if name.startswith("**") and "--data" not in name]
+    words = []
+    for measured, key, what in (
+        ("features", "linear", "By the linear probe (accuracy in percent)"),
+        ("svm", "svm", "By linear SVMs (mean average precision)"),
+    ):
+        found = {name: mean(networks, name, measured, key) for name in networks}
+        found = {name: number for name, number in found.items() if number is not None}
+        ranked = sorted((found[name], name.strip("*")) for name in trained if name in found)
+        if len(ranked) > 1:
+            ends = [f"{number:.1f} ({name})" for number, name in (ranked[0], ranked[-1])]
+            beside = [
+                f"{word} {found[name]:.1f}"
+                for word, name in FASHION_BESIDE.items()
+                if name in found
+            ]
+            words.append(f"{what}: from {' to '.join(ends)}; {', '.join(beside)}.")
+    if not words:
+        return ["- **Other data.** Not run."]
+    text = (
+        f"- **Other data.** {len(trained)} networks that learned from emoji, on the grey clothes "
+        f"of fashion. {' '.join(words)}"
+    )
+    return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def blocks(markdown, videos):
     """{block of a page: its lines}. markdown: (heads, lines) -> a table."""
     rows = read_rows()
@@ -551,5 +585,6 @@ def blocks(markdown, videos):
             lines = []  # nothing to compare
         found[f"eval_{name}"] = markdown(heads, lines) if lines else ["Not run."]
     found["scenes"] = scene_words(networks)
+    found["fashion_words"] = fashion_words(networks["fashion"])
     found["tuned"] = tuned_words(rows_of("finetune", rows, videos))
     return found
