@@ -63,8 +63,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
-from common import (ARCHS, Loader, Run, backbone, features, join_processes, knn, load_data, parse,
-                    print0, save_grid)
+from common import (ARCHS, Loader, Run, backbone, fail, features, join_processes, knn, load_data,
+                    parse, print0, save_grid)
 from kernels import implementation
 from kernels.collectives import all_reduce_sum, distribute, gather, rank, world
 from kernels.infonce import bank_loss  # softmax_loss below, fused
@@ -252,8 +252,15 @@ def draw_retrieval(path, run):
     return accuracy
 
 
-def main(argv=None):
+def get_args(argv=None):
     args = parse(__doc__, SETTINGS, argv)
+    if args.loss == "softmax" and args.negatives not in SETTINGS["negatives"]:
+        fail(f"--negatives {args.negatives}: only --loss nce draws other images")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
     device = join_processes(args.seed)
     data = load_data(args.data, args.root, device)
     loader = Loader(data.train, views(args), args.batch, args.seed, device, args.workers)

@@ -8,24 +8,25 @@ are large, so the queue of old keys that the first two versions of MoCo kept is 
 come from the momentum encoder, a slowly moving average of the query encoder that gets no gradient.
 Only the queries pass through a further small network, the predictor.
 The paper is about vision transformers (ViT: an image is cut into patches that attend to each
-other). Their training can be unstable without failing: at times the accuracy dips and recovers, and
-it ends some points lower than that of a stable run. The dips begin with a sudden large gradient in
-the first layer, which projects each patch of pixels to a token. So this layer keeps its random
-weights.
+other). Their training can be unstable without breaking off: at times the accuracy dips and
+recovers, and it ends some points lower than that of a stable run. The dips begin with a sudden
+large gradient in the first layer, which projects each patch of pixels to a token. So this layer
+keeps its random weights.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; query q = predictor(projector(h))
 (n, d); key k (n, d), from the momentum encoder, which has a backbone and a projector. q and k are
 L2-normalised; tau is the temperature. q1 and k1 come from x1, q2 and k2 from x2. L is averaged over
-the images i (Eq. 1 and Algorithm 1). theta_q and theta_k are the weights of the two encoders; m is
-the momentum, m_0 at the start; s counts the steps from 0, S is the number of all steps:
+the images i (Eq. 1 and Algorithm 1). theta_q and theta_k are the weights of the two encoders, those
+of the predictor left out; m is the momentum, m_0 at the start; s counts the steps from 0, S is the
+number of all steps:
 
     ctr(q, k) = -2 tau log  exp(q_i . k_i / tau) / sum over j = 1 .. N of exp(q_i . k_j / tau)
     L         = ctr(q1, k2) + ctr(q2, k1)
     theta_k  <- m theta_k + (1 - m) theta_q,    m = 1 - (1 - m_0) (1 + cos(pi s / S)) / 2
 
-For a ViT the feature h is the class token, positions are fixed sines and cosines, and the projector
-has three layers; for a ResNet it has two.
+The projector has three layers with a ViT, two with a ResNet. The feature h of a ViT is its class
+token, and its positions are fixed sines and cosines.
 
 Run.
     python methods/moco_v3.py                                 one CPU core, about 8 minutes
@@ -33,8 +34,8 @@ Run.
     python methods/moco_v3.py --recipe cifar10                one GPU
     torchrun --nproc_per_node 8 methods/moco_v3.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together. `--recipe paper-resnet` is the ResNet-50 of the
-paper. --train-patches trains the patch projection, too. Unless the first layer is frozen,
-metrics.jsonl has its largest gradient of each step, first_gradient. In the paper (Figure 4) its
+paper. --train-patches trains the patch projection, too. Then, and with a ResNet, metrics.jsonl has
+first_gradient, the largest gradient of the first layer in each step. In the paper (Figure 4) its
 peaks come just before the dips.
 
 Reached. On emoji after 36 epochs, 455 s on one busy core: kNN 54.9 % (untrained 50.8, raw pixels
@@ -67,7 +68,7 @@ import common
 from common import ARCHS, VITS, Loader, Run, fail, join_processes, load_data, parse, print0
 from kernels import implementation
 from kernels.collectives import distribute, gather
-from kernels.infonce import bank_loss  # ctr below, fused
+from kernels.infonce import bank_loss  # ctr / (2 tau) below, fused
 from kernels.views import (Crop, color_jitter, gaussian_blur, normalize, random_flip,
                            random_grayscale, solarize)
 

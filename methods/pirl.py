@@ -50,7 +50,9 @@ Differs from the paper. (This file | the paper, or the official code.)
     5. On emoji the heads end in a batch-norm without scale and offset, as in MoCo v3, and the loss
        is a softmax over the 1 + K rows, which the official code offers too | paper, and our other
        columns: no batch-norm, and NCE (--no-head-norm --loss nce).
-    6. The cosine schedule ends at 0 and changes at every step | official code: ends at a thousandth
+    6. No fused loss of kernels/ is used: moco_loss has the shape of the softmax, but cannot leave
+       out the own image among the K others.
+    7. The cosine schedule ends at 0 and changes at every step | official code: ends at a thousandth
        of the first rate and changes once per epoch.
 """
 

@@ -7,16 +7,16 @@ https://github.com/tensorflow/addons/blob/master/tensorflow_addons/losses/triple
 Idea. An image, the anchor, should be nearer to each of its positives than to any negative, by a
 margin. Only the difference of two distances matters, so positives need not end in one point, and
 images that are far away exert no force. Most triplets satisfy the margin soon and teach nothing, so
-each batch is searched for hard ones. The hardest, the negative nearest to the anchor, easily draws
-all images into one point at the beginning. FaceNet takes a negative that is semi-hard: farther away
-than the positive, but by less than the margin. Here it is the nearest negative beyond the positive;
-if even that is farther by the margin, the pair has no loss.
+each batch is searched for hard ones. But if the nearest negative is always taken, early training
+can send all images to one point, because that costs only the margin. FaceNet takes a negative that
+is semi-hard: farther away than the positive, but by less than the margin. Here it is the nearest
+negative beyond the positive; if even that is farther by the margin, the pair has no loss.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; z = g(h) (n, d) embedding,
 L2-normalised; d(i, j) = ||z_i - z_j||^2 squared distance, at most 4; m margin. A view has a name:
-the number of its image, or its label, or what it draws (--positives). Views of the same name are
-positives, others negatives. P: all ordered pairs (a, p) of positives among the 2N views.
+the number of its image, or its label, or the emoji that it shows (--positives). Views of the same
+name are positives, others negatives. P: all ordered pairs (a, p) of positives among the 2N views.
 
     k(a, p) = argmin of d(a, k) over the negatives k of a with d(a, k) > d(a, p)
     L       = mean over (a, p) in P of  max(0, d(a, p) - d(a, k(a, p)) + m)
@@ -25,7 +25,7 @@ If all embeddings are the same, the loss is m.
 
 Run.
     python methods/triplet.py                                 one CPU core, about 6 minutes
-    python methods/triplet.py --mining hardest                why semi-hard
+    python methods/triplet.py --mining hardest                the nearest negative instead
     python methods/triplet.py --recipe cifar10                one GPU
     torchrun --nproc_per_node 8 methods/triplet.py --recipe paper --data PATH/TO/FOLDER
 --batch counts the images of all processes together.
@@ -79,10 +79,10 @@ def triplet_loss(z, name, margin, mining):
     positive = same & ~itself
     negatives = (~same).sum(1, keepdim=True)  # (2N, 1): how many an anchor has
 
-    # Sort the negatives of each anchor by distance. For each positive, find the first negative that
-    # is farther away. Indices need no gradient.
+    # Sort the negatives of each anchor by distance; positives go to the end. For each positive,
+    # find the first negative that is farther away. Indices need no gradient.
     sorted_d, order = d.detach().masked_fill(same, torch.inf).sort(dim=1)
-    rank_of_negative = torch.zeros_like(order)  # (2N, 2N): of k(a, p), the nearest first
+    rank_of_negative = torch.zeros_like(order)  # (2N, 2N): place of k(a, p); 0 is the nearest
     if mining == "semi-hard":
         rank_of_negative = torch.searchsorted(sorted_d, d.detach().contiguous(), right=True)
         farthest = (negatives - 1).clamp(min=0)

@@ -375,6 +375,7 @@ def test_knn_of_a_run_asks_the_bank_and_not_new_features(train, monkeypatch):
     "flags, words",
     [
         (("--negatives", 0), "--negatives 0: choose at least 1"),
+        (("--negatives", 7), "--negatives 7: only --loss nce draws other images"),
         (("--bank-momentum", 1.5), "--bank-momentum 1.5: choose at least 0 and at most 1"),
         (("--tau", 0.01), "--tau 0.01: choose at least 0.02"),
         (("--loss", "hinge"), "--loss: invalid choice: 'hinge'"),

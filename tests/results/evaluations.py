@@ -469,7 +469,12 @@ def tuned_words(rows):
                 f"fine-tuning is better than a linear probe of the frozen features for {more} of "
                 f"them, worse for {less};"
             )
+        else:
+            more = sum(step > 0 for step, _ in gains.values())
+            text += f" {more} of {len(pairs)} networks are better fine-tuned than frozen;"
         best = max(pairs, key=lambda name: statistics.mean(tuned[name].values()))
+        best_frozen = max(pairs, key=lambda name: statistics.mean(frozen[name].values()))
+        highest = statistics.mean(frozen[best_frozen].values())
         numbers = [tuned[best], tuned[pairs[best]], frozen[best]]
         numbers = [f"{statistics.mean(drawn.values()):.1f}" for drawn in numbers]
         most = max(gains, key=lambda name: gains[name][0])
@@ -477,8 +482,8 @@ def tuned_words(rows):
         gain = f"{gain:+.1f}" + (f" ± {error:.1f}" if error < math.inf else "")
         words.append(
             f"{text} the best is {best.strip('*')}, {numbers[0]} (from scratch {numbers[1]}, "
-            f"frozen {numbers[2]}), and fine-tuned minus frozen is largest for "
-            f"{most.strip('*')}, {gain}."
+            f"frozen {numbers[2]}), the best frozen {best_frozen.strip('*')}, {highest:.1f}; "
+            f"fine-tuned minus frozen is largest for {most.strip('*')}, {gain}."
         )
     if not words:
         return ["- **Fine-tuning.** Not run."]

@@ -440,10 +440,10 @@ def is_supervised(row):
 
 
 def with_labels(rows, data="emoji"):
-    """{(method, kind of positives): its best runs}, of the supervised runs."""
+    """{(method, kind of positives): its longest runs}, of the supervised runs."""
     rows = [row for row in rows if is_supervised(row) and row["settings"]["data"] == data]
     found = {}
-    for runs in sorted(entries(rows), key=lambda runs: mean(runs, "evaluation", "linear")):
+    for runs in sorted(entries(rows), key=lambda runs: runs[0]["settings"]["epochs"]):
         found[runs[0]["method"], runs[0]["settings"]["positives"]] = runs
     return found
 
@@ -668,7 +668,7 @@ def draw_years(rows, path):
     equal = equal_budget(rows)
     best = equal or headline(rows)
     families = {m: family for family in COMPARE_VIEWS for m in FAMILIES[family]}
-    methods = sorted([m for m in families if m in best], key=lambda method: about(method)[1])
+    methods = sorted([m for m in families if m in best], key=when)
     missing = [m for m in families if m not in best]
     epochs = {method: best[method][0]["settings"]["epochs"] for method in methods}
     labelled = [r for r in rows if r["settings"]["epochs"] == epochs.get(r["method"])]
@@ -876,6 +876,13 @@ def about(method):
     return lines[0].split(":")[0], year, link
 
 
+def when(method):
+    """The year of its paper, then the number of arXiv, which begins with year and month."""
+    _, year, link = about(method)
+    number = re.search(r"arxiv.org/abs/(\S+)", link)
+    return year, number[1] if number else ""
+
+
 def about_films(files, best):
     """Lines above a table of methods that learn from videos: from which, and how raw pixels do, at
     32 pixels and at the size of each method that has another."""
@@ -968,7 +975,7 @@ def short_table(rows):
         lines.append([title(runs[0]), *numbers, "", minutes(runs), len(runs)])
     words = (
         "The last lines, with labels, are not self-supervised: for each method and kind of "
-        "`--positives` the best run. They say what labels would give."
+        "`--positives` the longest training. They say what labels would give."
     )
     return [*markdown(heads, lines), "", *textwrap.wrap(words, 100)]
 
@@ -1024,14 +1031,12 @@ def cost_table(rows):
     speeds = evaluations.collect([r for r in evaluations.read_rows() if r["protocol"] == "cost"])
     lines = []
     for method, runs in at_home(rows).items():
-        counted = [run["train_flops"] for run in runs if run.get("train_flops")]
-        flops = f"{statistics.mean(counted) / 1e12:,.0f}" if counted else ""
         memory = [run["peak_memory_gb"] for run in runs if run.get("peak_memory_gb")]
         memory = f"{max(memory):.1f}" if memory else ""
         cores = "one" if on_one_core(runs) else "two"
         speed = evaluations.mean(speeds, f"**{method}**", "cost", "images_per_s")
         speed = f"{speed:,.0f}" if speed else ""
-        lines.append([f"**{method}**", f"{fastest(runs):,.0f}", cores, flops, memory, speed])
+        lines.append([f"**{method}**", f"{fastest(runs):,.0f}", cores, tflops(runs), memory, speed])
     heads = ["file", "training, s", "cores", "training, TFLOPs", "peak memory, GB", "images/s"]
     return markdown(heads, sorted(lines)) if lines else ["not run"]
 
@@ -1114,17 +1119,26 @@ def ranking_table(rows):
     return [*markdown(heads, lines), "", words]
 
 
+def tflops(runs):
+    """10^12 operations of a training, as text; of runs that were recorded before operations were
+    counted nothing."""
+    counted = [run["train_flops"] for run in runs if run.get("train_flops")]
+    return f"{statistics.mean(counted) / 1e12:,.0f}" if counted else ""
+
+
 def compare(named):
-    """A table of {name: runs}, with the gain over the same network untrained."""
-    heads = ["run", "kNN", "linear", "untrained, linear", "gain", "minutes", "runs"]
+    """A table of {name: runs}, of those with seed 0, with the gain over the same network untrained.
+    Operations do not depend on the seed."""
+    heads = ["run", "kNN", "linear", "untrained, linear", "gain", "minutes", "TFLOPs"]
     lines = []
     for name, runs in named.items():
-        if not runs:
+        first = [run for run in runs if run["settings"]["seed"] == 0]
+        if not first:
             lines.append([name, *["not run"] * 6])
             continue
-        numbers = [spread(runs, "evaluation", key) for key in ("knn20", "linear")]
-        numbers += [spread(runs, "random_init", "linear"), f"{gain(runs):+.1f}"]
-        lines.append([name, *numbers, minutes(runs), len(runs)])
+        numbers = [spread(first, "evaluation", key) for key in ("knn20", "linear")]
+        numbers += [spread(first, "random_init", "linear"), f"{gain(first):+.1f}"]
+        lines.append([name, *numbers, minutes(first), tflops(runs)])
     return markdown(heads, lines)
 
 
@@ -1141,8 +1155,10 @@ def pirl_table(rows):
         name = f"{method} `--epochs {most}`" if most else f"{method}, as many minutes"
         named[name] = chosen(rows, method, epochs=most)
     words = (
-        "Compare the gains over the untrained network, because jigsaw is measured at 48 pixels. "
-        "The two pretext tasks were trained longer than by default, about as long as PIRL."
+        "Seed 0 (TFLOPs: operations of the training, in 10^12). Compare the gains over the "
+        "untrained network, because jigsaw is measured at 48 pixels. The two pretext tasks were "
+        "trained longer than by default, with no fewer operations than PIRL. Minutes are of "
+        "different machines."
     )
     return [*compare(named), "", *textwrap.wrap(words, 100)]
 
@@ -1175,9 +1191,18 @@ def years_words(rows):
     if not equal_budget(rows):
         return ["Each file has a budget of its own (the minutes above)."]
     words = (
-        "All had about the same budget, four minutes on one core, so most had other epochs than by "
-        "default: a method that needs long to begin suffers most. A point without a bar is one run."
+        "All had about the same budget: four minutes on one core of an AMD EPYC with nothing else "
+        "running, by the seconds of an epoch that were measured there (BUDGET in "
+        "tests/results/report.py). So most had other epochs than by default, and a method that "
+        "needs long to begin suffers most."
     )
+    single = [runs[0] for runs in equal_budget(rows).values() if len(runs) == 1]
+    if single:
+        start = mean([run for run in single if is_usual(run)], "random_init", "linear")
+        words += (
+            f" A point without a bar is one run with seed 0, whose untrained network has "
+            f"{start:.1f}; the dotted line is a mean of seeds."
+        )
     return textwrap.wrap(words, 100)
 
 
