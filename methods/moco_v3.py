@@ -8,10 +8,9 @@ are large, so the queue of old keys that the first two versions of MoCo kept is 
 come from the momentum encoder, a slowly moving average of the query encoder that gets no gradient.
 Only the queries pass through a further small network, the predictor.
 The paper is about vision transformers (ViT: an image is cut into patches that attend to each
-other). Their training can be unstable without breaking off: at times the accuracy dips and
-recovers, and it ends some points lower than that of a stable run. The dips begin with a sudden
-large gradient in the first layer, which projects each patch of pixels to a token. So this layer
-keeps its random weights.
+other). Their training can be unstable unnoticed: at times the accuracy dips and recovers, and it
+ends some points lower than in a stable run. The dips begin with a sudden large gradient in the
+first layer, which projects each patch of pixels to a token. So this layer keeps its random weights.
 
 Notation. N images in the global batch, n = N / processes on this process; x1, x2 (n, 3, H, W) two
 views of each; h = f(x) (n, D) representation, kept for later use; query q = predictor(projector(h))

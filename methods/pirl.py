@@ -50,9 +50,7 @@ Differs from the paper. (This file | the paper, or the official code.)
     5. On emoji the heads end in a batch-norm without scale and offset, as in MoCo v3, and the loss
        is a softmax over the 1 + K rows, which the official code offers too | paper, and our other
        columns: no batch-norm, and NCE (--no-head-norm --loss nce).
-    6. No fused loss of kernels/ is used: moco_loss has the shape of the softmax, but cannot leave
-       out the own image among the K others.
-    7. The cosine schedule ends at 0 and changes at every step | official code: ends at a thousandth
+    6. The cosine schedule ends at 0 and changes at every step | official code: ends at a thousandth
        of the first rate and changes once per epoch.
 """
 
@@ -94,7 +92,8 @@ def pirl_loss(image_logits, transformed_logits, Z, M, weight):
 
 def info_nce(logits):
     """-log softmax of the own row, which comes first, among all 1 + K rows. Each view has a sum of
-    its own instead of the constant Z (loss_type cross_entropy in the official code)."""
+    its own instead of the constant Z (loss_type cross_entropy in the official code). moco_loss of
+    kernels/ cannot leave out the own image among the K others, so it is not used."""
     own = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, own)
 
