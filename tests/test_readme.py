@@ -199,8 +199,6 @@ def test_sentences_about_the_seed_of_the_untrained_network(report):
     found = {run["settings"]["seed"]: run["random_init"]["linear"] for run in runs}
     lucky, *others = [f"{found[seed]:.1f}" for seed in range(3)]
     assert found[0] > max(found[1], found[2])
-    words = f"{lucky} by the linear probe, where seeds 1 and 2 have {' and '.join(others)}."
-    assert words in " ".join(README.split())
     words = f"it has {lucky} by the linear probe, with seeds 1 and 2 {' and '.join(others)}."
     assert words in " ".join(PAGE.split())
     line = next(line for line in report.short_table(report.read_rows()) if "untrained res" in line)
@@ -228,8 +226,8 @@ def test_sentences_about_the_ranking_of_pretext_tasks(report):
 
 @pytest.fixture(scope="module")
 def section():
-    """The section Evaluate of README.md, in one line."""
-    text = README[README.index("## Evaluate") : README.index("## Read a file")]
+    """What EVALUATIONS.md says about its tables, in one line."""
+    text = PAGE[PAGE.index("## What the tables say") : PAGE.index("## Features, frozen")]
     return " ".join(text.split())
 
 
@@ -248,8 +246,7 @@ RAW = "raw pixels, 32 px"
 
 
 def test_sentences_about_the_evaluations(report, measured, section):
-    """The numbers of the section Evaluate are those of evaluations.jsonl, of the runs with seed 0,
-    at the defaults."""
+    """The numbers are those of evaluations.jsonl, of the runs with seed 0, at the defaults."""
     evaluations = report.evaluations
     networks = measured["features"]
     quoted = {
@@ -299,18 +296,20 @@ def test_sentences_about_the_evaluations(report, measured, section):
     assert f"K-means features cost {cost('k-means, 32 px')}" in section
 
 
+def heights(report, networks, layers):
+    """{network: its linear accuracy after each layer}, of those that were measured."""
+    found = {}
+    for name in networks:
+        places = [f"linear probe of {layer}" for layer in layers]
+        found[name] = [report.evaluations.mean(networks, name, place, "linear") for place in places]
+    return {name: numbers for name, numbers in found.items() if None not in numbers}
+
+
 def test_sentences_about_depth(report, measured, section):
     """Which stages are the best; the falls from the first stage to the last beside those of the
     same networks untrained."""
     evaluations = report.evaluations
-    networks = measured["features"]
-
-    def heights(name):
-        places = [f"linear probe of {layer}" for layer in evaluations.LAYERS]
-        return [evaluations.mean(networks, name, place, "linear") for place in places]
-
-    stages = {name: heights(name) for name in networks}
-    stages = {name: found for name, found in stages.items() if None not in found}
+    stages = heights(report, measured["features"], evaluations.LAYERS)
     trained = {name.strip("*"): x for name, x in stages.items() if name.endswith("**")}
     later = {name: found.index(max(found)) for name, found in trained.items()}
     third = sorted(name for name, stage in later.items() if stage == 3)
@@ -330,6 +329,64 @@ def test_sentences_about_depth(report, measured, section):
     words = f"context_prediction by {a[0]:.1f} points, jigsaw by {b[0]:.1f}, counting by {c[0]:.1f}"
     assert words in section
     assert f"by {a[1]:.1f}, {b[1]:.1f} and {c[1]:.1f}" in section
+
+
+def test_the_six_sentences_on_the_evaluations(report, measured):
+    """README.md: what the networks lose from their best stage to the last, untrained ones too; what
+    fine-tuning gains over scratch and over frozen features; clusters, predictors, k-means."""
+    evaluations = report.evaluations
+    text = " ".join(README[README.index("## Evaluate") : README.index("## Read a file")].split())
+    networks = measured["features"]
+
+    blocks = [f"block{i}" for i in range(1, 7)]
+    stages = heights(report, networks, evaluations.LAYERS) | heights(report, networks, blocks)
+    views = [m for family in report.COMPARE_VIEWS for m in report.FAMILIES[family]]
+    rows = [row for row in evaluations.read_rows() if row["data"] == "emoji" and "method" in row]
+    rows = {row["method"]: row for row in rows if row["protocol"] == "features"}
+    starts = {f"**{m}**": evaluations.start_of(row, networks) for m, row in rows.items()}
+    lost = []
+    for methods in (report.FAMILIES["Pretext tasks"], views):
+        pairs = []
+        for name in [f"**{method}**" for method in methods if f"**{method}**" in stages]:
+            both = stages[name], stages[starts[name]]
+            pairs.append([max(found) - found[-1] for found in both])
+        lost.append([len(pairs), *map(statistics.mean, zip(*pairs))])
+    (tasks, a, before_a), (others, b, before_b) = lost
+    words = f"loses {a:.1f} points of linear accuracy (mean of {tasks} pretext tasks) or {b:.1f} "
+    words += f"(of {others} methods that compare views). The same networks untrained lose "
+    assert f"{words}{before_a:.1f} and {before_b:.1f}:" in text
+
+    rows = evaluations.rows_of("finetune", evaluations.read_rows(), report.FAMILIES["Video"])
+    over = []
+    for part in evaluations.SHARES.values():
+        tuned = evaluations.by_draw(rows, part, "tuned")
+        frozen = evaluations.by_draw(rows, part, "frozen")
+        names = [name for name in tuned if name in starts]
+        over.append([evaluations.difference(tuned[n], tuned[starts[n]])[0] for n in names])
+        gains = {n: evaluations.difference(tuned[n], frozen[n])[0] for n in names}
+        if part == 0.01:
+            words = f"better than fine-tuning, by {-statistics.mean(gains.values()):.1f} points"
+            assert words in text
+    scratch = [f"{statistics.mean(points):.1f}" for points in over]
+    words = f"{scratch[0]}, {scratch[1]} and {scratch[2]} points more than the same networks from "
+    assert f"{words}scratch (means of {len(names)} networks)" in text
+    most = max(gains, key=gains.get)
+    words = f"gains {statistics.mean(gains.values()):.1f}, most for {most.strip('*')} "
+    assert f"{words}({gains[most]:.1f})" in text
+
+    rows = evaluations.rows_of("features", evaluations.read_rows(), report.FAMILIES["Video"])
+    lines = {line[0]: line for line in evaluations.predictors(evaluations.collect(rows))}
+    assert f"rank correlation is {lines['cluster accuracy'][2].strip('+')}." in text
+    without = {name: line for name, line in lines.items() if line[1] == "no"}
+    assert f"Of {len(without)} measures only" in text
+    clear = [n for n, line in without.items() if line[3][0] == line[3].split(" to ")[1][0]]
+    assert clear == ["exponent of the spectrum", "TwoNN dimension"]
+    assert f"say nothing about {lines['RankMe'][4]} different methods" in text
+
+    linear = {name: evaluations.mean(networks, name, "features", "linear") for name in networks}
+    kmeans = linear["k-means, 32 px"]
+    more = [n.strip("*") for n, x in linear.items() if x and n.endswith("**") and x > kmeans]
+    assert f"have {kmeans:.1f} by the linear probe. Only {', '.join(sorted(more))} have" in text
 
 
 def test_captions_of_the_evaluations(report, measured):
@@ -802,8 +859,10 @@ def test_a_row_with_more_settings_replaces_an_older_one(report):
 def test_the_table_of_costs(report):
     """What is known of the runs at the defaults; more than one run: means, the most memory."""
     (byol, *_) = report.chosen(report.read_rows(), "byol")
-    runs = [byol | {"train_flops": flops, "peak_memory_gb": memory, "train_seconds": 90.0}
-            for flops, memory in ((2e12, 1.0), (4e12, 1.26), (None, None))]
+    runs = [
+        byol | {"train_flops": flops, "peak_memory_gb": memory, "train_seconds": 90.0}
+        for flops, memory in ((2e12, 1.0), (4e12, 1.26), (None, None))
+    ]
     lines = report.cost_table(runs)
     assert len(lines) == 3
     cells = lines[2].strip("| ").split(" | ")
