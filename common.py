@@ -816,9 +816,12 @@ def principal_directions(x):
     """Of features (N, D) around 0: the variance (D,) along each direction, and the rotation (D, D)
     with the directions as columns."""
     covariance = x.T @ x / len(x)
-    if len(x) <= len(covariance):  # float32 may find no eigenvalues of a singular matrix
-        covariance = covariance.double()
-    variance, rotation = torch.linalg.eigh(covariance)
+    try:
+        if len(x) <= len(covariance):  # float32 may find no eigenvalues of a singular matrix
+            covariance = covariance.double()
+        variance, rotation = torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:  # features that are constant make it singular, too
+        variance, rotation = torch.linalg.eigh(covariance.double())
     return variance.clamp(min=0).float(), rotation.float()
 
 
@@ -1647,7 +1650,9 @@ def read_run(file, args):
     if not all(value.isfinite().all() for value in network.state_dict().values()):
         fail(f"{file}: a weight is NaN or infinite; train the network anew")
     lines = read_lines(file.with_name("metrics.jsonl"))
-    settings = lines[0]["settings"] if lines else {}
+    settings = lines[0].get("settings") if lines else {}
+    if settings is None:
+        fail(f"{file.parent}/metrics.jsonl: its first line is damaged; restore or delete this file")
     size = getattr(args, "size", 0) or network.size
     if isinstance(network, ViT) and size % network.first_layer.stride[0]:
         side = network.first_layer.stride[0]

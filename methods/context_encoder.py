@@ -81,7 +81,7 @@ def reconstruction_loss(y, x, w):
 
 
 def adversarial_loss(fake):
-    """L_adv. fake: (n,) log D(y) / (1 - D(y)), the discriminator's output before the sigmoid."""
+    """L_adv. fake: (n,) log(D(y) / (1 - D(y))), the discriminator's output before the sigmoid."""
     return F.softplus(-fake).mean()
 
 
@@ -108,8 +108,8 @@ def last_map(net, x):
 
 
 def widths(side, width):
-    """Channels of the decoder at 4, 8, 16, ... pixels, up to half the side of what it paints. The
-    discriminator has the same at the same sides."""
+    """Channels of the decoder at 4, 8, 16, ... pixels, up to half the side of what it paints: for
+    32 pixels 8, 4 and 2 times `width`. The discriminator has the same at the same sides."""
     doublings = int(math.log2(side / 4))
     return [max(8 >> i, 1) * width for i in range(doublings)]
 
@@ -157,7 +157,7 @@ class ContextEncoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (n, 3, side, side) in [-1, 1] -> (n,): log D / (1 - D)."""
+    """Images (n, 3, side, side) in [-1, 1] -> (n,): log(D / (1 - D))."""
 
     def __init__(self, side, width):
         super().__init__()
@@ -183,7 +183,7 @@ class Discriminator(nn.Module):
 
 def random_holes(rand, count, size, cells):
     """hidden (count, 1, size, size): smooth random regions, a quarter of the pixels of each image.
-    cells: how many numbers of the pattern lie along a side."""
+    Each is a window of `cells` numbers along a side, at a random place of a pattern of its own."""
     grid = cells + 1
     pattern = rand.uniform(columns=(1, grid, grid))  # (n, 1, grid, grid)
     top, left = rand.uniform(columns=(2,)).unbind(1)
@@ -362,6 +362,7 @@ def main(argv=None):
             loss = reconstruction_loss(y, x, w)
             parts = {"reconstruction": loss.detach()}
             if args.adv_weight:
+                # Its own gradients are not wanted here, so the discriminator is not wrapped.
                 discriminator.requires_grad_(False)
                 with torch.autocast(device.type, **mixed):
                     fake = discriminator(y)  # (n,)

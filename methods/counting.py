@@ -10,7 +10,7 @@ network has to find things that tell images apart, and that can be counted.
 
 Notation. N images in the global batch, n = N / processes on this process; x an image of side S, T_j
 its four quarters (tiles), D x the whole image reduced to the side S / 2 of a tile; y another image.
-h = f(.) (D,) representation, kept for later use; phi(.) = ReLU(g(h)) (d,) counts, which are never
+h = f(.) representation, kept for later use; phi(.) = ReLU(g(h)) (d,) counts, which are never
 negative, by layers g that are thrown away after training; M a margin. Section 3:
 
     s    = sum over j = 1 to 4 of  phi(T_j x)
@@ -23,8 +23,8 @@ Run.
     python methods/counting.py --recipe stl10                 one GPU
     torchrun --nproc_per_node 8 methods/counting.py --recipe paper --data IMAGENET
 --batch counts the images of all processes together.
-Of each image the network sees five pictures: the reduced image and its four quarters. The run
-folder also gets counts.png: what is counted.
+Of each image the network sees five pictures: the reduced image and its four quarters; y is another
+image of the batch. The run folder also gets counts.png: what is counted.
 
 Reached. On emoji after 32 epochs, 682 s on one busy core: kNN 51.3 % (untrained 50.7, raw pixels
 53.9); linear 55.5 % (untrained 52.6, raw pixels 54.1); mean of 3 runs. Other recipes: not run.

@@ -56,6 +56,7 @@ pixels it has four times as many patches, and training all of its weights takes 
 import copy
 import hashlib
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -382,14 +383,14 @@ def draw_scenes(path, tasks, outputs, scenes):
     columns = [(task, i) for task in tasks for i in range(SHOWN)]
     truth = {task: targets(task, scenes) for task in tasks}
     rows = {"scene": {}, "truth": truth, **outputs}
-    figure = Figure((1.3 * len(columns) + 3, 1.3 * len(rows) + 0.5), layout="constrained")
+    figure = Figure((15, 1.3 * len(rows) + 0.7), layout="constrained")
     figure.suptitle(
-        "Test scenes, the true answers, and what a head on the maps of each network answers.\n"
+        "Test scenes, the truth, and what a head on the maps of each network answers.\n"
         "One colour per shape. Normals: blue faces the camera, green is up. Depth: yellow is far."
     )
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, (heading, found) in zip(grid, rows.items()):
-        line[0].set_ylabel(heading, rotation=0, ha="right")
+        line[0].set_ylabel(textwrap.fill(heading, 24), rotation=0, ha="right")
         for axes, (task, i) in zip(line, columns):
             axes.set(xticks=[], yticks=[])
             if heading == "scene":
@@ -404,7 +405,7 @@ def draw_pck(path, results):
     """The percentage of keypoints found over the distance allowed, a line per network and mode."""
     from matplotlib.figure import Figure
 
-    figure = Figure((8, 4), dpi=110, layout="constrained")
+    figure = Figure((11, 9), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.set(
         title="Corners and tips found in the test scenes (dashed: frozen)",
@@ -472,10 +473,11 @@ def main(argv=None):
                 outputs.setdefault(heading, {})[task] = torch.load(file, weights_only=True)
 
     draw_scenes(folder / "scenes.png", tasks, outputs, test)
-    draw_pck(folder / "pck.png", measured.get("keypoints", {}))
+    if "keypoints" in measured:
+        draw_pck(folder / "pck.png", measured["keypoints"])
     for task, of_task in measured.items():
         print0(f"\n{task}\n{table(of_task)}")
-    print0(f"\n{folder}: pck.png, results.jsonl, scenes.png")
+    print0(f"\n{folder}: results.jsonl and the pictures")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ weights takes six times as long.
 
 import copy
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +279,7 @@ def draw_boxes(path, shown, scenes):
     )
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (heading, found) in zip(grid, rows.items()):
-        line[0].set_ylabel(heading, rotation=0, ha="right")
+        line[0].set_ylabel(textwrap.fill(heading, 24), rotation=0, ha="right", va="center")
         for axes, image, boxes in zip(line, scenes.images, found):
             side = image.shape[1]
             picture = image.permute(1, 2, 0).numpy()

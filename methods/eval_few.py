@@ -179,7 +179,9 @@ def draw_few(path, few):
             line = axes.errorbar(*zip(*points[:5]), **options)[0]
             options |= {"color": line.get_color(), "linestyle": "--"}
             lines[name] = axes.errorbar(*zip(*points[5:]), **options)[0]
-        name_lines(axes, lines, 1.1 * axes.get_xlim()[1])
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 1.1, high * 1.1)  # all parts of a small set may be the same images
+        name_lines(axes, lines, 1.2 * high)
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 

@@ -79,6 +79,7 @@ class Layer(nn.Module):
         self.network = network
         self.module = module
         self.target = target
+        self.train(network.training)
 
     def forward(self, x):
         found = []

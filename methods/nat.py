@@ -136,14 +136,22 @@ class NAT(nn.Module):
     @torch.no_grad()
     def exchange(self, z, index):
         """The images `index` (N,) of a global batch, which the network sends to z (N, d), exchange
-        their targets. Returns the share of them that got another one."""
+        their targets. Returns the share of them that got another one. If a file is broken, another
+        is read in its place, so an image may stand twice in a batch: its first view counts."""
+        first = (index[:, None] == index).int().argmax(1)  # (N,) where each image stands first
+        repeated = first != torch.arange(len(index), device=index.device)
         old = self.label[index]  # (N,)
+
+        # One more dimension, so long that later views get only the targets of later views.
+        apart = 2 * len(index) ** 0.5 * repeated.to(z)[:, None]
+        z = torch.cat([z, apart], 1)
+        targets = torch.cat([self.targets[old], apart], 1)
 
         # Process 0 finds the assignment for all, so that rounding cannot make them differ.
         new = torch.zeros_like(old)
         if rank() == 0:
-            new = old[assign(z, self.targets[old])]
-        new = all_reduce_sum(new)
+            new = old[assign(z, targets)]
+        new = all_reduce_sum(new)[first]
         self.label[index] = new
         return (new != old).float().mean()
 

@@ -350,7 +350,7 @@ def test_main_asks_for_what_it_shows(train, monkeypatch, transform):
     "flags, words",
     [
         (("--size", 1), "--size 1: choose at least 2"),
-        (("--shift", 0.2), "--shift 0.2: choose at least 0 and less than 0.2"),
+        (("--shift", 0.2), "--shift 0.2: choose at least 0 and at most 0.14"),
         (("--transform", "rotation"), "--transform: invalid choice: 'rotation'"),
         (("--fill", "white"), "--fill: invalid choice: 'white'"),
         (("--min-crop", 0), "--min-crop 0: choose more than 0 and at most 1"),

@@ -98,6 +98,11 @@ def test_grey_teaches_no_hue():
     (grad,) = torch.autograd.grad(of_hue, logits)
     assert not grad.any()
 
+    # Without the weight grey would be taught as red, the hue of bin 0.
+    unweighted, _ = color_proxy.color_losses(logits, logits, hue, torch.ones_like(chroma))
+    (grad,) = torch.autograd.grad(unweighted, logits)
+    assert (grad[..., 0] < 0).all() and (grad[..., 1:] > 0).all()
+
 
 def test_loss_of_guessing():
     logits = torch.zeros(3, 7, 32)

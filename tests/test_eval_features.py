@@ -564,6 +564,13 @@ def test_damaged_file_is_refused_before_anything_is_measured(tmp_path, spoil):
     assert words.startswith(f"error: {path} is not the backbone.pt of a run")
 
 
+def test_metrics_without_their_first_line_are_refused(tmp_path):
+    write_run(tmp_path / "a")
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    metrics.write_text('{"settings": {"da\n{"step": 1, "loss": 2.0}\n')  # cut in a crash
+    assert refusal(tmp_path / "a").startswith(f"error: {metrics}: its first line is damaged")
+
+
 def test_a_side_that_no_patches_fill_is_refused(tmp_path):
     write_run(tmp_path / "a", arch="resnet14")
     write_run(tmp_path / "vit")

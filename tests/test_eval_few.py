@@ -81,6 +81,14 @@ def test_degenerate_features():
     assert few_labels(perfect, labels, perfect, labels)["20"]["images"] == 30
 
 
+def test_a_set_with_one_image_per_class_is_drawn(tmp_path):
+    """All parts of the labels are then the same images."""
+    labels = torch.arange(4)
+    found = few_labels(torch.eye(4), labels, torch.eye(4), labels)
+    eval_few.draw_few(tmp_path / "few.png", {"small": {"eye": found}})
+    assert (tmp_path / "few.png").stat().st_size > 5000
+
+
 def test_test_labels_choose_nothing(monkeypatch):
     """Other test images, and other labels of them, leave all weights as they are."""
     fits = []

@@ -115,6 +115,13 @@ def test_a_channel_that_is_constant_stays_finite():
 
 
 @KINDS
+def test_plain_images_give_finite_weights(filters):
+    net = network()
+    magic_init.within_layers(net, torch.zeros_like(images()), filters, 0.1, 0)
+    assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+@KINDS
 def test_the_same_seed_gives_the_same_weights(filters):
     first, again, other = (initialised(filters, seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(value, again[key]) for key, value in first.items())
@@ -374,7 +381,10 @@ def test_the_network_of_a_run_is_rescaled(tmp_path):
     x = images(seed=5)
     torch.testing.assert_close(new(x), old(x), rtol=1e-3, atol=1e-4)
     assert not torch.equal(new.conv1.weight, old.conv1.weight)
-    assert files(tmp_path / "new")["metrics.jsonl"] == files(folder)["metrics.jsonl"]
+    (first, *rest), (copied, *others) = [
+        common.read_lines(path / "metrics.jsonl") for path in (folder, tmp_path / "new")
+    ]
+    assert copied["settings"] == first["settings"] | {"rescaled": True} and others == rest
 
     again = run(tmp_path / "new", "--run", folder)
     assert again.code == 1 and "holds a network already" in again.err

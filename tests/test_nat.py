@@ -138,6 +138,24 @@ def test_exchange_lowers_the_loss_of_the_batch_and_touches_no_other_image():
         assert torch.equal(net.label[others], kept)
 
 
+def test_an_image_that_stands_twice_in_a_batch_exchanges_once():
+    """Another image is read in the place of a broken file: labels stay a permutation."""
+    net = model()
+    for step in range(10):
+        index = torch.tensor([3, 5, 3, 7, 5, 9])
+        net.exchange(units(6, 8, seed=step).float(), index)
+        assert sorted(net.label.tolist()) == list(range(24))
+
+    alone = model()
+    z = units(6, 8).float()
+    again = z.clone()
+    again[[2, 4]] = units(2, 8, seed=1).float()  # later views of the images 3 and 5
+    twice = model()
+    twice.exchange(again, index)
+    alone.exchange(z[[0, 1, 3, 5]], torch.tensor([3, 5, 7, 9]))
+    assert torch.equal(twice.label, alone.label)
+
+
 def test_targets_are_unit_vectors_one_for_each_image():
     net = model(images=30, dim=5)
     assert net.targets.shape == (30, 5)

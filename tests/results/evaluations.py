@@ -326,6 +326,21 @@ def table(networks, columns):
     return lines
 
 
+def beside_linear(protocols, measured, path):
+    """A measure and the linear accuracy, means over the runs of a network of which both are known:
+    two trainings by the same command differ. The probe is that of "features" or, with all labels,
+    that beside fine-tuning, which is the same."""
+    pairs = []
+    for run, results in protocols.get(measured, {}).items():
+        accuracy = draws(protocols.get("features", {}).get(run, []), "linear")
+        if not accuracy:
+            accuracy = draws(protocols.get("fine-tuning 1.0", {}).get(run, []), "frozen")
+        known = draws(results, path)
+        if known and accuracy:
+            pairs.append((statistics.mean(known), statistics.mean(accuracy)))
+    return [statistics.mean(numbers) for numbers in zip(*pairs)]
+
+
 def predictors(networks):
     """Rank correlation of linear accuracy with each predictor over the methods at their defaults,
     and the interval of the bootstrap over methods: together, all intervals hold with 95 %
@@ -338,12 +353,8 @@ def predictors(networks):
     trained = [name for name in networks if name.endswith("**")]
     for name, place in PREDICTORS.items():
         needs = "yes" if name in WITH_LABELS else "no"
-        pairs = []
-        for network in trained:
-            x = mean(networks, network, *place)
-            y = mean(networks, network, "features", "linear")
-            if x is not None and y is not None:
-                pairs.append((x, y))
+        pairs = [beside_linear(networks[network], *place) for network in trained]
+        pairs = [pair for pair in pairs if pair]
         if len(pairs) < 5:
             lines.append([name, needs, "not measured", "", len(pairs)])
             continue

@@ -430,6 +430,8 @@ def changed(row, free=FREE):
 def variant(method, settings):
     """All flags by which a run differs from the default run of a method, but for the seed."""
     flags = changed({"method": method, "settings": settings}, free=("seed", "eval_every"))
+    if settings.get("rescaled"):  # by methods/magic_init.py --run
+        flags = f"{flags} rescaled".strip()
     data = settings.get("data", home(method))
     return flags if data == home(method) else f"--data {data} {flags}".strip()
 
