@@ -427,12 +427,12 @@ def test_captions_of_the_evaluations(report, measured):
             both = (probes[run], "frozen"), (fixed[run], "1 %/accuracies")
             best, other = [evaluations.draws(*place) for place in both]
             more.append(statistics.mean(best) - statistics.mean(other))
-    assert min(more) > -1 and round(max(more)) == 6
-    assert "it has up to six points more" in page
+    assert statistics.median(more) > 1 and round(max(more)) == 6
+    assert "it has most often more, up to six points," in page
     assert f"300 steps of 128 images are {300 * 128 / count:.1f} epochs with all labels" in page
     losses = [evaluations.mean(networks, name, "fine-tuning 1.0", "loss") for name in networks]
-    assert min(loss for loss in losses if loss is not None) > 0.9
-    assert "the loss of the last one is 0.9 or more" in page
+    least = min(loss for loss in losses if loss is not None)
+    assert f"the loss of the last one is {least:.2f} or more" in page
 
 
 def test_the_same_commands_measure_everything(tmp_path):
@@ -457,7 +457,7 @@ def test_the_same_commands_measure_everything(tmp_path):
 
 
 # Their rows are older than the evaluations, for which the same commands were run once more.
-TRAINED_AGAIN = "simclr moco swav barlow_twins byol simsiam rotnet jigsaw colorization".split()
+TRAINED_AGAIN = "simclr moco swav barlow_twins byol simsiam rotnet jigsaw colorization mae dino".split()
 
 
 def test_what_is_evaluated_is_what_the_rows_have(report):
