@@ -434,6 +434,14 @@ def test_captions_of_the_evaluations(report, measured):
     least = min(loss for loss in losses if loss is not None)
     assert f"the loss of the last one is {least:.2f} or more" in page
 
+    # Normals: heads on frozen maps against one answer for all pixels of objects.
+    rows = evaluations.rows_of("normals", evaluations.read_rows(), report.FAMILIES["Video"])
+    known = evaluations.collect(rows)
+    errors = {n: evaluations.mean(known, n, "normals, frozen", "object_angle") for n in known}
+    errors = {name: error for name, error in errors.items() if error is not None}
+    assert min(errors, key=errors.get) == "no network" and len(errors) > 20
+    assert 'on objects no frozen network reaches "no network"' in page
+
 
 def test_the_same_commands_measure_everything(tmp_path):
     """README.md and EVALUATIONS.md have one block of commands. In a folder with one run on emoji
