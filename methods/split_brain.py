@@ -47,7 +47,7 @@ Differs from the paper. (This file | the paper, or the official code.)
     5. L - 50 and ab are divided by 50 | official code: not divided.
     6. The autoencoder for comparison has the same two halves, each of which predicts its own input,
        as classes | paper: one network that sees Lab and predicts Lab, a regression (here --loss
-       regression loses one half, see tests/results/LOG.md).
+       regression kills half of the features, see tests/results/LOG.md).
     7. Adam, whose learning rate after a warm-up falls to zero by a cosine | paper: nothing is said
        of the optimiser, so batch, epochs, rate and decay of the column `paper` are ours. Images are
        random resized crops, half of them mirrored | paper: crops of 180 pixels.

@@ -117,6 +117,23 @@ def test_knn_depends_on_directions_only_and_accepts_a_k_beyond_the_bank():
 # -------- Linear probe ----------------------------------------------------------------------------
 
 
+def test_directions_that_float32_does_not_find_are_sought_in_float64(monkeypatch):
+    """As of features that are constant for the most part."""
+    eigh = torch.linalg.eigh
+    x = noise(50, 4, dtype=torch.float32)
+    expected, _ = common.principal_directions(x)
+
+    def picky(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", picky)
+    variance, rotation = common.principal_directions(x)
+    torch.testing.assert_close(variance, expected)
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(4))
+
+
 def test_probe_on_one_hot_features_and_on_random_labels():
     labels = random_labels(300, 7, 0)
     test_labels = random_labels(200, 7, 1)

@@ -707,6 +707,12 @@ def test_draws_of_one_run_and_runs_are_told_apart(report):
     assert evaluations.cell(runs["clusters"], "nmi", ".1f") == "3.5 ± 0.7"
 
 
+def test_a_rescaled_network_is_not_taken_for_the_run_itself(report):
+    settings = {"data": "emoji", "seed": 3}
+    assert report.variant("rotnet", settings) == ""
+    assert report.variant("rotnet", settings | {"rescaled": True}) == "rescaled"
+
+
 def test_a_predictor_stands_beside_the_accuracy_of_the_same_weights(report):
     """Of two trainings by one command LiDAR was measured of the second, whose linear accuracy only
     fine-tuning with all labels knows."""
