@@ -385,6 +385,7 @@ def test_the_six_sentences_on_the_evaluations(report, measured):
     most = max(gains, key=gains.get)
     words = f"gains {statistics.mean(gains.values()):.1f}, most for {most.strip('*')} "
     assert f"{words}({gains[most]:.1f})" in text
+    assert f"which is the largest in the literature, is {gains['**mae**']:.1f}." in text
 
     rows = evaluations.rows_of("features", evaluations.read_rows(), report.FAMILIES["Video"])
     lines = {line[0]: line for line in evaluations.predictors(evaluations.collect(rows))}
