@@ -781,7 +781,7 @@ def linear_classifier(bank, labels, groups=None):
 
     # Decorrelate. A rotation changes no solution, but the way to it is shorter.
     variance, rotation = principal_directions(bank)
-    rotate(bank, rotation)
+    bank = rotate(bank, rotation)
 
     # A fifth of the groups is held out.
     groups = torch.arange(len(bank)) if groups is None else groups.cpu()
@@ -790,11 +790,10 @@ def linear_classifier(bank, labels, groups=None):
     names = names[order[: len(names) // 5]]
     held = torch.isin(groups, names).to(bank.device)
     kept = (~held).nonzero()[:, 0]
-    held = held.nonzero()[:, 0]
 
     # From strong to weak decay, each from the last solution.
-    zeros = bank.new_zeros(int(labels.max()) + 1, bank.shape[1])  # one row per class
-    solution = zeros, zeros[:, 0]
+    classes = int(labels.max()) + 1
+    solution = start = bank.new_zeros(classes, bank.shape[1]), bank.new_zeros(classes)
     least, decay = math.inf, 10
     for candidate in (10, 3, 1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4):
         solution = fit_logistic(bank, labels, variance, candidate, *solution, rows=kept)
@@ -803,7 +802,7 @@ def linear_classifier(bank, labels, groups=None):
         if not loss < least:  # it falls, then rises: from here on the probe overfits the bank
             break
         least, decay = loss, candidate
-    weight, bias = fit_logistic(bank, labels, variance, decay, zeros, zeros[:, 0])
+    weight, bias = fit_logistic(bank, labels, variance, decay, *start)
 
     def classify(x):
         x = x.float().sub_(mean).div_(std)
@@ -813,23 +812,29 @@ def linear_classifier(bank, labels, groups=None):
 
 
 def principal_directions(x):
-    """Of features (N, D) around 0: the variance (D,) along each direction, and the rotation (D, D)
-    with the directions as columns."""
-    covariance = x.T @ x / len(x)
-    try:
-        if len(x) <= len(covariance):  # float32 may find no eigenvalues of a singular matrix
-            covariance = covariance.double()
-        variance, rotation = torch.linalg.eigh(covariance)
-    except torch.linalg.LinAlgError:  # features that are constant make it singular, too
-        variance, rotation = torch.linalg.eigh(covariance.double())
-    return variance.clamp(min=0).float(), rotation.float()
+    """Of features (N, D) around 0: the variance (K,) along each direction, and the rotation (D, K)
+    with the directions as columns. With fewer images than features they are those in which images
+    differ, N at most: along the others no image differs, and a classifier with weight decay has
+    weights of 0."""
+    if len(x) > x.shape[1]:
+        # In float32 eigh() may fail if features are constant.
+        variance, rotation = torch.linalg.eigh((x.T @ x / len(x)).double())
+        return variance.clamp(min=0).float(), rotation.float()
+
+    # x x^T and x^T x have the same eigenvalues. If x x^T u = s u, the direction is x^T u / sqrt(s).
+    x = x.double()
+    values, u = torch.linalg.eigh(x @ x.T)
+    real = values > 1e-9 * values[-1]  # the others are rounding errors
+    values = values[real]
+    return (values / len(x)).float(), (x.T @ u[:, real] / values.sqrt()).float()
 
 
 def rotate(x, rotation):
-    """x @ rotation in the memory of x, a piece at a time."""
+    """x @ rotation (N, K), in the memory of x (N, D), a piece at a time."""
+    count = rotation.shape[1]
     for part in x.split(8192):
-        part.copy_(part @ rotation)
-    return x
+        part[:, :count] = part @ rotation
+    return x[:, :count]
 
 
 def fit_logistic(x, y, variance, decay, weight, bias, rows=None):

@@ -117,21 +117,34 @@ def test_knn_depends_on_directions_only_and_accepts_a_k_beyond_the_bank():
 # -------- Linear probe ----------------------------------------------------------------------------
 
 
-def test_directions_that_float32_does_not_find_are_sought_in_float64(monkeypatch):
-    """As of features that are constant for the most part."""
-    eigh = torch.linalg.eigh
-    x = noise(50, 4, dtype=torch.float32)
-    expected, _ = common.principal_directions(x)
-
-    def picky(matrix):
-        if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("did not converge")
-        return eigh(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", picky)
+def test_directions_of_fewer_images_than_features():
+    """Those in which images differ; all others have a variance of 0."""
+    x = noise(5, 40, dtype=torch.float32)
+    x = x - x.mean(0)  # 5 images around 0 differ along 4 directions
     variance, rotation = common.principal_directions(x)
-    torch.testing.assert_close(variance, expected)
+    assert rotation.shape == (40, 4)
     torch.testing.assert_close(rotation.T @ rotation, torch.eye(4))
+    torch.testing.assert_close(x @ rotation @ rotation.T, x)
+    torch.testing.assert_close((x @ rotation).square().mean(0), variance)
+
+
+def test_probe_of_few_images_ignores_columns_that_are_zero():
+    """Added to the features, they make the images fewer than the features. What the probe learns
+    must not depend on which of the two ways to the directions is taken."""
+    labels, test_labels = random_labels(60, 3, 0), random_labels(500, 3, 1)
+    centers = normal(3, 20, 2)
+    bank, test = centers[labels] + normal(60, 20, 3), centers[test_labels] + normal(500, 20, 4)
+    padded = [F.pad(x, (0, 100)) for x in (bank, test)]
+    found = common.linear_classifier(padded[0], labels)(padded[1])
+    assert torch.equal(found, common.linear_classifier(bank, labels)(test))
+
+
+def test_probe_of_features_that_are_all_equal():
+    """One answer for all, however few images there are: the most frequent class."""
+    labels = torch.tensor([0, 1, 1, 1, 2] * 4)
+    for width in (3, 30):
+        x = torch.ones(20, width)
+        assert linear_probe(x.clone(), labels, x.clone(), labels) == 60
 
 
 def test_probe_on_one_hot_features_and_on_random_labels():
