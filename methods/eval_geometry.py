@@ -60,6 +60,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import functional as TF
 
@@ -98,7 +99,7 @@ def eigenvalues(x):
     """The variances of features (N, D) along their principal directions: (min(N, D),) float64,
     descending."""
     deviations = torch.linalg.svdvals(x - x.mean(0)).double()
-    return deviations.square() / (len(x) - 1)
+    return deviations**2 / (len(x) - 1)
 
 
 def twonn(x):
@@ -121,8 +122,7 @@ def twonn(x):
     kept = len(x) * 9 // 10
     log_m = (r2 / r1).log().sort().values[:kept]
     # Sorted, the k-th ratio is at least that of a share k / N of the images.
-    share = torch.arange(1, kept + 1).double() / len(x)
-    minus_log_p = -torch.log1p(-share)
+    minus_log_p = -torch.log1p(-torch.arange(1, kept + 1).double() / len(x))
     return (log_m @ minus_log_p) / (log_m @ log_m)
 
 
@@ -323,8 +323,7 @@ def tsne(x):
     if np.ptp(x, 0).max() < 1e-6:
         return {"points": []}
     # The paper's usual value; scikit-learn wants less than the number of images.
-    perplexity = min(30, (len(x) - 1) / 3)
-    points = TSNE(perplexity=perplexity, random_state=0).fit_transform(x)
+    points = TSNE(perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
     return {"points": points.astype(float).round(1).tolist()}
 
 
@@ -385,10 +384,12 @@ def measure(candidate, split, measured, results):
     x = x.float().cpu()
     if not readable.all():
         fail(f"--data {candidate.data}: remove the images that cannot be read")
-    # Else the measures would describe rounding errors of a collapsed network.
-    rounding = 1e-6 * x.abs().max()
-    if (x - x[0]).abs().max() <= rounding:
-        x = x[:1].expand_as(x)
+    # Of a collapsed network the measures would describe rounding errors: its features are made
+    # exactly equal, those of views and of paths as well.
+    if (x - x[0]).abs().max() <= 1e-6 * x.abs().max():
+        x = torch.ones_like(x)
+        for weight in network.parameters():
+            nn.init.zeros_(weight)
 
     def embed_views(count):
         """Features of random views, (count, n, D), on the CPU. A batch of images has 2,048 views at
@@ -397,9 +398,10 @@ def measure(candidate, split, measured, results):
         crop = (Crop(size, scale=(0.2, 1.0)), flip_and_normalize)
         batch = min(2048 // count, len(x))
         loader = Loader(split, [crop] * count, batch, 0, device, args.workers)
-        found = []
-        for _, views in loader(epoch=0):
-            found.append(torch.stack([embed(network, view).cpu() for view in views]))
+        found = [
+            torch.stack([embed(network, x).cpu() for x in views])
+            for _, views in loader(epoch=0)
+        ]
         return torch.cat(found, 1)
 
     whole = whole_image(size, lambda images, rand: images)
