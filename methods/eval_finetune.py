@@ -228,8 +228,8 @@ def table(summaries):
             line += f"{cell(row.get('frozen')):>16}{cell(row.get('tuned')):>14}"
         lines.append(line)
     labels = ", ".join(f"{part:.0%}: {row['labels']}" for part, row in first.items())
-    note = "frozen: linear probe; tuned: all weights trained, from scratch if untrained; mean and"
-    return "\n".join([*lines, f"{note} deviation over draws\nlabels {labels}"])
+    note = "frozen: linear probe; tuned: all weights trained, from scratch if untrained"
+    return "\n".join([*lines, f"{note}\nmean ± deviation over draws, if several; labels {labels}"])
 
 
 def cell(numbers):
@@ -239,9 +239,9 @@ def cell(numbers):
     return f"{mean:.1f}" if math.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
 
 
-def draw_curves(path, summaries, scratch):
+def draw_curves(path, summaries, scratch, draws):
     """Accuracy against labels: one panel per run, with three lines. scratch: {run: the name of the
-    same network untrained}."""
+    same network untrained}. draws: how many draws of the labelled images the numbers are of."""
     from matplotlib.figure import Figure  # here, so --help need not wait for it
 
     columns = min(4, len(scratch))
@@ -269,7 +269,9 @@ def draw_curves(path, summaries, scratch):
         axes.set_ylabel("accuracy, %")
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    words = "mean and deviation over draws of the labelled images"
+    words = f"mean and deviation over {draws} draws of the labelled images"
+    if draws == 1:
+        words = "one draw of the labelled images"
     figure.suptitle(f"What training before is worth when few images have labels\n{words}")
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
@@ -336,7 +338,7 @@ def main(argv=None):
         own = [run for run in runs if run.data == name]
         scratch = {run.name: baselines(run, args.seed)[1].name for run in own}
         ending = f"-{Path(name).name}.png" if len(summaries) > 1 else ".png"
-        draw_curves(folder / f"finetune{ending}", measured, scratch)
+        draw_curves(folder / f"finetune{ending}", measured, scratch, args.draws)
         print0(f"\n{name}\n{table(measured)}")
     print0("")
     print_files(folder)

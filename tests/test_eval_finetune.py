@@ -295,7 +295,7 @@ def test_summary_and_table_by_hand():
     ]
     assert text[1].split() == ["a", *"50.0 ± 10.0 2.0 ± 2.0".split() * 3]
     assert text[2].split() == ["raw", "pixels", *["7.0", "-"] * 3]
-    assert text[-1] == "labels 1%: 5, 10%: 50, 100%: 500"
+    assert text[-1] == "mean ± deviation over draws, if several; labels 1%: 5, 10%: 50, 100%: 500"
 
 
 def quick(stop_at=None):
