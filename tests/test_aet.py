@@ -1,6 +1,6 @@
 """AET: homographies against the official least squares and PIL, affine matrices against the
-official formula, the way there and back, parameters that fit the images, and what a grey filling
-betrays."""
+official formula, the way there and back, parameters that fit the images, and what the filling and
+the softness of t(x) betray."""
 
 import math
 
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, arguments, noise
 from PIL import Image
+from sklearn.linear_model import Ridge
+from test_context_prediction import fourier_noise
 
 from common import Data, InMemory, Loader, Split, make_views
 from kernels.views import AUGMENT, BatchRandom, denormalize
@@ -231,6 +233,119 @@ def test_a_grey_filling_betrays_the_transformation_of_empty_images(transform):
         share = (outlines > 0.99).double().mean(1)
         assert torch.corrcoef(torch.stack([scale.double(), share]))[0, 1] > 0.6
 
+
+def images_with_frames(n, size=32):
+    """Images with detail in the middle and a flat frame, as drawings have it."""
+    detail = 0.5 + 0.12 * fourier_noise(3 * n, size, 1.0).view(n, 3, size, size)
+    frame = torch.full((n, 3, size, size), 0.9)
+    frame[..., 4:-4, 4:-4] = detail[..., 4:-4, 4:-4]
+    return frame.clamp(0, 1)
+
+
+def transformed(images, *flags):
+    """t(x) in [0, 1], as the views show it to the network, and theta."""
+    args = arguments("aet", "--size", images.shape[3], *flags)
+    ((_, augment),) = aet.views(args)
+    pair = augment(images, BatchRandom([0], len(images)))
+    theta = aet.draw_parameters(BatchRandom([0], len(images)), args)
+    return denormalize(pair[:, 1]), theta
+
+
+def is_grey(x):
+    """(n, H, W): where the filling of a grey border is to be seen, 0.5 in all channels."""
+    return ((x - 0.5).abs().amax(1) < 1e-5).float()
+
+
+def is_streak(x):
+    """(n, H - 1, W - 1): where the image does not change along some direction, as it does where
+    pixels of the border are repeated: the gradients of the channels are parallel."""
+    down = x.diff(dim=2)[..., :-1]  # (n, 3, H - 1, W - 1)
+    right = x.diff(dim=3)[:, :, :-1]
+    area = down.square().sum(1) * right.square().sum(1) - (down * right).sum(1).square()
+    return (area < 1e-9).float()
+
+
+def told_by(mask, theta):
+    """The share of the variance of each parameter that can be told from a mask (n, H, W) alone, in
+    pictures that were not used to find out how: by its 4 x 4 lowest frequencies and their products,
+    linearly. 0 or less: nothing."""
+    n, side, _ = mask.shape
+    place = (torch.arange(side) + 0.5) / side
+    waves = torch.cos(math.pi * place[:, None] * torch.arange(4))  # (H, 4)
+    low = (waves.T @ mask @ waves).flatten(1) / side**2  # (n, 16)
+    products = (low[:, :, None] * low[:, None]).flatten(1)
+    known = torch.cat([low, products], 1)
+    fitted = slice(None, 3 * n // 4)
+    new = slice(3 * n // 4, None)
+    rule = Ridge(1e-4).fit(known[fitted], theta[fitted])
+    error = (torch.as_tensor(rule.predict(known[new])) - theta[new]).square().mean(0)
+    return 1 - error / theta[new].var(0)
+
+
+@KINDS
+def test_the_outline_tells_parameters_with_a_grey_filling_only(transform):
+    """A rule that sees nothing but the filling: where t(x) is exactly grey. It tells how an image
+    was shifted and scaled, or the two numbers of its perspective (of an enlarged image no outline
+    is seen). It cannot tell quarter turns, because a turned square has the same outline. With the
+    default's border there is no grey, and nothing is told."""
+    images = images_with_frames(1000)
+    flags = ("--transform", transform)
+    t, theta = transformed(images, *flags, "--fill", "grey")
+    found = told_by(is_grey(t), theta)
+    if transform == "affine":
+        assert found[2:5].min() > 0.85  # shift to the right and down, scale
+    else:
+        assert found[6:].min() > 0.55  # g and h
+    assert found[:2].max() < 0.05  # cosine and sine, or a and b
+
+    t, theta = transformed(images, *flags)
+    assert not is_grey(t).any()
+    assert told_by(is_grey(t), theta).max() < 0.01
+
+
+def test_repeated_borders_tell_less_than_a_grey_filling_but_not_nothing():
+    """If there is detail up to the border of an image, its repeated pixels are streaks, by which a
+    rule tells about half of the variance of shift and scale. Grey tells more than 0.85 of it. White
+    borders repeat without a trace, see above."""
+    images = 0.5 + 0.12 * fourier_noise(3000, 32, 1.0).view(1000, 3, 32, 32)
+    t, theta = transformed(images.clamp(0, 1), "--transform", "affine")
+    found = told_by(is_streak(t), theta)
+    assert 0.3 < found[2:5].min() and found[2:5].max() < 0.7
+    assert found[:2].max() < 0.05
+
+
+def softness(x):
+    """Log of the energy of the finest detail in the middle of images, beside that of detail twice
+    as coarse."""
+
+    def energy(part):
+        down = part.diff(dim=2).square().mean((1, 2, 3))
+        return down + part.diff(dim=3).square().mean((1, 2, 3))
+
+    middle = x[..., 8:24, 8:24]  # so that no border is in it
+    return (energy(F.avg_pool2d(middle, 2)) / energy(middle)).log()
+
+
+def test_softness_tells_the_scale_of_affine_transformations():
+    """The images have as much detail at every scale, so what an enlarged one shows is no coarser
+    than what the others show. But t(x) is resampled from the pixels of x, and where it is enlarged
+    it is softer. This one number tells half of the variance of the scale, and nothing of the other
+    parameters. Were t(x) made of pixels four times as fine, it would tell nothing at all."""
+    n = 800
+    theta = parameters("affine", n)
+    matrix = aet.to_matrix(theta)
+    fine = fourier_noise(n, 128, 1.0)
+    as_it_is = aet.warp(F.avg_pool2d(fine, 4), matrix, "border")
+    of_fine = F.avg_pool2d(aet.warp(fine, matrix, "border"), 4)
+
+    def told(x):
+        """The squared correlation with each of the six parameters."""
+        return torch.corrcoef(torch.cat([softness(x)[None], theta.T]))[0, 1:].square()
+
+    found = told(as_it_is)
+    assert 0.4 < found[4] < 0.65  # the scale
+    assert found[[0, 1, 2, 3, 5]].max() < 0.02
+    assert told(of_fine).max() < 0.02
 
 @KINDS
 def test_views_are_the_image_and_its_transformation(transform):
