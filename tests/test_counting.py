@@ -1,5 +1,5 @@
 """Counting: the loss by hand and its gradients, tiles and reduced images, what the two images of a
-pair must share, and the picture of what is counted."""
+pair must share, what histograms get, and the picture of what is counted."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from test_context_prediction import fourier_noise, fringe
 from torch import nn
 
 import common
-from kernels.views import BatchRandom, denormalize, normalize
+from kernels.views import BatchRandom, denormalize, luminance, normalize
 from methods import counting
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -224,6 +224,66 @@ def test_a_pair_shares_grey_and_filter_but_not_the_flip():
     mirrored = (whole[:, 0] - whole[:, 1].flip(3)).abs().amax((1, 2, 3)) < 1e-5
     assert (equal | mirrored).all() and equal.any() and mirrored.any()
     assert len(whole[:, 0, 0, 0, 0].unique()) > 4
+
+
+SIX_HUES = torch.tensor(
+    [[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]], dtype=torch.float32
+)
+
+
+def one_hue_each(n):
+    """Images (n, 3, 16, 16) of rough surfaces, all equally bright. The colour of each is one of six
+    hues, and the two of a pair differ."""
+    hue = SIX_HUES[torch.arange(n) % 6]
+    hue = hue - luminance(hue[:, :, None, None]).flatten(1)  # (n, 3), without brightness
+    surface = 0.5 + 0.1 * noise(n, 1, 16, 16).float().tanh()
+    return surface + 0.2 * hue[:, :, None, None]
+
+
+def hue_counts(shown):
+    """A histogram in place of a network: the share of the pixels (n, 5, 3, h, w) of which each of
+    the six hues is the nearest; a grey pixel has none. (n, 5, 6)."""
+    pixels = denormalize(shown.flatten(0, 1)).unflatten(0, (-1, 5))
+    colour = pixels - pixels.mean(2, keepdim=True)
+    hues = SIX_HUES - SIX_HUES.mean(1, keepdim=True)
+    nearest = torch.einsum("npchw,kc->npkhw", colour, hues).argmax(2)
+    counted = F.one_hot(nearest, 6) * (colour.abs().amax(2) > 0.02)[..., None]
+    return counted.double().mean((2, 3))
+
+
+def loss_of_counts(phi):
+    """The loss of pictures' counts (n, 5, d), as main() puts them together."""
+    partner = torch.arange(len(phi)) ^ 1
+    return counting.counting_loss(phi[:, 0], phi[:, 1:], phi[partner, 0], M).item()
+
+
+@pytest.mark.parametrize("gray", [0, 0.67, 1])
+def test_counting_colours_pays_in_colour_and_not_in_grey(gray):
+    """The shortcut of the colour histogram. Of a colour an image has the same share as each of its
+    tiles, so s is four times phi(D x), and the equation does not hold: |phi(D x) - s|^2 = 9 a^2 for
+    a count of a. But a partner of another colour is 17 a^2 away, so that with a^2 = 10 / 17 the
+    loss is 90 / 17 = 5.3, half of that of counting nothing. If it also knew the reduced picture
+    from the tiles, by a trace of the filter, four times that count would make it 0. Of a grey pair
+    it counts nothing, and the loss is M."""
+    shown = augment(one_hue_each(240), gray=gray)
+    grey = is_grey(shown)[:, 0].double().mean().item()
+    assert abs(grey - gray) <= 4 * (gray * (1 - gray) / 120) ** 0.5  # of 120 pairs
+    share = hue_counts(shown)  # (240, 5, 6)
+    a = (10 / 17) ** 0.5
+    assert loss_of_counts(a * share) == pytest.approx(grey * M + (1 - grey) * 90 / 17, abs=0.01)
+    told = share * torch.tensor([4.0, 1, 1, 1, 1])[:, None]
+    assert loss_of_counts(a * told) == pytest.approx(grey * M, abs=0.01)
+
+
+def test_counting_brightness_pays_in_grey_too():
+    """Nothing is done about histograms of brightness: for dark and bright images in pairs they have
+    the loss that those of colours have in colour."""
+    surface = 0.1 * noise(240, 1, 16, 16).float().tanh()
+    level = torch.tensor([0.3, 0.7]).repeat(120).view(-1, 1, 1, 1)
+    shown = augment((level + surface).expand(-1, 3, -1, -1), gray=1)
+    bright = denormalize(shown.flatten(0, 1)).mean(1).unflatten(0, (-1, 5)) > 0.5
+    share = torch.stack([bright, ~bright], 2).double().mean((3, 4))
+    assert loss_of_counts((10 / 17) ** 0.5 * share) == pytest.approx(90 / 17, abs=0.01)
 
 
 def test_of_pair():
