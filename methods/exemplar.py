@@ -167,7 +167,18 @@ def seed_windows(split, args, device):
     def candidates(x, rand):
         return cut_windows(x, rand.uniform(columns=(3,)), args.min_seed, args.size)
 
-    # Images are brought to a side at which the smallest seed has `size` pixels.
+    # More seeds would overlap, and be classes that nothing tells apart.
+    beside = int(1 / args.min_seed) ** 2  # smallest seeds in an image that do not overlap
+    most = beside * len(split.images)
+    if args.seeds > most:
+        fail(
+            f"--seeds {args.seeds}: choose at most {most}, {beside} for each image, which is how "
+            f"many squares of --min-seed {args.min_seed} it holds side by side"
+        )
+
+    # Images are brought to a side at which the smallest seed has `size` pixels. The random numbers
+    # are drawn for a batch at once: another batch than --batch, which the number of processes
+    # divides, would find other seeds in 3 processes than in one.
     wanted = 4 * args.seeds
     places = math.ceil(wanted / len(split.images))  # in each image
     steps = math.ceil(wanted / places / args.batch)

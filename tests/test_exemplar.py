@@ -395,6 +395,28 @@ def test_a_batch_larger_than_the_seeds_is_refused(tmp_path):
     assert found.err == "error: --batch 12: choose at most 8, the number of --seeds\n"
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--seeds", 97), "--seeds 97: choose at most 96, 4 for each image, which is how many squ"),
+        (("--seeds", 25, "--min-seed", 1), "--seeds 25: choose at most 24, 1 for each image"),
+        (("--seeds", 217, "--min-seed", 0.3), "--seeds 217: choose at most 216, 9 for each image"),
+        (("--seeds", 60, "--batch", 30), "--batch 30: choose 2 to 24, the number of images"),
+    ],
+)
+def test_more_than_the_images_hold_is_refused_before_the_search(tmp_path, flags, words):
+    """Of 24 images. Four squares with half of the side lie side by side in an image, nine of 0.3
+    of it; a square with all of it is the image."""
+
+    def searched(*args):
+        raise AssertionError("the search has begun")
+
+    flags = [*FLAGS, *flags, "--out", tmp_path / "run"]
+    found = call_main("exemplar", *flags, cut_windows=searched)
+    assert found.code == 1 and words in found.err and found.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_picture_shows_the_seed_without_margins_and_its_copies(tmp_path, monkeypatch):
     """Copies that are not transformed are the seed that comes first."""
     drawn = {}
