@@ -188,13 +188,17 @@ SETTINGS = {
 
 def get_args(argv=None):
     args = parse(__doc__, SETTINGS, argv)
+    if args.arch in VITS:
+        # A tile holds whole patches. Their side is the same up to the next multiple of 16.
+        step = 2 * patch_side(math.ceil(args.size / 16) * 16)
+        if args.size % step:
+            fits = math.ceil(args.size / step) * step
+            fail(
+                f"--size {args.size}: choose {fits}, the next multiple of {step}, twice the side "
+                f"of a patch of {args.arch}"
+            )
     if args.size % 2:
         fail(f"--size {args.size}: choose an even number, because the image is cut in four")
-    if args.arch in VITS and args.size // 2 % patch_side(args.size):
-        fail(
-            f"--size {args.size}: choose a multiple of {2 * patch_side(args.size)}, twice the side "
-            f"of a patch of {args.arch}"
-        )
     return args
 
 

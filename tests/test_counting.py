@@ -1,6 +1,7 @@
 """Counting: the loss by hand and its gradients, tiles and reduced images, what the two images of a
 pair must share, what histograms get, and the picture of what is counted."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -383,7 +384,9 @@ def test_picture_shows_where_a_feature_counts_most(tmp_path, monkeypatch):
     [
         (("--size", 33), "--size 33: choose an even number"),
         (("--size", 2), "--size 2: choose at least 4"),
-        (("--size", 36, "--arch", "vit_micro"), "--size 36: choose a multiple of 8"),
+        (("--size", 6, "--arch", "vit_micro"), "--size 6: choose 8, the next multiple of 8"),
+        (("--size", 33, "--arch", "vit_micro"), "--size 33: choose 40, the next multiple of 8"),
+        (("--size", 56, "--arch", "vit_micro"), "--size 56: choose 64, the next multiple of 16"),
         (("--margin", 0), "--margin 0: choose more than 0"),
         (("--gray", 1.2), "--gray 1.2: choose at least 0 and at most 1"),
         (("--batch", 9), "--batch 9: choose a multiple of 2, for pairs of images"),
@@ -393,6 +396,22 @@ def test_impossible_flags_are_refused(tmp_path, flags, words):
     found = call_main("counting", *flags, "--out", tmp_path / "run")
     assert found.code == 1 and words in found.err and found.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_size_that_is_proposed_for_a_vit_is_accepted(capsys):
+    """Each even size up to 224 is accepted, or refused with one that is, the next larger."""
+    accepted = set()
+    proposed = {}
+    for size in range(4, 226, 2):
+        try:
+            arguments("counting", "--size", size, "--arch", "vit_micro")
+            accepted.add(size)
+        except SystemExit:
+            words = capsys.readouterr().err
+            proposed[size] = int(re.search(r"choose (\d+)", words)[1])
+    assert {8, 48, 64, 96, 128, 224} <= accepted and len(proposed) > 80
+    for size, other in proposed.items():
+        assert other == min(fits for fits in accepted if fits > size)
 
 
 def test_counting_nothing_is_the_reference(train):
