@@ -45,14 +45,15 @@ Differs from the paper. (This file | the paper, or the official code.)
        drawn again until it covers 20 to 30 %.
     3. Holes get ImageNet's mean colour (123, 117, 104 of 255 for red, green, blue) | official code:
        the same numbers in the wrong order, 117, 104, 123.
-    4. First the discriminator takes its step, then the others are judged by the new one | official
-       code: by the one before its step. The convolutions of decoder and discriminator have no
-       offsets | official code: offsets that are set to 0 before each step.
+    4. L_adv is -log D(y), as in the official code | paper: log(1 - D(y)), of which hardly any
+       gradient is left where D is sure. D takes its step first, then the new D judges y | official
+       code: the D before its step. The convolutions of decoder and discriminator have no offsets |
+       official code: offsets that are set to 0 before each step.
     5. The learning rates fall to zero by a cosine, after a warm-up | official code: constant, and a
        tenth without adversarial loss: add --lr 8e-4 to --recipe paper --adv-weight 0. Views are
        random resized crops, half of them mirrored | official code: 128 pixels of an image whose
        shorter side has 350, half of them mirrored.
-    6. The visible pixels of random holes weigh 1 | official code: 1, or 10 by an option.
+    6. The visible pixels of random holes weigh 1 | official code: 1, or 10 by an option; paper: 0.
 """
 
 import math
