@@ -193,15 +193,15 @@ def both(name):
     yield pytest.param(name, 3, marks=marks, id=f"{name}-3")
 
 
-@pytest.mark.parametrize("name, count", [case for name in METHODS for case in both(name)])
-def test_training_does_not_depend_on_the_number_of_processes(train, name, count):
+def compare(train, name, count, *flags):
     """Two epochs of two steps: the images shown first, the loss of each step, the mean over
     processes, and in the end all weights, buffers and the optimiser's state, are those of one
     process with the whole batch. (That they are the same to the last bit in every process is
     checked by `train`.)"""
-    alone = train(name, *short(name), **light(name))
-    together = train(name, *short(name), world=count, **light(name))
-    assert len(alone.losses) == 4
+    flags = [*short(name), *flags]
+    alone = train(name, *flags, **light(name))
+    together = train(name, *flags, world=count, **light(name))
+    assert len(alone.losses) == len(together.losses) >= 4
     for key, value in alone.state.items():
         if torch.is_tensor(value) and not key.endswith("/step"):  # fused, it counts in float32
             assert value.dtype != torch.float32, f"not float64: {key}"
@@ -209,6 +209,51 @@ def test_training_does_not_depend_on_the_number_of_processes(train, name, count)
     torch.testing.assert_close(first, alone.shown, rtol=0, atol=1e-12)
     torch.testing.assert_close(together.losses, alone.losses, **SAME)
     assert_close_states(together.state, alone.state, **SAME)
+
+
+@pytest.mark.parametrize("name, count", [case for name in METHODS for case in both(name)])
+def test_training_does_not_depend_on_the_number_of_processes(train, name, count):
+    compare(train, name, count)
+
+
+# Flags with which a method computes another loss, shows other views or trains other parts.
+VARIANTS = [
+    ("aet", "--transform", "affine"),
+    ("aet", "--fill", "grey", "--shift", 0),
+    ("aet", "--arch", "vit_micro"),
+    ("color_proxy", "--bins", 5, "--points", 7),
+    ("color_proxy", "--hue-weight", 0, "--border", 0),
+    ("color_proxy", "--arch", "vit_micro"),
+    ("context_encoder", "--adv-weight", 0),
+    ("context_encoder", "--adv-weight", 0.5, "--d-share", 1),
+    ("context_encoder", "--mask", "center"),
+    ("context_encoder", "--mask", "center", "--overlap", 0, "--adv-weight", 0),
+    ("context_encoder", "--cells", 3),
+    ("context_encoder", "--arch", "vit_micro"),
+    ("context_prediction", "--color", "drop"),
+    ("context_prediction", "--size", 20, "--gap", 3, "--jitter", 1),
+    ("context_prediction", "--arch", "vit_micro"),
+    ("counting", "--gray", 0),
+    ("counting", "--gray", 1, "--margin", 1000),  # so large that the other image counts, too
+    ("counting", "--arch", "vit_micro"),
+    ("exemplar", "--copies", 1, "--seeds", 60),
+    ("exemplar", "--copies", 3, "--min-seed", 1),
+    ("exemplar", "--arch", "vit_micro"),
+    ("nat", "--permute", 2),
+    ("nat", "--momentum", 0),
+    ("nat", "--arch", "vit_micro"),
+    ("split_brain", "--loss", "regression"),
+    ("split_brain", "--predict", "own"),
+    ("split_brain", "--loss", "regression", "--predict", "own"),
+]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda flags: " ".join(map(str, flags)))
+def test_variants_do_not_depend_on_it_either(train, variant):
+    """With the flags of VARIANTS, in 2 processes."""
+    name, *flags = variant
+    compare(train, name, 2, *flags)
 
 
 def end_of_epoch(met):
