@@ -34,9 +34,10 @@ Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 --steps 800 --lr-trunk 0.002
 It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
 runs/eval_finetune; the runs stay as they are. What is in results.jsonl is not measured again, so a
-command that was stopped continues. On emoji one of the three draws takes 1.3 minutes of one core of
-an AMD EPYC with the default ResNet, and 9 with cpc's, which sees 25 patches of an image. So does
-the network from scratch, once for all runs. --draws 1 or fewer --steps make it quicker.
+command that was stopped continues. On emoji, with the default ResNet and two cores of an Intel
+Xeon, the first run takes seven minutes with all that stands beside it, another one three; cpc's
+network, which sees 25 patches of an image, takes seven times as long. --draws 1 or fewer --steps
+make it quicker.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with
