@@ -24,6 +24,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  before anything that an older Pyt
     sys.exit(f"error: this project needs Python 3.11 or newer, not {sys.version.split()[0]}")
 
 import argparse
+import atexit
 import contextlib
 import copy
 import difflib
@@ -585,10 +586,17 @@ def load_backbone(path):
     path: a run folder or the backbone.pt in it. The network takes images (n, 3, S, S), normalised
     by normalize(), and gives features (n, net.out_dim); net.method, net.arch, net.size and net.data
     say what was trained. Exits with a one-line message if the file is not such a network."""
-    path = Path(path)
+    try:
+        return read_backbone(Path(path))
+    except ValueError as error:
+        fail(error)
+
+
+def read_backbone(path):
+    """load_backbone() for scripts that go on without a network: a ValueError says what is wrong."""
     path = path / "backbone.pt" if path.is_dir() else path
     if not path.is_file():
-        fail(f"{path}: no such file; give a finished run folder or the backbone.pt in it")
+        raise ValueError(f"{path}: no such file; every finished run has one")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         net = new_backbone(saved["method"], saved["arch"], saved["size"])
@@ -596,7 +604,9 @@ def load_backbone(path):
         for name in ("method", "arch", "size", "data"):
             setattr(net, name, saved[name])
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        fail(f"{path} is not the backbone.pt of a run ({type(error).__name__}), or is damaged")
+        raise ValueError(
+            f"{path} is not the backbone.pt of a run ({type(error).__name__}), or is damaged"
+        )
     return net.eval().requires_grad_(False)
 
 
@@ -1182,7 +1192,7 @@ class Run:
         self.baselines = saved["baselines"]
         if rank() == 0:  # steps that were logged but not saved will be done again
             kept = [line for line in lines if line.get("step", -1) < self.step]
-            replace_file(self.metrics, lambda file: file.write(as_lines(kept).encode()))
+            write_lines(self.metrics, kept)
         if self.step < self.total:
             print0(f"{self.folder}: continuing after step {self.step} of {self.total}")
 
@@ -1208,7 +1218,7 @@ class Run:
         if isinstance(images, InMemory) and images.pixels.shape[3] < self.args.size:
             print0(f"note: the images are smaller than --size {self.args.size} and are enlarged")
         if rank() == 0:
-            replace_file(self.metrics, lambda file: file.write(as_lines([first]).encode()))
+            write_lines(self.metrics, [first])
             save_tensors(self.folder / "untrained.pt", self.model.backbone.state_dict())
         self.save()
         barrier()  # the others will read untrained.pt
@@ -1290,8 +1300,9 @@ class Run:
         self.row = last | {"seconds": round(self.seconds, 1), **extra}
         if rank() == 0:
             append(self.metrics, [*rows, self.row])
-            if not (self.folder / "views.png").exists():
-                draw_views(self.folder / "views.png", self)
+            views = self.folder / "views.png"
+            if not views.exists():
+                draw_views(views, self)
         self.shown |= {name: f"{self.row[name]:.3f}" for name in self.columns}
         self.bar.set_postfix(epoch=last["epoch"] + 1, **self.shown)
 
@@ -1443,6 +1454,12 @@ def read_lines(path):
 def as_lines(rows):
     """Dicts -> JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_lines(path, rows):
+    """Dicts -> a file of JSON lines, in place of an earlier one."""
+    text = as_lines(rows).encode()
+    replace_file(path, lambda file: file.write(text))
 
 
 def append(path, rows):
@@ -1622,46 +1639,50 @@ def candidates(args):
 
 
 def finished_runs(args):
-    """A folder without a finished run is left out; if nothing is left, or a file is damaged, the
-    program ends before anything is measured."""
+    """The runs of args.runs. One that is not finished, or damaged, is left out; the program says so
+    now and again at its end. It ends before anything is measured if no run is left, or if a name
+    is wrong."""
     files = []
-    unfinished = []
     for path in map(Path, args.runs):
         if not path.exists():
             fail(f"{path}: no such folder")
-        file = path / "backbone.pt" if path.is_dir() else path
-        if file.is_file():
-            files.append(file)
-        else:
-            unfinished.append(str(path))
-    if not files:
-        fail(f"no finished run in {', '.join(unfinished)}: a run writes its backbone.pt at the end")
-    for path in unfinished:
-        print0(f"left out, no finished run: {path}")
+        files.append(path / "backbone.pt" if path.is_dir() else path)
 
     # A run is called after its folder; a second folder of that name by its path.
     runs = {}
+    left_out = []
     for file in dict.fromkeys(files):
-        run = read_run(file, args)
-        if run.name in runs:
-            run = run._replace(name=str(file.parent))
-        runs[run.name] = run
+        try:
+            run = read_run(file, args)
+            name = str(file.parent) if run.name in runs else run.name
+            runs[name] = run._replace(name=name)
+        except (OSError, ValueError) as error:
+            left_out.append(f"{error}")
+    if not runs:
+        fail("; ".join(left_out))
+
+    if left_out and rank() == 0:
+        text = "\n".join(f"left out: {reason}" for reason in left_out)
+        print0(text)
+        atexit.register(print0, f"\n{text}")  # hours later the first lines are out of sight
     return list(runs.values())
 
 
 def read_run(file, args):
-    """The network in a backbone.pt, with what the metrics.jsonl beside it says of its training."""
-    network = load_backbone(file)
+    """The network in a backbone.pt, with what the metrics.jsonl beside it says of its training. An
+    OSError or a ValueError says what is wrong with these files."""
+    network = read_backbone(file)
     if not all(value.isfinite().all() for value in network.state_dict().values()):
-        fail(f"{file}: a weight is NaN or infinite; train the network anew")
-    lines = read_lines(file.with_name("metrics.jsonl"))
+        raise ValueError(f"{file}: a weight is NaN or infinite; train the network anew")
+    metrics = file.with_name("metrics.jsonl")
+    lines = read_lines(metrics)
     settings = lines[0].get("settings") if lines else {}
     if settings is None:
-        fail(f"{file.parent}/metrics.jsonl: its first line is damaged; restore or delete this file")
+        raise ValueError(f"{metrics}: its first line is damaged; restore or delete this file")
     size = getattr(args, "size", 0) or network.size
-    if isinstance(network, ViT) and size % network.first_layer.stride[0]:
-        side = network.first_layer.stride[0]
-        fail(f"--size {size}: choose a multiple of {side}, the side of a patch of {file}")
+    patch = network.first_layer.stride[0] if isinstance(network, ViT) else 1
+    if size % patch:
+        fail(f"--size {size}: choose a multiple of {patch}, the side of a patch of {file}")
     about = {
         "method": network.method,
         "arch": network.arch,
@@ -1678,12 +1699,13 @@ def baselines(run, seed):
     """Raw pixels, and the network of a run before training. Most methods share the networks of this
     file; those of a method with its own bear its name."""
     torch.manual_seed(seed)
-    method, arch, trained_size = run.network.method, run.network.arch, run.network.size
-    network = new_backbone(method, arch, trained_size).eval()
-    own = getattr(importlib.import_module(f"methods.{method}"), "backbone", backbone)
-    name = f"untrained {arch}" if own is backbone else f"untrained {arch} of {method}"
-    if run.size != trained_size:
-        name += f" made for {trained_size}"
+    trained = run.network
+    network = new_backbone(trained.method, trained.arch, trained.size).eval()
+    own = getattr(importlib.import_module(f"methods.{trained.method}"), "backbone", backbone)
+    arch = trained.arch
+    name = f"untrained {arch}" if own is backbone else f"untrained {arch} of {trained.method}"
+    if run.size != trained.size:
+        name += f" made for {trained.size}"
     about = {"arch": arch, "seed": seed}
     return [
         Candidate(f"raw pixels, {run.size} px", pixels(run.size), run.data, run.size, {}),
@@ -1733,8 +1755,7 @@ class Results:
         self.rows = read_lines(self.path)  # a line that a kill cut short is dropped
         barrier()  # every process has read before process 0 writes
         if rank() == 0:
-            text = as_lines(self.rows).encode()
-            replace_file(self.path, lambda file: file.write(text))
+            write_lines(self.path, self.rows)
 
     def measure(self, protocol, candidate, function, **settings):
         """The result of function(), a dict of numbers, lists and strings: read from an earlier

@@ -4,19 +4,21 @@ continues after a kill, and refuses wrong files in one sentence, before anything
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import PIL
 import pytest
 import torch
-from conftest import CPU, call_main, noise, tiny_data
+from conftest import CPU, ROOT, call_main, noise, tiny_data
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.svm import LinearSVC
 from torch import nn
 
 import methods.simclr
-from common import backbone, evaluate, load_data, pixels, read_lines
+from common import backbone, evaluate, load_data, pixels, print0, read_lines
 from methods.eval_features import (
     COSTS,
     average_precision,
@@ -494,8 +496,8 @@ def test_svm_of_two_processes(processes, tmp_path):
         assert other["result"]["svm"] == pytest.approx(row["result"]["svm"], abs=1)
 
 
-def test_without_labels_or_with_broken_weights(tmp_path):
-    net = write_run(tmp_path / "a")
+def test_without_labels(tmp_path):
+    write_run(tmp_path / "a")
     unlabelled = DATA._replace(train=DATA.train._replace(labels=None), test=None)
     unlabelled = unlabelled._replace(bank=unlabelled.train)
     flags = [tmp_path / "a", "--out", tmp_path / "out"]
@@ -504,12 +506,6 @@ def test_without_labels_or_with_broken_weights(tmp_path):
     found = run_script(*flags, "--only", "all", data=unlabelled, evaluate=evaluate)
     assert "emoji has no labels: what needs none is measured" in found.out
     assert {row["protocol"] for row in found.rows} == {"features", "cost"}
-
-    saved = torch.load(tmp_path / "a" / "backbone.pt")
-    saved["weights"]["norm.bias"][3] = math.nan
-    torch.save(saved, tmp_path / "a" / "backbone.pt")
-    assert "a/backbone.pt: a weight is NaN or infinite" in refusal(*flags)
-    assert net.norm.bias.isfinite().all()
 
 
 # -------- Refusals --------------------------------------------------------------------------------
@@ -522,19 +518,68 @@ def refusal(*flags):
     return found.err
 
 
-def test_unfinished_runs_are_left_out(tmp_path):
+def spoil_backbone(path, how):
+    """Damages a backbone.pt. Returns how the sentence about it begins."""
+    whole = path.read_bytes()
+    if how in ("text", "empty", "cut"):
+        path.write_bytes({"text": b"no weights", "empty": b"", "cut": whole[:1000]}[how])
+    else:
+        saved = torch.load(path)
+        if how == "nan":
+            saved["weights"]["norm.bias"][3] = math.nan
+        others = {
+            "tensor": torch.zeros(3),
+            "checkpoint": {"state": {}, "step": 3},
+            "resnet14": {**saved, "arch": "resnet14"},  # the weights of another network
+            "nan": saved,
+        }
+        torch.save(others[how], path)
+    if how == "nan":
+        return f"{path}: a weight is NaN or infinite"
+    return f"{path} is not the backbone.pt of a run ("
+
+
+def test_runs_that_are_not_finished_or_damaged_are_left_out(tmp_path, monkeypatch):
+    """They are named at the start, and again at the end of the program, on one line each."""
+    at_end = []
+    monkeypatch.setattr("common.atexit.register", lambda *call: at_end.append(call))
     write_run(tmp_path / "a")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "metrics.jsonl").write_text('{"method": "simclr"}\n')
     (tmp_path / "empty").mkdir()
-    folders = [tmp_path / name for name in ("begun", "a", "empty")]
-    found = run_script(*folders, "--out", tmp_path / "out")
-    assert found.code == 0 and len(found.rows) == 3
-    lines = found.out.splitlines()
-    assert lines[:2] == [f"left out, no finished run: {folders[i]}" for i in (0, 2)]
-    for left in (folders[:1], [folders[0], folders[2]]):
+    begins = [f"{tmp_path / name}/backbone.pt: no such file" for name in ("begun", "empty")]
+    for how in ("cut", "nan"):
+        write_run(tmp_path / how)
+        begins.append(spoil_backbone(tmp_path / how / "backbone.pt", how))
+    write_run(tmp_path / "line")
+    metrics = tmp_path / "line" / "metrics.jsonl"
+    metrics.write_text('{"settings": {"da\n{"step": 1, "loss": 2.0}\n')
+    begins.append(f"{metrics}: its first line is damaged")
+
+    folders = [tmp_path / name for name in ("begun", "empty", "cut", "nan", "line")]
+    found = run_script(*folders[:2], tmp_path / "a", *folders[2:], "--out", tmp_path / "out")
+    assert found.code == 0 and len(found.rows) == 3 and found.rows[2]["network"] == "a"
+    lines = found.out.splitlines()[:5]
+    assert all(line.startswith(f"left out: {begin}") for line, begin in zip(lines, begins))
+    assert at_end == [(print0, "\n" + "\n".join(lines))]
+
+    for left in (folders[:1], folders[3:], folders):
         words = refusal(*left)
-        assert "no finished run in " in words and all(str(folder) in words for folder in left)
+        assert words.count("; ") >= len(left) - 1
+        assert all(f"{folder}/" in words for folder in left)
+    assert len(at_end) == 1  # the error is the last line
+
+
+def test_the_program_ends_with_what_was_left_out(tmp_path):
+    write_run(tmp_path / "a", arch="resnet14")
+    (tmp_path / "begun").mkdir()
+    words = [tmp_path / "a", tmp_path / "begun", "--only", "cost", "--out", tmp_path / "out"]
+    script = [sys.executable, ROOT / "methods" / "eval_features.py"]
+    done = subprocess.run([*script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"left out: {tmp_path}/begun/backbone.pt")
+    assert lines[-1] == lines[0] and lines[-3].startswith(f"{tmp_path / 'out'}: ")
 
 
 def test_what_does_not_exist_or_is_not_named_is_refused(tmp_path):
@@ -544,24 +589,11 @@ def test_what_does_not_exist_or_is_not_named_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # a tensor by name
-@pytest.mark.parametrize("spoil", ["text", "empty", "cut", "tensor", "checkpoint", "resnet14"])
-def test_damaged_file_is_refused_before_anything_is_measured(tmp_path, spoil):
+@pytest.mark.parametrize("how", ["text", "empty", "cut", "tensor", "checkpoint", "resnet14", "nan"])
+def test_damaged_file_is_refused_before_anything_is_measured(tmp_path, how):
     write_run(tmp_path / "a")
-    write_run(tmp_path / "b")
-    path = tmp_path / "b" / "backbone.pt"
-    whole = path.read_bytes()
-    if spoil in ("text", "empty", "cut"):
-        path.write_bytes({"text": b"no weights", "empty": b"", "cut": whole[:1000]}[spoil])
-    else:
-        saved = torch.load(path)
-        others = {
-            "tensor": torch.zeros(3),
-            "checkpoint": {"state": {}, "step": 3},
-            "resnet14": {**saved, "arch": "resnet14"},  # the weights of another network
-        }
-        torch.save(others[spoil], path)
-    words = refusal(tmp_path / "a", tmp_path / "b")
-    assert words.startswith(f"error: {path} is not the backbone.pt of a run")
+    begin = spoil_backbone(tmp_path / "a" / "backbone.pt", how)
+    assert refusal(tmp_path / "a").startswith(f"error: {begin}")
 
 
 def test_metrics_without_their_first_line_are_refused(tmp_path):

@@ -366,4 +366,4 @@ def test_what_is_no_backbone_is_refused_with_one_sentence(tmp_path, capsys, spoi
 def test_missing_backbone_is_refused_with_one_sentence(tmp_path, capsys):
     for path in (tmp_path, tmp_path / "no" / "backbone.pt"):
         error = error_of(capsys, load_backbone, path)
-        assert "no such file; give a finished run folder or the backbone.pt in it" in error
+        assert "backbone.pt: no such file; every finished run has one" in error
