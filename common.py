@@ -1750,6 +1750,8 @@ class Results:
         self.path = self.folder / "results.jsonl"
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if {"backbone.pt", "metrics.jsonl"} & {*os.listdir(self.folder)}:
+                fail(f"--out {args.out}: a training wrote this folder; choose another")
             self.lock = lock(self.folder)
         barrier()
         self.rows = read_lines(self.path)  # a line that a kill cut short is dropped

@@ -582,6 +582,14 @@ def test_the_program_ends_with_what_was_left_out(tmp_path):
     assert lines[-1] == lines[0] and lines[-3].startswith(f"{tmp_path / 'out'}: ")
 
 
+def test_the_folder_of_a_training_is_no_folder_for_results(tmp_path):
+    write_run(tmp_path / "a")
+    before = sorted(tmp_path.glob("a/*"))
+    words = refusal(tmp_path / "a", "--out", tmp_path / "a")
+    assert words.startswith(f"error: --out {tmp_path / 'a'}: a training wrote this folder")
+    assert sorted(tmp_path.glob("a/*")) == before
+
+
 def test_what_does_not_exist_or_is_not_named_is_refused(tmp_path):
     write_run(tmp_path / "a")
     assert f"{tmp_path / 'b'}: no such folder" in refusal(tmp_path / "a", tmp_path / "b")
