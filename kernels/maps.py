@@ -124,6 +124,43 @@ def resizing(size, side):
     return F.interpolate(unit, (side, size), mode="bilinear", antialias=True)[0, 0]
 
 
+@torch.no_grad()
+def answers(task, head, source, count):
+    """What a trained head says of `count` images whose maps `source` gives: (count, channels, side,
+    side) on the CPU. Exits with a one-line message if an answer for the task is not finite."""
+    head.eval()
+    output = torch.cat([head(source(part)) for part in torch.arange(count).split(50)]).cpu()
+    if not output.isfinite().all():
+        fail(
+            f"some answers for {task} are infinite or not a number: "
+            "choose lower rates (--lr-head, --lr-trunk)"
+        )
+    return output
+
+
+def ways_to_use(candidates, finetune):
+    """Pairs (candidate, "frozen"), then those with weights again, (candidate, "fine-tuned")."""
+    ways = [(each, "frozen") for each in candidates]
+    if finetune:
+        trained = [each for each in candidates if list(each.network.parameters())]
+        ways += [(each, "fine-tuned") for each in trained]
+    return ways
+
+
+def settings_of(args, way, train, test, **more):
+    """What a result depends on besides the network, for fit() and for results.jsonl. args: the
+    flags of a script; way: "frozen" or "fine-tuned"; train, test: the scenes."""
+    return {
+        "steps": args.steps,
+        "lr_head": args.lr_head,
+        "batch": args.batch,
+        "head_seed": args.seed,
+        "scenes": [len(train.images), len(test.images)],
+        **more,
+        "lr_trunk": args.lr_trunk if way == "fine-tuned" else 0,
+    }
+
+
 def schedule(step, steps):
     """The learning rate of a step, counted from 0, as a part of the highest rate: it rises for a
     tenth of the steps, then falls by a cosine that would reach 0 in step `steps`."""
@@ -136,9 +173,9 @@ def schedule(step, steps):
 def fit(loss_of, head, trunk, count, settings):
     """Trains the weights of a head and of a trunk (none, if it is frozen) by AdamW without weight
     decay. Each step draws indices (batch,) of `count` scenes and takes the gradient of
-    loss_of(indices). settings: "steps", "batch", "head_seed" for the order of scenes, and the
-    highest learning rates, "lr_head" and "lr_trunk". Exits with a one-line message if the loss is
-    not finite."""
+    loss_of(indices). settings: of settings_of(); head_seed is for the order of the scenes, lr_head
+    and lr_trunk are the highest learning rates. Exits with a one-line message if the loss is not
+    finite."""
     optimizer = torch.optim.AdamW(
         [{"params": list(head)}, {"params": list(trunk)}],
         weight_decay=0.0,

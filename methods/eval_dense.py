@@ -65,7 +65,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import Candidate, Results, candidates, join_processes, parse, print0, replace_file
 from kernels.collectives import fail, world
-from kernels.maps import MapHead, fit, map_source
+from kernels.maps import MapHead, answers, fit, map_source, settings_of, ways_to_use
 from kernels.readers import load_solids
 
 KIND = "evaluation"  # the tests ask for what is due to each kind
@@ -324,17 +324,8 @@ def train_and_test(candidate, task, frozen, train, test, settings, device):
     fit(loss, head.parameters(), trunk, len(target), settings)
 
     network.eval()
-    head.eval()
     source = map_source(frozen, network, test.images, candidate.size, device)
-    with torch.no_grad():
-        parts = torch.arange(len(test.images)).split(50)
-        output = torch.cat([head(source(part)) for part in parts]).cpu()
-    if not output.isfinite().all():
-        fail(
-            f"some answers for {task} are infinite or not a number: "
-            "choose lower rates (--lr-head, --lr-trunk)"
-        )
-    return output
+    return answers(task, head, source, len(test.images))
 
 
 def table(results):
@@ -375,22 +366,29 @@ def paint(axes, task, output, scenes, i):
     axes.imshow(picture.numpy(), **limits)
 
 
-def draw_scenes(path, tasks, outputs, scenes):
-    """The first scenes, the truth, and below what each network says. outputs: {heading: {task:
-    (SHOWN, channels, H, W)}}."""
+def draw_scenes(path, tasks, outputs, scenes, steps):
+    """The first scenes, the truth, and below what each network says after this many training
+    steps. outputs: {heading: {task: (SHOWN, channels, H, W)}}."""
     from matplotlib.figure import Figure  # here, so --help need not wait for it
 
     columns = [(task, i) for task in tasks for i in range(SHOWN)]
     truth = {task: targets(task, scenes) for task in tasks}
     rows = {"scene": {}, "truth": truth, **outputs}
-    figure = Figure((15, 1.3 * len(rows) + 0.7), layout="constrained")
+    figure = Figure((15, 1.3 * len(rows) + 1.2), layout="constrained")
     figure.suptitle(
-        "Test scenes, the truth, and what a head on the maps of each network answers.\n"
-        "One colour per shape. Normals: blue faces the camera, green is up. Depth: yellow is far."
+        f"{SHOWN} test scenes, one column each per task: the scene, the truth, and what a head on "
+        f"the maps of each network answers after {steps} training steps.\n"
+        "Normals: blue faces the camera, green is up. Depth: dark is near, yellow is far. Sky has "
+        "neither. Keypoints: one colour per object."
     )
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    if "segmentation" in tasks:  # the colours of a legend are those of tab10 in their order
+        for name in scenes.names:
+            grid[0, 0].plot([], "s", label=name)
+        figure.legend(title="segmentation", loc="outside lower center", ncols=9)
     for line, (heading, found) in zip(grid, rows.items()):
-        line[0].set_ylabel(textwrap.fill(heading, 24), rotation=0, ha="right")
+        name = textwrap.fill(heading, 24, break_on_hyphens=False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axes, (task, i) in zip(line, columns):
             axes.set(xticks=[], yticks=[])
             if heading == "scene":
@@ -434,24 +432,15 @@ def main(argv=None):
 
     # What is measured: the constant, every frozen network, then those with weights, fine-tuned.
     jobs = [(Candidate("no network", None, args.data, args.size, {}), "constant")]
-    jobs += [(each, "frozen") for each in found]
-    if args.finetune:
-        jobs += [(each, "fine-tuned") for each in found if list(each.network.parameters())]
-    settings = {
-        "steps": args.steps,
-        "lr_head": args.lr_head,
-        "batch": args.batch,
-        "head_seed": args.seed,
-        "scenes": [len(train.images), len(test.images)],
-        "points": [len(FRACTIONS), FRACTIONS[-1].item(), WINDOW, MARGIN],
-    }
+    jobs += ways_to_use(found, args.finetune)
+    points = [len(FRACTIONS), FRACTIONS[-1].item(), WINDOW, MARGIN]
 
     tasks = TASKS if args.only == "all" else [args.only]
     measured = {task: {} for task in tasks}  # {task: {network and mode: scores}}
     outputs = {}  # {network and mode: {task: outputs for the first scenes}}
     for candidate, mode in jobs:
         heading = f"{candidate.name}, {mode}"
-        settings["lr_trunk"] = args.lr_trunk if mode == "fine-tuned" else 0
+        settings = settings_of(args, mode, train, test, points=points)
         for task in tasks:
             # The file's name holds all that changes an output, so two settings never share one.
             name = f"{task} {heading} {candidate.about} {settings} {args.size} {args.seed}"
@@ -472,11 +461,11 @@ def main(argv=None):
             if file.exists():
                 outputs.setdefault(heading, {})[task] = torch.load(file, weights_only=True)
 
-    draw_scenes(folder / "scenes.png", tasks, outputs, test)
+    draw_scenes(folder / "scenes.png", tasks, outputs, test, args.steps)
     if "keypoints" in measured:
         draw_pck(folder / "pck.png", measured["keypoints"])
     for task, of_task in measured.items():
-        print0(f"\n{task}\n{table(of_task)}")
+        print0(f"\n{task}, after {args.steps} training steps\n{table(of_task)}")
     print0(f"\n{folder}: results.jsonl and the pictures")
 
 

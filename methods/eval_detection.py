@@ -56,7 +56,7 @@ from torchvision.models.detection.fcos import FCOSHead
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import Results, candidates, join_processes, parse, print0, replace_file
 from kernels.collectives import fail, world
-from kernels.maps import MapHead, fit, maps
+from kernels.maps import MapHead, fit, maps, settings_of, ways_to_use
 from kernels.readers import load_solids
 from kernels.views import MEAN, STD
 
@@ -260,37 +260,45 @@ def table(results):
     return "\n".join(lines)
 
 
-def draw_boxes(path, shown, scenes):
-    """The first scenes with their true boxes, and below the best that were found. shown: {heading:
-    per scene [(x0, y0, x1, y1, label), ...]}."""
+def draw_boxes(path, shown, scenes, steps):
+    """The first scenes with their true boxes, and below the best that were found after this many
+    training steps. shown: {heading: per scene [(x0, y0, x1, y1, label), ...]}."""
     from matplotlib.figure import Figure  # here, so --help need not wait for it
     from matplotlib.patches import Rectangle
 
     truth = []
     for boxes, labels in zip(scenes.boxes[:SHOWN], scenes.labels):
         truth.append(torch.cat([boxes, labels[:, None]], 1).tolist())
-    rows = {"truth": truth, **shown}
+    rows = {"true boxes": truth, **shown}
     columns = len(truth)
-    size = (1.9 * columns + 2, 1.9 * len(rows) + 0.5)
+    size = (1.9 * columns + 2, 1.9 * len(rows) + 1.1)
     figure = Figure(size, dpi=90, layout="constrained")
     figure.suptitle(
-        "Test scenes with their true boxes, and the boxes that were found:\n"
-        "as many as there are objects, those with the best scores"
+        f"{columns} test scenes: their true boxes, and the boxes that a detector on each network "
+        f"finds after {steps} training steps:\n"
+        "as many as there are objects, those with the best scores. One colour per shape."
     )
     grid = figure.subplots(len(rows), columns, squeeze=False)
+    shapes = []
+    for label, name in enumerate(scenes.names[1:], 1):  # 0 is the background
+        box = Rectangle((0, 0), 1, 1, fill=False, lw=2)
+        box.set(edgecolor=f"C{label}", label=name)
+        shapes.append(box)
+    figure.legend(handles=shapes, loc="outside lower center", ncols=len(shapes))
     for line, (heading, found) in zip(grid, rows.items()):
-        line[0].set_ylabel(textwrap.fill(heading, 24), rotation=0, ha="right", va="center")
+        name = textwrap.fill(heading, 24, break_on_hyphens=False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axes, image, boxes in zip(line, scenes.images, found):
             side = image.shape[1]
             picture = image.permute(1, 2, 0).numpy()
             axes.imshow(picture, extent=(0, side, side, 0))
             axes.set(xticks=[], yticks=[])
             for x0, y0, x1, y1, label in boxes:
-                name = scenes.names[int(label)]
-                colour = f"C{int(label)}"
-                box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour)
-                axes.add_patch(box)
-                axes.text(x0, y0, name, color=colour, fontsize=7)
+                # On a wider white one, so that a box is seen on any ground.
+                for width, colour in ((3.5, "white"), (2, f"C{int(label)}")):
+                    box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False)
+                    box.set(linewidth=width, edgecolor=colour)
+                    axes.add_patch(box)
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -305,24 +313,13 @@ def main(argv=None):
     test = load_solids("test")
     trunks = [each for each in candidates(args) if list(each.network.parameters())]
     results = Results("eval_detection", args, device)
-    jobs = [(trunk, "frozen") for trunk in trunks]
-    if args.finetune:
-        jobs += [(trunk, "fine-tuned") for trunk in trunks]
-    settings = {
-        "steps": args.steps,
-        "lr_head": args.lr_head,
-        "batch": args.batch,
-        "head_seed": args.seed,
-        "scenes": [len(train.images), len(test.images)],
-        "detector": [GRID, CHANNELS, CONVS, LOWEST, MOST],
-    }
-
+    sizes = [GRID, CHANNELS, CONVS, LOWEST, MOST]
     truth = []
     for boxes, labels in zip(test.boxes, test.labels):
         truth.append({"boxes": boxes.numpy(), "labels": labels.numpy()})
     measured = {}
-    for trunk, mode in jobs:
-        settings["lr_trunk"] = args.lr_trunk if mode == "fine-tuned" else 0
+    for trunk, mode in ways_to_use(trunks, args.finetune):
+        settings = settings_of(args, mode, train, test, detector=sizes)
 
         def measure():
             found = train_and_test(trunk, mode == "frozen", train, test, settings, device)
@@ -334,8 +331,9 @@ def main(argv=None):
 
     folder = results.folder
     shown = {heading: found["shown"] for heading, found in measured.items()}
-    draw_boxes(folder / "boxes.png", shown, test)
-    print0(f"\n{table(measured)}\n\n{folder}: boxes.png, results.jsonl")
+    draw_boxes(folder / "boxes.png", shown, test, args.steps)
+    print0(f"\nafter {args.steps} training steps\n{table(measured)}")
+    print0(f"\n{folder}: boxes.png, results.jsonl")
 
 
 if __name__ == "__main__":

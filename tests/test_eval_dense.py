@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPU, call_main, noise
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from test_eval_features import write_run
 
 import common
@@ -635,7 +638,7 @@ def test_a_line_per_network_task_and_mode(tmp_path):
         "--out",
         tmp_path / "out",
         draw_pck=eval_dense.draw_pck,
-        draw_scenes=lambda path, tasks, outputs, scenes: drawn.update(outputs),
+        draw_scenes=lambda path, tasks, outputs, *_: drawn.update(outputs),
     )
     assert found.code == 0, found.err
     tasks = ["segmentation", "normals", "depth", "keypoints"]
@@ -664,7 +667,7 @@ def test_a_line_per_network_task_and_mode(tmp_path):
     names = [f"{name}, {mode}" for name, mode in expected]
     out = found.out.splitlines()
     for task, columns in zip(tasks, (2, 7, 2, 2)):
-        start = out.index(task)
+        start = out.index(f"{task}, after 1 training steps")
         assert len(out[start + 1].split()) == columns
         lines = out[start + 2 : start + 8]
         assert all(line.startswith(f"{name}  ") for line, name in zip(lines, names))
@@ -682,6 +685,20 @@ def test_flags_choose_task_and_mode(tmp_path):
     assert [row["protocol"] for row in found.rows] == ["depth, constant"] + ["depth, frozen"] * 3
     assert "rmse" in found.out and "miou" not in found.out
     assert (tmp_path / "out" / "scenes.png").stat().st_size > 5000
+
+
+def test_the_picture_says_what_its_colours_are(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
+    for tasks in (list(eval_dense.TASKS), ["depth"]):
+        eval_dense.draw_scenes(tmp_path / "scenes.png", tasks, {}, TEST, 7)
+    everything, depth = drawn
+    (legend,) = everything.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(TEST.names)
+    colours = [to_rgb(handle.get_color()) for handle in legend.legend_handles]
+    assert colours == list(colormaps["tab10"].colors[:9])
+    assert depth.legends == []
+    assert all("after 7 training steps" in figure.get_suptitle() for figure in drawn)
 
 
 class Stop(Exception):
@@ -704,7 +721,7 @@ def test_continues_after_a_kill_and_measures_nothing_twice(tmp_path):
     asked.clear()
     drawn = {}
 
-    def draw(path, tasks, outputs, scenes):
+    def draw(path, tasks, outputs, *_):
         drawn.update(outputs)
 
     def counting(*args):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main
+from matplotlib.figure import Figure
 from test_eval_dense import TEST, TRAIN, LastStep, relabelled
 from test_eval_features import write_run
 
@@ -385,6 +386,7 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     assert [len(boxes) for boxes in row["result"]["shown"]] == [1] * 6  # one object per scene
     lines = found.out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split() == ["ap", "ap50", "ap75"])
+    assert lines[head - 1] == "after 1 training steps"
     assert lines[head + 4].startswith("a, fine-tuned ") and "raw pixels" not in found.out
     assert (tmp_path / "out" / "boxes.png").stat().st_size > 5000
 
@@ -392,7 +394,7 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
         raise AssertionError("measured again")
 
     drawn = {}
-    patches = {"train_and_test": never, "draw_boxes": lambda path, shown, _: drawn.update(shown)}
+    patches = {"train_and_test": never, "draw_boxes": lambda path, shown, *_: drawn.update(shown)}
     again = run_script(*flags, **patches)
     assert again.rows == found.rows and again.out.count("already measured") == 4
     assert drawn["a, fine-tuned"] == row["result"]["shown"] and len(drawn) == 4
@@ -404,6 +406,21 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     assert more.out.count("already measured") == 2 and len(more.rows) == 6
     more = run_script(*flags, "--no-finetune", CONVS=1)
     assert more.out.count("already measured") == 0 and len(more.rows) == 8
+
+
+def test_the_picture_says_what_its_colours_are(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
+    eval_detection.draw_boxes(tmp_path / "boxes.png", {}, TEST, 7)
+    (figure,) = drawn
+    (legend,) = figure.legends
+    shapes = [text.get_text() for text in legend.get_texts()]
+    assert shapes == list(TEST.names[1:]) and "after 7 training steps" in figure.get_suptitle()
+    colours = [handle.get_edgecolor() for handle in legend.legend_handles]
+    for axes, labels in zip(figure.axes, TEST.labels):
+        found = [box.get_edgecolor() for box in axes.patches]
+        assert found[1::2] == [colours[label - 1] for label in labels]
+    assert figure.axes[0].get_ylabel() == "true boxes"
 
 
 def test_refusals(tmp_path):
