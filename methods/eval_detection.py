@@ -9,7 +9,8 @@ is this the middle of an object, of which shape, and how far away are the four s
 is trained on the 1,000 rendered scenes of the data set `solids` and tested on 250 with other
 textures. Frozen, the trunk is that of a run and does not change; fine-tuned, all weights are
 trained. The untrained trunk is treated in the same way; to fine-tune it is to train from scratch.
-Raw pixels have no row, for a detector on them would have to train a network of its own.
+Raw pixels have no row: a detector reads 12 x 12 places, each of which must know an object's
+surroundings, and to learn this from pixels it would have to train a network of its own.
 
 Notation. The trunk's maps are those of ALL stages of a ResNet, or the patches of a ViT after four
 evenly spaced blocks. Each is standardised per channel, reduced to 64 channels by a 1x1 convolution,

@@ -91,8 +91,9 @@ def test_nothing_to_find_ends_in_one_sentence(capsys):
 
 
 def of_pycocotools(found, truth, shapes):
-    coco = pytest.importorskip("pycocotools.coco")
-    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    reason = "needs the optional package pycocotools"
+    coco = pytest.importorskip("pycocotools.coco", reason=reason)
+    cocoeval = pytest.importorskip("pycocotools.cocoeval", reason=reason)
 
     def listed(images):
         rows = []
