@@ -346,12 +346,15 @@ def draw_curves(path, results):
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
-def draw_corruptions(path, data, seed):
-    """The first test image under all corruptions at all strengths."""
+def draw_corruptions(path, data, size, seed):
+    """The first test image under all corruptions at all strengths. size: of the images of a folder,
+    as they were evaluated."""
     from matplotlib.figure import Figure
 
-    image, _ = next(data.test.images.whole(torch.tensor([0]), 224))  # (1, 3, H, W)
-    figure = Figure((10, 4.6), dpi=100, layout="constrained")
+    image, _ = next(data.test.images.whole(torch.tensor([0]), size))  # (1, 3, H, W)
+    side = image.shape[2]
+    # An inch per image: a large one is hardly made smaller, or its noise would be averaged out.
+    figure = Figure((10, 4.6), dpi=min(max(100, side), 200), layout="constrained")
     grid = figure.subplots(3, len(CORRUPTIONS) + 1)
     for column, (corruption, row) in zip(grid.T[1:], CORRUPTIONS.items()):
         strengths = row[1]
@@ -366,7 +369,8 @@ def draw_corruptions(path, data, seed):
     grid[0, 0].set_title("test image", fontsize=10)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    figure.suptitle("What the corruptions do to a test image; below each: its strength")
+    title = f"What the corruptions do to a test image of {side} x {side} pixels"
+    figure.suptitle(f"{title}; below each: its strength")
     replace_file(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -416,7 +420,8 @@ def main(argv=None):
         for name, measured in tables.items():
             ending = f"-{Path(name).name}.png" if len(tables) > 1 else ".png"
             draw_curves(folder / f"robustness{ending}", measured)
-            draw_corruptions(folder / f"corruptions{ending}", sets[name], args.seed)
+            size = max(candidate.size for candidate in found if candidate.data == name)
+            draw_corruptions(folder / f"corruptions{ending}", sets[name], size, args.seed)
             print0(f"\n{name}\n{table(measured)}")
     print0("")
     print_files(folder)

@@ -320,6 +320,23 @@ def test_values_table_and_pictures(tmp_path, monkeypatch):
         assert name in lines[-1]
 
 
+@pytest.mark.parametrize("side, pixels", [(8, (1000, 460)), (224, (2000, 920))])
+def test_the_picture_of_a_folder_shows_the_images_that_were_evaluated(tmp_path, side, pixels):
+    """As large as they were, and large ones not much smaller; not of any size."""
+    for word in ("a", "b"):
+        for split in ("train", "val"):
+            (tmp_path / "data" / split / word).mkdir(parents=True)
+            image = Image.fromarray(np.full((300, 260, 3), 90, np.uint8))
+            image.save(tmp_path / "data" / split / word / "0.png")
+    data = load_data(str(tmp_path / "data"), "", CPU)
+    asked = []
+    reader = data.test.images
+    whole = reader.whole
+    reader.whole = lambda index, size: asked.append(size) or whole(index, size)
+    eval_robustness.draw_corruptions(tmp_path / "corruptions.png", data, side, 0)
+    assert asked == [side] and Image.open(tmp_path / "corruptions.png").size == pixels
+
+
 def test_continues_and_keeps_seeds_apart(tmp_path, monkeypatch):
     few(monkeypatch)
     write_run(tmp_path / "a")
