@@ -158,8 +158,10 @@ def to_split(device, images, *numbers):
         images = images[:, None].expand(-1, 3, -1, -1)
     elif images.shape[3] == 3:
         images = images.permute(0, 3, 1, 2)
-    numbers = [torch.as_tensor(np.asarray(array), dtype=torch.int64) for array in numbers]
-    numbers = [tensor.to(device) for tensor in numbers]
+    numbers = [
+        torch.as_tensor(np.asarray(array), dtype=torch.int64, device=device)
+        for array in numbers
+    ]
     return Split(InMemory(images.contiguous().to(device)), *numbers)
 
 
@@ -228,9 +230,10 @@ def thin(split, count):
     # Evenly spaced in the order of the labels: of each class its share.
     places = np.linspace(0, n - 1, count).astype(int)
     chosen = torch.from_numpy(np.sort(order[places]))
-    numbers = []
-    for part in split[1:]:
-        numbers.append(None if part is None else part[chosen.to(part.device)])
+    numbers = [
+        part if part is None else part[chosen.to(part.device)]
+        for part in split[1:]
+    ]
     return Split(split.images.part(chosen), *numbers)
 
 
@@ -695,7 +698,7 @@ def features(network, split, size, device, workers=0):
     count = len(split.images)
     share = -(-count // world())
     mine = torch.arange(rank() * share, (rank() + 1) * share)
-    mine = mine.clamp(max=count - 1)  # equal shares; the surplus is cut off below
+    mine.clamp_(max=count - 1)  # equal shares; the surplus is cut off below
     readable = torch.ones(count, device=device)
     finite = torch.tensor(True, device=device)
     x = None
@@ -795,9 +798,8 @@ def linear_classifier(bank, labels, groups=None):
 
     # A fifth of the groups is held out.
     groups = torch.arange(len(bank)) if groups is None else groups.cpu()
-    names = groups.unique()
-    order = np.random.default_rng(0).permutation(len(names))
-    names = names[order[: len(names) // 5]]
+    names = np.random.default_rng(0).permutation(groups.unique())
+    names = torch.from_numpy(names[: len(names) // 5])
     held = torch.isin(groups, names).to(bank.device)
     kept = (~held).nonzero()[:, 0]
 
@@ -826,17 +828,17 @@ def principal_directions(x):
     with the directions as columns. With fewer images than features they are those in which images
     differ, N at most: along the others no image differs, and a classifier with weight decay has
     weights of 0."""
-    if len(x) > x.shape[1]:
-        # In float32 eigh() may fail if features are constant.
-        variance, rotation = torch.linalg.eigh((x.T @ x / len(x)).double())
-        return variance.clamp(min=0).float(), rotation.float()
-
-    # x x^T and x^T x have the same eigenvalues. If x x^T u = s u, the direction is x^T u / sqrt(s).
-    x = x.double()
-    values, u = torch.linalg.eigh(x @ x.T)
-    real = values > 1e-9 * values[-1]  # the others are rounding errors
-    values = values[real]
-    return (values / len(x)).float(), (x.T @ u[:, real] / values.sqrt()).float()
+    few = len(x) <= x.shape[1]
+    x = x.double() if few else x
+    square = x @ x.T if few else x.T @ x  # the smaller of the two
+    # In float32 eigh() may fail if features are constant.
+    values, vectors = torch.linalg.eigh(square.double() / len(x))
+    if few:
+        # If x x^T u = s u, then x^T u is a direction: x^T x (x^T u) = s (x^T u).
+        real = values > 1e-9 * values[-1]  # the others are rounding errors
+        values = values[real]
+        vectors = x.T @ vectors[:, real] / (len(x) * values).sqrt()
+    return values.clamp(min=0).float(), vectors.float()
 
 
 def rotate(x, rotation):
@@ -1372,10 +1374,14 @@ class Run:
             lines.append(last)
             draw_neighbours(self.folder / "neighbours.png", self)
             if rank() == 0:
-                about = {"method": self.name, "data": self.data.name}
-                about |= {"arch": self.args.arch, "size": self.args.size}
-                weights = self.model.backbone.state_dict()
-                save_tensors(self.folder / "backbone.pt", {**about, "weights": weights})
+                trained = {
+                    "method": self.name,
+                    "data": self.data.name,
+                    "arch": self.args.arch,
+                    "size": self.args.size,
+                    "weights": self.model.backbone.state_dict(),
+                }
+                save_tensors(self.folder / "backbone.pt", trained)
                 append(self.metrics, [last])  # at the end: it marks the run as complete
         if rank() == 0 and self.total:
             draw_curve(self.folder / "curve.png", self)
@@ -1426,11 +1432,11 @@ def table(results, name=None):
     rows = BASELINES | ({name: "evaluation"} if name else {})
     columns = ("knn20", "knn200", "linear", "retrieval1", "retrieval5", "rankme")
     heads = [head for head in columns if head in results["pixels"]]
-    width = max(14, *[len(row) for row in rows])
+    width = max(14, *map(len, rows))
     lines = [" " * width + "".join(f"{head:>11}" for head in heads)]
     for row, part in rows.items():
         numbers = "".join(f"{results[part][head]:11.1f}" for head in heads)
-        lines.append(f"{row:{width}}" + numbers)
+        lines.append(f"{row:{width}}{numbers}")
     return "\n".join(lines)
 
 
@@ -1572,7 +1578,7 @@ def draw_neighbours(path, run):
         green[:, 0] = False  # the query itself
         what = "label" if split.emoji is None else "emoji by another artist"
         note += f"; green: the same {what}"
-    parts = split.images.whole(shown.flatten(), run.args.size)
+    parts = split.images.whole(shown.flatten(), args.size)
     images = torch.cat([part.cpu() for part, _ in parts]) / 255
     columns = ["test image", *map(str, range(1, shown.shape[1]))]
     save_grid(path, images.unflatten(0, shown.shape), columns, green, note)

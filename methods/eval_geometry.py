@@ -122,7 +122,8 @@ def twonn(x):
     kept = len(x) * 9 // 10
     log_m = (r2 / r1).log().sort().values[:kept]
     # Sorted, the k-th ratio is at least that of a share k / N of the images.
-    minus_log_p = -torch.log1p(-torch.arange(1, kept + 1).double() / len(x))
+    share = torch.arange(1, kept + 1) / len(x)
+    minus_log_p = -torch.log1p(-share.double())
     return (log_m @ minus_log_p) / (log_m @ log_m)
 
 
@@ -323,7 +324,8 @@ def tsne(x):
     if np.ptp(x, 0).max() < 1e-6:
         return {"points": []}
     # The paper's usual value; scikit-learn wants less than the number of images.
-    points = TSNE(perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
+    perplexity = min(30, (len(x) - 1) / 3)
+    points = TSNE(perplexity=perplexity, random_state=0).fit_transform(x)
     return {"points": points.astype(float).round(1).tolist()}
 
 
@@ -386,7 +388,7 @@ def measure(candidate, split, measured, results):
         fail(f"--data {candidate.data}: remove the images that cannot be read")
     # Of a collapsed network the measures would describe rounding errors: its features are made
     # exactly equal, those of views and of paths as well.
-    if (x - x[0]).abs().max() <= 1e-6 * x.abs().max():
+    if x.std(0).max() <= 1e-6 * x.abs().max():
         x = torch.ones_like(x)
         for weight in network.parameters():
             nn.init.zeros_(weight)
@@ -395,7 +397,7 @@ def measure(candidate, split, measured, results):
         """Features of random views, (count, n, D), on the CPU. A batch of images has 2,048 views at
         most, and a last incomplete batch is left out. Two views of up to 1,024 images are those of
         the results of every run."""
-        crop = (Crop(size, scale=(0.2, 1.0)), flip_and_normalize)
+        crop = Crop(size, scale=(0.2, 1.0)), flip_and_normalize
         batch = min(2048 // count, len(x))
         loader = Loader(split, [crop] * count, batch, 0, device, args.workers)
         found = [
