@@ -346,6 +346,16 @@ class Scenes(NamedTuple):
     keypoints: torch.Tensor  # (N, 4, 9, 3) float32: x, y in pixels; 1 visible, 0 not, -1 no point
     names: tuple  # 9 texts: "background" and the shapes
 
+    def visible_points(self):
+        """Yields for each object that has some: scene, its number in it, box (4,), visible points
+        (n, 2). The centre is left out: the box gives it away."""
+        for scene, boxes in enumerate(self.boxes):
+            for number, box in enumerate(boxes):
+                points = self.keypoints[scene, number, 1:]  # (8, 3): x, y, state
+                points = points[points[:, 2] == 1, :2]
+                if len(points):
+                    yield scene, number, box, points
+
 
 def load_solids(split, path=SOLIDS):
     """The Scenes of a split, "train" or "test". Row 0 of an object's keypoints is its centre; rows
