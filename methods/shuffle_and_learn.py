@@ -35,8 +35,8 @@ Run.
 --batch counts the clips of all processes together.
 The network sees five frames of each.
 
-Reached. On tripod after 20 epochs, 766 s on one busy core: kNN 46.7 % (untrained 33.1, raw pixels
-33.4); linear 55.0 % (untrained 39.1, raw pixels 41.7); one run. Other recipes: not run.
+Reached. On tripod after 20 epochs, 766 s on one busy core: kNN 45.8 % (untrained 34.1, raw pixels
+33.4); linear 52.6 % (untrained 40.5, raw pixels 41.7); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the official code.)
     1. Clips of a second, 12 frames: d at most 6 frames after b, a at least 2 before b, e at least 2

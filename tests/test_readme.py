@@ -501,7 +501,7 @@ def test_sentences_about_predictors(report, section):
             clear.append(f"{name} ({rank}; {interval})")
     assert f"excludes 0: {', '.join(clear[:-1])} and {clear[-1]}." in section
     needs = [lines[text.split(" (")[0]][1] for text in clear]
-    assert needs == ["yes", "yes", "no", "no"]  # "the last two need no labels"
+    assert needs == ["yes", "yes", "no"]  # "the last needs no labels"
     say_nothing = [f"{name} ({lines[name][2]})" for name in ("RankMe", "alignment", "uniformity")]
     words = f"{say_nothing[0]}, {say_nothing[1]} and {say_nothing[2]} say nothing"
     assert f"{words} about {count} different methods" in section
