@@ -122,8 +122,8 @@ def twonn(x):
     kept = len(x) * 9 // 10
     log_m = (r2 / r1).log().sort().values[:kept]
     # Sorted, the k-th ratio is at least that of a share k / N of the images.
-    share = torch.arange(1, kept + 1) / len(x)
-    minus_log_p = -torch.log1p(-share.double())
+    share = torch.arange(1, kept + 1).double() / len(x)
+    minus_log_p = -torch.log1p(-share)
     return (log_m @ minus_log_p) / (log_m @ log_m)
 
 
