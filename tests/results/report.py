@@ -891,11 +891,13 @@ def about_films(files, best):
     parts = []
     for film in FILMS:
         names = [m for m in files if home(m) == film]
-        pixels = {m: f"{mean(best[m], 'pixels', 'linear'):.1f}" for m in names if m in best}
-        usual = [pixels[m] for m in pixels if best[m][0]["settings"]["size"] == 32]
+        runs = [best[m] for m in names if m in best]
+        usual = [some for some in runs if some[0]["settings"]["size"] == 32]
         if usual:
-            words = [usual[0]]
-            words += [f"{m}: {number}" for m, number in pixels.items() if number != usual[0]]
+            words = [f"{mean(usual[0], 'pixels', 'linear'):.1f}"]
+            for some in runs:
+                if some not in usual:
+                    words.append(f"{some[0]['method']}: {mean(some, 'pixels', 'linear'):.1f}")
             parts.append(f"of `{film}` for {', '.join(names)} (raw pixels: {'; '.join(words)})")
     text = f"Numbers of single frames, {'; '.join(parts)}."
     return [*textwrap.wrap(text, 100), ""] if parts else []
