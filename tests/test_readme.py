@@ -520,7 +520,7 @@ def test_sentences_about_videos(report, measured, section):
         return f"{evaluations.mean(networks, f'**{name}**', *place):.1f}"
 
     def best(*place):
-        trained = [name.strip("*") for name in networks if name.startswith("**")]
+        trained = [name.strip("*") for name in networks if name.endswith("**")]  # at the defaults
         return sorted(trained, key=lambda name: -float(number(name, *place)))[:3]
 
     a, b, c = best("motion", "motion")
@@ -545,6 +545,12 @@ def test_sentences_about_videos(report, measured, section):
     assert f"by motion ({motion['odd_one_out']:.1f} each)" in section
     assert f"video_colorization ({motion['video_colorization']:.1f})" in section
     assert f"egomotion ({motion['egomotion']:.1f})" in section
+    pair, three = [
+        motion[f"multitask** `--tasks position,{more}`"] for more in ("motion", "colour,exemplar")
+    ]
+    assert f"with position it has {pair:.1f} %, more than all four" in section
+    assert f"and without motion {three:.1f}." in section
+    assert three < motion["multitask"] < pair
     runs = report.at_home(report.read_rows())["tracking_triplet"]
     assert means(runs, "evaluation")["linear"] > means(runs, "pixels")["linear"] + 2
     assert means(runs, "evaluation")["linear"] > means(runs, "random_init")["linear"] + 2
