@@ -35,8 +35,8 @@ of the same place in the last reference. masks is J (intersection / union) of ma
 from the first frames of test clips (eval_video.py: by the maps of the backbone); masks_stay that of
 first masks left in place, masks_raw that of masks carried by raw patches of lightness, without f.
 
-Reached. On movers after 12 epochs, 758 s on one busy core: kNN 33.2 % (untrained 34.2, raw pixels
-34.9); linear 40.1 % (untrained 38.4, raw pixels 40.7); mean of 2 runs. Other recipes: not run.
+Reached. On movers after 12 epochs, 758 s on one busy core: kNN 32.5 % (untrained 34.2, raw pixels
+34.9); linear 39.4 % (untrained 38.0, raw pixels 40.7); mean of 3 runs. Other recipes: not run.
 
 Differs from the paper. (This file | the paper, or the reimplementation.)
     1. The network is a ResNet or ViT, which sees each frame by itself. Four of its maps, brought to
