@@ -342,6 +342,8 @@ def test_settings(name):
     assert set(KINDS[kind_of(name)].settings) <= set(settings)
     count = len(columns(name))
     text = source(name) + (ROOT / "common.py").read_text()
+    if "settings_of(" in text:  # which reads the flags of a training on scenes
+        text += (ROOT / "kernels" / "maps.py").read_text()
     for setting, row in settings.items():
         values = row[:count]
         assert len(row) in (count + 1, count + 2), setting
