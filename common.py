@@ -231,7 +231,7 @@ def thin(split, count):
     places = np.linspace(0, n - 1, count).astype(int)
     chosen = torch.from_numpy(np.sort(order[places]))
     numbers = [
-        part if part is None else part[chosen.to(part.device)]
+        None if part is None else part[chosen.to(part.device)]
         for part in split[1:]
     ]
     return Split(split.images.part(chosen), *numbers)

@@ -53,7 +53,6 @@ Differs from the paper. (This file | the paper, or the official code.)
 """
 
 import copy
-import json
 import sys
 import time
 from collections import OrderedDict
@@ -66,8 +65,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds common.py from any folder
 from common import (RESNETS, Loader, Run, backbone, draw_views, fail, join_processes,
-                    load_backbone, load_data, parse, print0, read_lines, replace_file, save_grid,
-                    save_tensors)
+                    load_backbone, load_data, parse, print0, read_lines, save_grid, save_tensors,
+                    write_lines)
 from kernels.collectives import all_reduce_sum, gather, leave_processes, rank
 from kernels.views import normalize, whole_image
 
@@ -285,8 +284,7 @@ def rescale(args, device):
         save_tensors(out / "backbone.pt", {**about, "weights": net.state_dict()})
         if lines:  # "rescaled": so that nobody takes it for the run itself
             lines[0]["settings"]["rescaled"] = True
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            replace_file(out / "metrics.jsonl", lambda file: file.write(text.encode()))
+            write_lines(out / "metrics.jsonl", lines)
     text = f"the fastest layer learnt {before:.1f} times as fast as the slowest, now {after:.1f}"
     print0(f"{out}: {text}")
     leave_processes()
