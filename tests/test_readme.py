@@ -443,6 +443,16 @@ def test_captions_of_the_evaluations(report, measured):
     assert min(errors, key=errors.get) == "no network" and len(errors) > 20
     assert 'on objects no frozen network reaches "no network"' in page
 
+    # Keypoints: where points lie in boxes, against heat maps.
+    rows = evaluations.rows_of("keypoints", evaluations.read_rows(), report.FAMILIES["Video"])
+    known = evaluations.collect(rows)
+    for measure in ("pck_0.1", "auc"):
+        places = [(name, way) for name in known for way in ("frozen", "fine-tuned")]
+        scores = {p: evaluations.mean(known, p[0], f"keypoints, {p[1]}", measure) for p in places}
+        scores = {place: score for place, score in scores.items() if score is not None}
+        assert max(scores, key=scores.get) == ("no network", "frozen") and len(scores) > 40
+    assert "No network is better than that" in page
+
 
 def test_the_same_commands_measure_everything(tmp_path):
     """README.md and EVALUATIONS.md have one block of commands. In a folder with one run on emoji
