@@ -30,6 +30,9 @@ with this project only movers tells.
 Reached. On movers after 18 epochs, 474 s on one busy core: kNN 27.8 % (untrained 34.0, raw pixels
 34.4); linear 31.8 % (untrained 40.4, raw pixels 40.6); mean of 3 runs. Other recipes: not run.
 
+What to expect. It learns the camera's motion and forgets the emoji: the features are worse than
+those of the untrained network (tests/results/LOG.md).
+
 Differs from the paper. (This file | the paper, or the official code.)
     1. The camera looks straight ahead while it pans over a photograph: two degrees of freedom |
        paper: cars in a city, KITTI: sideways, ahead, and a turn, of which each has its softmax.

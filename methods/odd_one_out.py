@@ -27,21 +27,21 @@ Chance is log 6 = 1.792. Nothing but the order of the frames may tell which wind
     - The channels of e are divided by their own root mean square. Differences of shuffled frames
       partly cancel, so e is faint: without the division, the faintest window is odd in 80 % of the
       clips of movers.
-One cue stays. Shuffled windows have more fine detail. In movers, where the camera pans, the odd
-window has the steepest edges in 78 % of the clips, and as often with the emoji painted over: the
-background alone gives it away. In tripod, the default, where the camera stands still, this happens
-in 40 %.
+One cue stays: shuffled windows have more fine detail. In movers, where the camera pans, the odd one
+has the steepest edges in 78 % of the clips, as often with the emoji painted over. In tripod, the
+default, where the camera stands still, in 40 %.
 
 Run.
     python methods/odd_one_out.py                       one CPU core, about 4 minutes
     python methods/odd_one_out.py --recipe bunny        the embedded film
     torchrun --nproc_per_node 8 methods/odd_one_out.py --recipe paper --data VIDEOS
---batch counts the clips of all processes together.
-The network sees six images of each clip: differences, positive or negative, drawn around grey. The
-evaluation shows single frames, which it has never seen, so its knowledge of motion is not tested.
+--batch counts the clips of all processes together. The network sees differences, drawn around grey;
+the evaluation shows single frames, which it has never seen, so it does not test motion.
 
 Reached. On tripod after 12 epochs, 237 s on one busy core: kNN 35.7 % (untrained 34.1, raw pixels
 33.4); linear 41.8 % (untrained 40.5, raw pixels 41.7); mean of 3 runs. Other recipes: not run.
+
+What to expect. The features hardly gain, nor do they by more epochs (tests/results/LOG.md).
 
 Differs from the paper. (This file | the paper.)
     1. Windows of five frames in a second | paper: of six, from anywhere; three ways to choose them.
@@ -52,8 +52,8 @@ Differs from the paper. (This file | the paper.)
        logits | paper: six logits of all windows together, concatenated (--fusion concat) or as one
        sum over k < l of (v_k - v_l) (--fusion sum).
     4. The odd window stands in every place in turn | paper: in one random place.
-    5. The network is a ResNet or ViT, trained by AdamW with warm-up and cosine | paper: AlexNet,
-       SGD. Whether it standardises encoded images is not known.
+    5. A ResNet or ViT, AdamW, warm-up, cosine | paper: AlexNet, SGD. Whether it standardises
+       encoded images is not known.
 """
 
 import itertools

@@ -20,23 +20,23 @@ colour. For the places i of the references and j of the target:
 
 y is a distribution already, so no softmax comes after it. y_j[c_j] is the attention that falls on
 references of the true class. If no reference has the class of a place, the place cannot be answered
-and its loss counts as 0. If all f are equal, y is how often each class occurs in the references:
-what a network knows that cannot point.
+and its loss counts as 0. If all f are equal, y is how often each class occurs in the references.
 
 Run.
     python methods/video_colorization.py                      one CPU core, about 13 minutes
     python methods/video_colorization.py --recipe bunny       the embedded film
     torchrun --nproc_per_node 8 methods/video_colorization.py --recipe paper --data VIDEOS
---batch counts the clips of all processes together.
-The run folder also gets coloured.png: test clips, coloured from their first frames. In
-metrics.jsonl, held_out is the share of places of held-out clips whose most likely class is right.
-Beside it stand two rules without a network: the class that the references show most often, and that
-of the same place in the last reference. masks is J (intersection / union) of masks that f carries
-from the first frames of test clips (eval_video.py: by the maps of the backbone); masks_stay that of
-first masks left in place, masks_raw that of masks carried by raw patches of lightness, without f.
+--batch counts the clips of all processes together. The run folder also gets coloured.png: test
+clips, coloured from their first frames. In metrics.jsonl, held_out is the share of places of
+held-out clips whose most likely class is right. Beside it stand two rules without a network: the
+class that the references show most often, and that of the same place in the last reference. masks
+is J (intersection / union) of masks that f carries through test clips (eval_video.py: by the maps
+of the backbone); masks_stay: left in place; masks_raw: carried by raw patches of lightness.
 
 Reached. On movers after 12 epochs, 758 s on one busy core: kNN 32.5 % (untrained 34.2, raw pixels
 34.9); linear 39.4 % (untrained 38.0, raw pixels 40.7); mean of 3 runs. Other recipes: not run.
+
+What to expect. It copies colours well, but its features hardly gain (tests/results/LOG.md).
 
 Differs from the paper. (This file | the paper, or the reimplementation.)
     1. The network is a ResNet or ViT, which sees each frame by itself. Four of its maps, brought to
