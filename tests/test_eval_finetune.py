@@ -183,12 +183,45 @@ def test_frozen_line_is_the_linear_probe_and_the_network_stays():
     assert not net.training
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
+    eval_finetune.frozen_features.cache_clear()
+    eval_finetune.frozen_accuracy.cache_clear()
     assert measure(candidate, DATA, 1.0, 0, CPU, args) == result
     # raw pixels and k-means features have nothing to tune
     raw = Candidate("raw pixels, 8 px", pixels(8), "emoji", 8, {})
     assert measure(raw, DATA, 0.1, 0, CPU, args)["tuned"] is None
     (kmeans,) = eval_finetune.with_kmeans([raw], {"emoji": DATA}, args, CPU)[:-1]
     assert measure(kmeans, DATA, 0.1, 0, CPU, args)["tuned"] is None
+
+
+def test_frozen_features_are_computed_once(monkeypatch):
+    """Three draws of a run: one pass over bank and test images, and one probe of all labels; and
+    what is kept is not what the probe overwrites."""
+    net = backbone("vit_micro", 8).eval()
+    passes = []
+    probes = []
+    extract, probe = eval_finetune.features, eval_finetune.linear_probe
+    monkeypatch.setattr(
+        eval_finetune,
+        "features",
+        lambda network, split, *how: passes.append(network) or extract(network, split, *how),
+    )
+    monkeypatch.setattr(
+        eval_finetune,
+        "linear_probe",
+        lambda bank, *rest: probes.append(len(bank)) or probe(bank, *rest),
+    )
+    args = get_args(["x", "--steps", "1", "--workers", "0"])
+    jobs = [(part, draw) for draw in range(3) for part in PARTS[1:]]
+    found = {job: measure(run_of(net), DATA, *job, CPU, args)["frozen"] for job in jobs}
+    assert passes.count(net) == 2 and probes == [4, 40, 4, 4]
+    assert found[1.0, 0] == found[1.0, 2] == evaluate(net, DATA, 8, CPU)["linear"]
+
+    for part, draw in jobs:
+        index = labelled_part(DATA.bank.labels, part, draw)
+        labels, emoji = DATA.bank.labels[index], DATA.bank.emoji[index]
+        split = Split(DATA.bank.images.part(index), labels, emoji)
+        alone = evaluate(net, DATA._replace(bank=split), 8, CPU)
+        assert found[part, draw] == alone["linear"]
 
 
 def test_one_class_is_always_right():
@@ -333,7 +366,7 @@ def test_one_baseline_for_all_runs_and_the_picture(tmp_path):
     found = run_script(tmp_path / "a", tmp_path / "b", "--out", out, measure=measured)
     assert found.code == 0, found.err
     names = ["raw pixels, 8 px", "untrained vit_micro, 8 px", "a", "b"]
-    assert measured.calls == [(n, part, draw) for n in names for part in PARTS for draw in range(3)]
+    assert measured.calls == [(n, part, draw) for n in names for draw in range(3) for part in PARTS]
     settings = [row["settings"] for row in found.rows if row["network"] in ("a", names[1])]
     args = get_args(["x"])
     assert {row["lr_trunk"] for row in settings} == {args.lr_trunk, args.lr_scratch}
