@@ -861,8 +861,9 @@ def test_the_sentence_about_fine_tuning(report):
 
     # The draws differ by a constant: all differences between networks are exact.
     three = text(fine_tuning(values, 3))
-    start = "- **Fine-tuning** (3 draws of the labels). With 1 % of the labels 1 of 2 pretrained"
-    assert three.startswith(start)
+    assert three.startswith("- **Fine-tuning** (3 draws of the labels, for 2 of the networks; ± is")
+    words = "better than the same networks from scratch by -0.5 ± 0.0 points on average, 1 of 2 by"
+    assert f"With 1 % of the labels pretrained networks are {words} more" in three
     assert "better than a linear probe of the frozen features for 1 of them, worse for 1;" in three
     assert "the best is byol, 42.0 (from scratch 41.0, frozen 46.0), the best frozen" in three
     assert "frozen byol, 46.0; fine-tuned minus" in three
@@ -871,7 +872,11 @@ def test_the_sentence_about_fine_tuning(report):
     # One draw that contradicts the others: no network is better for certain.
     rows = fine_tuning(values, 3)
     rows[0]["result"]["tuned"] += 5
-    assert "With 1 % of the labels 0 of 2 pretrained" in text(rows)
+    assert "0 of 2 by more than their own uncertainty" in text(rows).partition("With 10 %")[0]
+    # A network with one draw does not stand in the sentence, if others have three.
+    several = fine_tuning({None: (30.0, 40.0), "byol": (45.0, 41.0)}, 3)
+    both = text([*several, *fine_tuning({"swav": (36.0, 90.0)}, 1)])
+    assert "for 1 of the networks" in both and "swav" not in both
     one = text(fine_tuning(values, 1))
     words = "(1 draw of the labels: too few to say what is better). With 1 % of the labels 1 of 2"
     words += " networks are better fine-tuned than frozen; the best is byol, 41.0"

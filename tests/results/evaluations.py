@@ -452,33 +452,46 @@ def difference(a, b):
 
 def tuned_words(rows):
     """For each share of the labels: how many networks are better by more than the uncertainty after
-    fine-tuning than the same one from scratch, and than a linear probe of their frozen features;
-    the best network, and the one that gains most over its frozen features."""
+    fine-tuning than the same one from scratch, and than a linear probe of their frozen features,
+    and by how much on average; the best network, and the one that gains most over its frozen
+    features. If some networks have three draws or more, of these alone."""
     networks = collect(rows)
     starts = {plain_name(row): start_of(row, networks) for row in rows if "method" in row}
-    words = []
-    counts = []
+    found = {}  # share: ({network: {draw: tuned}}, {network: {draw: frozen}}, {network: its start})
+    counts = {}  # network: draws with all shares of the labels
     for share, part in SHARES.items():
-        tuned = by_draw(rows, part, "tuned")
-        frozen = by_draw(rows, part, "frozen")
+        tuned, frozen = by_draw(rows, part, "tuned"), by_draw(rows, part, "frozen")
         pairs = {name: starts[name] for name in starts if name.endswith("**") and name in tuned}
-        pairs = {n: start for n, start in pairs.items() if tuned.get(start, {}).keys() & tuned[n]}
-        if not pairs:
-            continue
-        over = [difference(tuned[name], tuned[start]) for name, start in pairs.items()]
-        gains = {name: difference(tuned[name], frozen[name]) for name in pairs}
-        counts += [len(tuned[name].keys() & tuned[start]) for name, start in pairs.items()]
+        for name, start in list(pairs.items()):
+            common = len(tuned[name].keys() & tuned.get(start, {}))
+            counts[name] = min(common, counts.get(name, common))
+            if common == 0:
+                del pairs[name]
+        if pairs:
+            found[share] = tuned, frozen, pairs
+    if not found:
+        return ["- **Fine-tuning.** Not run."]
 
+    repeated = [name for name, count in counts.items() if count > 2]
+    words = []
+    for share, (tuned, frozen, pairs) in found.items():
+        if repeated:
+            pairs = {name: start for name, start in pairs.items() if name in repeated}
+            if not pairs:
+                continue
         text = "With all labels" if share == "all" else f"With {share} of the labels"
-        if min(counts) > 2:
+        gains = {name: difference(tuned[name], frozen[name]) for name in pairs}
+        if repeated:
+            over = [difference(tuned[name], tuned[start]) for name, start in pairs.items()]
             better = sum(step > error for step, error in over)
             more = sum(step > error for step, error in gains.values())
             less = sum(step < -error for step, error in gains.values())
+            step, error = difference(*(mean_by_draw(tuned, names) for names in zip(*pairs.items())))
             text += (
-                f" {better} of {len(pairs)} pretrained networks are better than the same network "
-                f"from scratch by more than the uncertainty (95 % interval over the draws), and "
-                f"fine-tuning is better than a linear probe of the frozen features for {more} of "
-                f"them, worse for {less};"
+                f" pretrained networks are better than the same networks from scratch by "
+                f"{step:.1f} ± {error:.1f} points on average, {better} of {len(pairs)} by more "
+                f"than their own uncertainty; fine-tuning is better than a linear probe of the "
+                f"frozen features for {more} of them, worse for {less};"
             )
         else:
             more = sum(step > 0 for step, _ in gains.values())
@@ -496,12 +509,23 @@ def tuned_words(rows):
             f"frozen {numbers[2]}), the best frozen {best_frozen.strip('*')}, {highest:.1f}; "
             f"fine-tuned minus frozen is largest for {most.strip('*')}, {gain}."
         )
-    if not words:
-        return ["- **Fine-tuning.** Not run."]
-    count = f"{min(counts)} draw{'s' * (min(counts) > 1)} of the labels"
-    count += ": too few to say what is better" if min(counts) < 3 else ""
+
+    if repeated:
+        draws = min(counts[name] for name in repeated)
+        count = f"{draws} draws of the labels, for {len(repeated)} of the networks"
+        count += "; ± is half of a 95 % interval over the draws"
+    else:
+        draws = min(counts.values())
+        count = f"{draws} draw{'s' * (draws > 1)} of the labels: too few to say what is better"
     text = f"- **Fine-tuning** ({count}). {' '.join(words)}"
     return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def mean_by_draw(found, names):
+    """{draw: the mean over the networks that are named} of the draws that all of them have. found:
+    {network: {draw: accuracy}}"""
+    common = set.intersection(*(set(found[name]) for name in names))
+    return {draw: statistics.mean(found[name][draw] for name in names) for draw in sorted(common)}
 
 
 def best_on_scenes(networks, measured, path, form, lowest):
