@@ -5,7 +5,7 @@ Official code of SwAV: https://github.com/facebookresearch/swav
 
 Idea. Labels are expensive, images are not. A network that was trained without labels gets a linear
 classifier on top, the head, and then all weights are trained together with the labels of 1 %, 10 %
-or all of the images. This is compared with the same network from scratch, which means from its
+or all of the images. This is compared with the same network from scratch, that is from random
 initial weights, with the same labels and steps; and with the frozen linear probe, which trains only
 a linear classifier on unchanged features; raw pixels and k-means features have only such a probe.
 The papers find that training before is worth most where labels are few.
@@ -16,28 +16,28 @@ T steps, counted by t from 0. The loss is the cross-entropy, and both learning r
     L     = mean over the batch of -log softmax(W h + b)[y]
     lr(t) = lr(0) x (1 + cos(pi t / T)) / 2
 
-lr(0) is larger for the head, which starts near 0, than for the trunk, which is trained already. The
-labelled images have the proportions of the classes in the whole set, with at least one per class.
-The subsets of a draw are nested: those of 1 % are among those of 10 %. The number of a draw is the
-seed of everything in it: labelled images, head, order, crops. From scratch, draw k = 0, 1, ... has
-the initial weights of seed --seed + k; a trained network is the same run in all draws. Batch-norm
-uses the statistics of the batch. Accuracies are in percent, on whole test images, which choose
-nothing. The frozen probe chooses its weight decay; in methods/eval_few.py C is always 1.
+lr(0) is larger for the head, which starts near 0, than for a trained trunk. The labelled images
+have the proportions of the classes in the whole set, with at least one per class. The subsets of a
+draw are nested: those of 1 % are among those of 10 %. The number of a draw is the seed of
+everything in it: labelled images, head, order, crops and flips. From scratch, draw k = 0, 1, ...
+has the initial weights of seed --seed + k; a trained network is the same run in all draws, so its
+deviation over draws lacks that of the training before. In training, batch-norm uses the statistics
+of the batch. Accuracies are in percent, on plain test images, which choose nothing.
 
-Limits. The learning rates were chosen on SimCLR's network and on one from scratch (see SETTINGS),
-so they favour SimCLR. With all labels of emoji 300 steps are 7.6 epochs, after which nothing has
-converged: "tuned" then measures how fast a network learns as well.
+Limits. The trunk's rates were chosen on SimCLR's network and on one from scratch, with half of the
+steps (see SETTINGS), so they favour SimCLR and ResNets. With all labels of emoji 300 steps are 7.6
+epochs, after which nothing has converged: "tuned" then measures how fast a network learns as well.
+The frozen probe chooses its weight decay on a fifth of the labelled images, badly if there are few.
 
 Run.
-    python methods/eval_finetune.py runs/simclr-emoji-0 runs/mae-emoji-0
+    python methods/eval_finetune.py runs/simclr-emoji-0 runs/rotnet-emoji-0
     python methods/eval_finetune.py runs/* --data fashion --draws 1
     python methods/eval_finetune.py runs/simclr-emoji-0 --steps 800 --lr-trunk 0.002
 It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
-runs/eval_finetune; the runs stay as they are. What is in results.jsonl is not measured again, so a
-command that was stopped continues. On emoji, with the default ResNet and two cores of an Intel
-Xeon, the first run takes six minutes with all that stands beside it, another one three; cpc's
-network, which sees 25 patches of an image, takes seven times as long. --draws 1 or fewer --steps
-make it quicker.
+runs/eval_finetune. What is in results.jsonl is not measured again, so a command that was stopped
+continues. On emoji, with two cores of an Intel Xeon, the first run takes six minutes with all that
+stands beside it, another one three; cpc's network, which sees 25 patches of an image, and mae's, a
+transformer, take about ten times as long. --draws 1 or fewer --steps make it quicker.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with
@@ -46,6 +46,8 @@ Differs from the papers. (This file | SimCLR, SwAV.)
        for 10 % (SimCLR).
     3. The rates fall by a cosine | times 0.2 after 12 and 16 of 20 epochs (SwAV).
     4. Three draws of the labelled images | one published list.
+    5. Crops of at least a fifth of the image | of at least 0.08 of it (SwAV).
+    6. The network after the last step | after the epoch that is best on the test images (SwAV).
 """
 
 import copy
@@ -172,21 +174,24 @@ def fine_tune(candidate, split, classes, draw, device, args):
             bar.update()
 
     bar.close()
+    loader.reader.stream = None  # of files: ends the processes that decode them
     if not loss.isfinite():
         fail(f"{candidate.name}: the loss is {loss.item()}: choose lower learning rates")
     return model, loss.item()
 
 
 @functools.lru_cache(maxsize=1)  # all parts of the labels, and the draws of a run, share them
-def frozen_features(network, data, *how):
-    """features() of the bank and of the test images. how: size, device, workers."""
-    network.to(how[1], memory_format=torch.channels_last)  # as in training
+def frozen_features(network, data, size, device, workers):
+    """features() of the bank and of the test images."""
+    network.to(device, memory_format=torch.channels_last)  # as in training
+    how = size, device, workers
     return [features(network, split, *how) for split in (data.bank, data.test)]
 
 
-@functools.cache  # with all labels the draws have this in common
+@functools.lru_cache(maxsize=len(PARTS))  # with all labels the draws have this in common
 def frozen_accuracy(network, data, part, draw, *how):
-    """Accuracy of the linear probe of frozen features, which sees one part of the labels."""
+    """Accuracy of the linear probe of frozen features, which sees one part of the labels. how:
+    size, device, workers."""
     (bank, bank_readable), (test, readable) = frozen_features(network, data, *how)
     index = labelled_part(data.bank.labels, part, draw).to(bank.device)
     index = only(index, bank_readable[index])
@@ -207,11 +212,11 @@ def measure(candidate, data, part, draw, device, args):
     if len(index) < 2:
         fail(f"{part:.0%} of the labels is one image: at least two are needed")
     how = candidate.size, device, args.workers
-    first = 0 if part == 1 else draw  # the first draw with these labels
+    first = 0 if part == 1 else draw  # with all labels the draws do not differ
     frozen = frozen_accuracy(candidate.network, data, part, first, *how)
     result = {"labels": len(index), "frozen": frozen, "tuned": None}
 
-    if "arch" in candidate.about:
+    if "arch" in candidate.about:  # a network, trained or not
         labels = data.bank.labels[index].to(device)
         split = Split(data.bank.images.part(index), labels)
         classes = int(data.bank.labels.max()) + 1
@@ -331,9 +336,8 @@ def main(argv=None):
 
     settings = {name: getattr(args, name) for name in ("steps", "batch", "lr_head", "crop")}
     runs = [candidate for candidate in found if is_trained(candidate)]
-    owners = {}  # (an untrained network, its data): a run that began as this network
-    for run in runs:
-        owners[baselines(run, args.seed)[1].name, run.data] = run
+    scratch = {run.name: baselines(run, args.seed)[1].name for run in runs}
+    owners = {(scratch[run.name], run.data): run for run in runs}  # a run of that architecture
     summaries = {name: {} for name in sets}
     for candidate in with_kmeans(found, sets, args, device):
         data = sets[candidate.data]
@@ -341,7 +345,7 @@ def main(argv=None):
         settings["lr_trunk"] = args.lr_trunk if is_trained(candidate) else args.lr_scratch
         lines = {}
         for draw in range(args.draws):
-            if owner:
+            if owner:  # from scratch: each draw has its own initial weights
                 candidate = baselines(owner, args.seed + draw)[1]
             for part in PARTS:
                 lines[part, draw] = results.measure(
@@ -357,10 +361,9 @@ def main(argv=None):
 
     folder = results.folder
     for name, measured in summaries.items():
-        own = [run for run in runs if run.data == name]
-        scratch = {run.name: baselines(run, args.seed)[1].name for run in own}
+        own = {run.name: scratch[run.name] for run in runs if run.data == name}
         ending = f"-{Path(name).name}.png" if len(summaries) > 1 else ".png"
-        draw_curves(folder / f"finetune{ending}", measured, scratch, args.draws)
+        draw_curves(folder / f"finetune{ending}", measured, own, args.draws)
         print0(f"\n{name}\n{table(measured)}")
     print0("")
     print_files(folder)
