@@ -486,7 +486,7 @@ def tuned_words(rows):
             better = sum(step > error for step, error in over)
             more = sum(step > error for step, error in gains.values())
             less = sum(step < -error for step, error in gains.values())
-            step, error = difference(*(mean_by_draw(tuned, names) for names in zip(*pairs.items())))
+            step, error = over_scratch(tuned, pairs)
             text += (
                 f" pretrained networks are better than the same networks from scratch by "
                 f"{step:.1f} ± {error:.1f} points on average, {better} of {len(pairs)} by more "
@@ -526,6 +526,12 @@ def mean_by_draw(found, names):
     {network: {draw: accuracy}}"""
     common = set.intersection(*(set(found[name]) for name in names))
     return {draw: statistics.mean(found[name][draw] for name in names) for draw in sorted(common)}
+
+
+def over_scratch(tuned, pairs):
+    """By how much networks are better after fine-tuning than from scratch, on average: see
+    difference(). pairs: {network: the same one untrained}"""
+    return difference(mean_by_draw(tuned, pairs), mean_by_draw(tuned, pairs.values()))
 
 
 def best_on_scenes(networks, measured, path, form, lowest):
