@@ -19,7 +19,7 @@ a(c, s): the same probe's with corruption c at strength s = 1, 2, 3; C = 8 corru
 
 0 means that nothing is lost, below 0 that the corruptions help. 100 would be no right answer at
 all. Who always answers the most frequent class still has its share of the test images, on emoji
-20.6 %, so of an accuracy of 51 to 62 % this loses only 59 to 67. And a network of low accuracy has
+20.6 %, so of an accuracy of 50 to 62 % this loses only 59 to 67. And a network of low accuracy has
 little to lose: look at the mean of all a(c, s), the mean corrupted accuracy, too. Random numbers of
 a corruption are drawn from --seed and the number of the image, so all strengths and networks meet
 the same. A "-" in a table stands for a number that is not defined.
