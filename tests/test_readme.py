@@ -345,7 +345,7 @@ def test_sentences_about_depth(report, measured, section):
 
 def test_the_six_sentences_on_the_evaluations(report, measured):
     """README.md: what the networks lose from their best stage to the last, untrained ones too; what
-    fine-tuning gains over scratch and over frozen features; clusters, predictors, k-means."""
+    fine-tuning gains over scratch and over frozen features; scenes, predictors, clusters."""
     evaluations = report.evaluations
     text = " ".join(README[README.index("## Evaluate") : README.index("## Read a file")].split())
     networks = measured["features"]
@@ -404,6 +404,22 @@ def test_the_six_sentences_on_the_evaluations(report, measured):
     clear = [f"the {name} ({lines[name][2]}; {lines[name][3]})" for name in clear]
     assert f"only {' and '.join(clear)}." in text
     assert f"say nothing about {count} different methods" in text
+
+    rows = evaluations.read_rows()
+    networks = {
+        task: evaluations.collect(evaluations.rows_of(task, rows, report.FAMILIES["Video"]))
+        for task in evaluations.SCENES
+    }
+    counts = []
+    for mode in ("frozen", "fine-tuned"):
+        for task in ("segmentation", "detection"):
+            pairs = evaluations.on_scenes(networks[task], task, mode)
+            counts.append(f"{sum(a > b for a, b in pairs.values())} of {len(pairs)}")
+    words = f"Frozen, {counts[0]} networks segment and {counts[1]} detect better than the same "
+    words += f"networks untrained; with all weights trained, {counts[2]} segment and {counts[3]} "
+    assert f"{words}detect better than from scratch" in text
+    (words,) = re.findall(r"But for .* every frozen network\.", text)
+    assert words in " ".join(" ".join(evaluations.scene_words(networks)).split())
 
 
 def test_captions_of_the_evaluations(report, measured):
@@ -752,6 +768,29 @@ def test_a_predictor_stands_beside_the_accuracy_of_the_same_weights(report):
     assert beside(protocols, "smoothness", "lipschitz") == []
 
 
+def test_what_a_seed_changes(report):
+    """By hand: with means 2, 6 and 10, and 1 above and below, the mean squares are 2 x 32 / 2 = 32
+    between methods and 2 within, and the variance of the methods is (32 - 2) / 2 = 15."""
+    evaluations = report.evaluations
+    rows = []
+    for method, mean in (("byol", 2.0), ("swav", 6.0), ("nat", 10.0)):
+        for seed, step in enumerate((-1, 1)):
+            rows.append(row_of(method, "features", {"linear": mean + step}, seed))
+    rows.append(row_of("dino", "features", {"linear": 90.0}))  # one run says nothing here
+    networks = {name: evaluations.collect(rows) for name in evaluations.TABLES}
+
+    heads, lines = evaluations.repeatability(networks)
+    by_name = {line[0]: dict(zip(heads, line)) for line in lines}
+    assert list(by_name) == ["linear probe", "linear, fashion"]
+    found = by_name["linear probe"]
+    assert (found["over seeds"], found["between methods"]) == ("1.4", "3.9")
+    assert found["reliability"] == f"{15 / 17:.2f}" and (found["methods"], found["runs"]) == (3, 6)
+    # F = 16; quantiles of F with 2 and 3 degrees of freedom: 16.04 (97.5 %) and 1 / 39.17 (2.5 %).
+    low, high = 16 / 16.04, 16 * 39.17
+    ends = [(ratio - 1) / (ratio + 1) for ratio in (low, high)]
+    assert found["interval"] == f"{ends[0]:.2f} to {ends[1]:.2f}"
+
+
 def test_a_predictor_that_was_not_measured_says_so(report):
     evaluations = report.evaluations
     rows = []
@@ -796,21 +835,27 @@ def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
         row_of(None, "normals, constant", {"object_angle": 60.0}, network="no network"),
         row_of(None, "normals, frozen", {"object_angle": 40.0}, network=start),
         row_of(None, "normals, fine-tuned", {"object_angle": 35.0}, network=start),
-        row_of("byol", "normals, frozen", {"object_angle": 31.0, "object_11.25": 7.5}, size=96),
-        row_of("nat", "normals, frozen", {"object_angle": 33.0}, size=96),
+        row_of("byol", "normals, frozen", {"object_angle": 26.0, "object_11.25": 7.5}, size=96),
+        row_of("nat", "normals, frozen", {"object_angle": 41.0}, size=96),
         row_of("byol", "normals, fine-tuned", {"object_angle": 25.0}, size=96),
     ]
-    found = blocks([row | {"data": "solids"} for row in rows])
+    rows = [row | {"data": "solids"} for row in rows]
+    better = rows[0] | {"result": {"object_angle": 20.0}}  # than every frozen network
+    found = blocks(rows)
     assert found["eval_normals"][2] == "| no network | 60.0 |  |  |  |  |  |  |  |  |  |  |  |"
     line = found["eval_normals"][4]
-    assert line.startswith("| **byol**, 96 px | 31.0 |  | 7.5 |  |  |  | 25.0 |")
+    assert line.startswith("| **byol**, 96 px | 26.0 |  | 7.5 |  |  |  | 25.0 |")
     assert found["eval_depth"] == ["Not run."]
+    task = "| normals, mean angle on objects | "
+    assert found["eval_scenes"][2:] == [
+        f"{task}frozen | 60.0 | 40.0 | 33.5 | 1 of 2 | 26.0, byol |",
+        f"{task}fine-tuned |  | 35.0 | 25.0 | 1 of 1 | 25.0, byol |",
+    ]
     text = " ".join(line.strip() for line in found["scenes"])
-    assert "(the best of 2 trained networks; " in text
-    assert text.endswith(
-        "Normals, mean angle on objects: frozen 31.0 by byol (40.0; no network 60.0), "
-        "fine-tuned 25.0 (35.0)."
-    )
+    assert "networks untrained in 1 of 1 tasks; " in text
+    assert "better than from scratch in 1 of 1. For the numbers" in text
+    text = " ".join(line.strip() for line in blocks([better, *rows[1:]])["scenes"])
+    assert "But for normals one answer for all pixels or boxes is better than" in text
 
     raw = row_of(None, "linear probe of pixels", {"linear": 51.0}, network=RAW)
     assert blocks([raw])["eval_layers_vit"] == ["Not run."]
@@ -858,37 +903,42 @@ def fine_tuning(values, draws):
     return rows
 
 
-def test_the_sentence_about_fine_tuning(report):
+def test_the_sentence_about_fine_tuning_and_its_table(report):
     evaluations = report.evaluations
     assert evaluations.tuned_words([]) == ["- **Fine-tuning.** Not run."]
+    assert evaluations.gain_table([])[1] == []
     values = {None: (30.0, 40.0), "byol": (45.0, 41.0), "swav": (36.0, 38.0)}
 
     def text(rows):
         return " ".join(line.strip() for line in evaluations.tuned_words(rows))
 
     # The draws differ by a constant: all differences between networks are exact.
-    three = text(fine_tuning(values, 3))
-    assert three.startswith("- **Fine-tuning** (3 draws of the labels, for 2 of the networks; ± is")
-    words = "better than the same networks from scratch by -0.5 ± 0.0 points on average, 1 of 2 by"
-    assert f"With 1 % of the labels pretrained networks are {words} more" in three
-    assert "better than a linear probe of the frozen features for 1 of them, worse for 1;" in three
-    assert "the best is byol, 42.0 (from scratch 41.0, frozen 46.0), the best frozen" in three
-    assert "frozen byol, 46.0; fine-tuned minus" in three
-    assert "largest for swav, +2.0 ± 0.0. With 10 %" in three and "all labels" not in three
-
-    # One draw that contradicts the others: no network is better for certain.
     rows = fine_tuning(values, 3)
+    words = "- **Fine-tuning** (3 draws of the labels, for 2 of the networks; "
+    assert text(rows).startswith(words)
+    words = "on average: -0.5 ± 0.0 with 1 % of the labels; -0.5 ± 0.0 with 10 % of the labels. For"
+    assert words in text(rows)
+    heads, (one_percent, ten_percent) = evaluations.gain_table(rows)
+    best = ["42.0, byol", "46.0, byol"]
+    expected = ["-0.5 ± 0.0", "1, 1 of 2", "-1.0 ± 0.0", "1, 1 of 2", *best]
+    assert one_percent == ["1 %", *expected] and ten_percent == ["10 %", *expected]
+    assert len(heads) == len(one_percent)
+
+    # One draw in which the network from scratch is better: no network is better for certain.
     rows[0]["result"]["tuned"] += 5
-    assert "0 of 2 by more than their own uncertainty" in text(rows).partition("With 10 %")[0]
-    # A network with one draw does not stand in the sentence, if others have three.
-    several = fine_tuning({None: (30.0, 40.0), "byol": (45.0, 41.0)}, 3)
-    both = text([*several, *fine_tuning({"swav": (36.0, 90.0)}, 1)])
-    assert "for 1 of the networks" in both and "swav" not in both
-    one = text(fine_tuning(values, 1))
-    words = "(1 draw of the labels: too few to say what is better). With 1 % of the labels 1 of 2"
-    words += " networks are better fine-tuned than frozen; the best is byol, 41.0"
-    assert f"- **Fine-tuning** {words}" in one and "pretrained" not in one
-    assert "largest for swav, +2.0." in one
+    step, error = -0.5 - 5 / 3, 4.303 * 5 / 3
+    line = evaluations.gain_table(rows)[1][0]
+    assert line[1:3] == [f"{step:+.1f} ± {error:.1f}", "0, 0 of 2"]
+    # A network with one draw is left out, if others have three.
+    rows = fine_tuning({None: (30.0, 40.0), "byol": (45.0, 41.0)}, 3)
+    rows += fine_tuning({"swav": (36.0, 90.0)}, 1)
+    assert "for 1 of the networks" in text(rows)
+    assert evaluations.gain_table(rows)[1][0] == [
+        "1 %", "+1.0 ± 0.0", "1, 0 of 1", "-4.0 ± 0.0", "0, 1 of 1", *best,
+    ]  # fmt: skip
+    one = fine_tuning(values, 1)
+    assert text(one) == "- **Fine-tuning.** 1 draw of the labels: too few to say what is better."
+    assert evaluations.gain_table(one)[1] == []
 
 
 def test_the_uncertainty_of_a_difference(report):

@@ -135,6 +135,7 @@ TABLES = {
     },
 }  # fmt: skip
 SCENES = ("segmentation", "normals", "depth", "keypoints", "detection")
+ERRORS = ("normals", "depth")  # less is better
 SCENE_START = "untrained resnet14 made for 32, 96 px"
 DATA = {  # table: the data sets of its rows, where that is not emoji
     "fashion": ("fashion",),
@@ -164,6 +165,30 @@ PREDICTORS = {  # what may tell good features -> where it is
     "correlation of columns": ("spectrum", "correlation"),
     "Lipschitz number": ("smoothness", "lipschitz"),
     "mean relative loss": ("robustness", "relative_loss"),
+}
+REPEATED = {  # the measures whose deviation over seeds is told -> table, place, format
+    "kNN": ("features", "features", "knn20", ".1f"),
+    "linear probe": ("features", "features", "linear", ".1f"),
+    "SVM, mAP": ("features", "svm", "svm", ".1f"),
+    "1 % of the labels, C = 1": ("features", "few", "1 %/accuracies", ".1f"),
+    "10 % of the labels, C = 1": ("features", "few", "10 %/accuracies", ".1f"),
+    "linear, fashion": ("fashion", "features", "linear", ".1f"),
+    "cluster accuracy": ("features", "clusters", "accuracy", ".1f"),
+    "artist without labels": ("features", "robustness", "artist_new/mean", ".1f"),
+    "mean relative loss": ("features", "robustness", "relative_loss", ".1f"),
+    "segmentation, frozen": ("segmentation", "segmentation, frozen", "miou", ".1f"),
+    "segmentation, fine-tuned": ("segmentation", "segmentation, fine-tuned", "miou", ".1f"),
+    "normals, frozen": ("normals", "normals, frozen", "object_angle", ".1f"),
+    "depth, frozen": ("depth", "depth, frozen", "rmse", ".2f"),
+    "keypoints, frozen": ("keypoints", "keypoints, frozen", "pck_0.1", ".1f"),
+    "detection AP, frozen": ("detection", "detection, frozen", "ap", ".1f"),
+    "detection AP, fine-tuned": ("detection", "detection, fine-tuned", "ap", ".1f"),
+    "RankMe": ("features", "spectrum", "rankme", ".0f"),
+    "exponent of the spectrum": ("features", "spectrum", "exponent", ".2f"),
+    "TwoNN dimension": ("features", "spectrum", "twonn", ".1f"),
+    "LiDAR": ("features", "lidar", "lidar", ".0f"),
+    "alignment": ("features", "spectrum", "alignment", ".2f"),
+    "uniformity": ("features", "spectrum", "uniformity", ".2f"),
 }
 WITH_LABELS = {"kNN accuracy", "cluster accuracy", "mean relative loss"}  # these need labels
 
@@ -371,6 +396,50 @@ def predictors(networks):
     return lines
 
 
+def repeatability(networks):
+    """How far the runs of a method with other seeds differ, and how far the methods: the deviation
+    over seeds, pooled over the methods; that of the methods, without what the seeds add; and the
+    reliability, ICC(1) of Shrout and Fleiss 1979, the share of the second in the variance of single
+    runs, with its 95 % interval, which is exact if all methods have the same number of runs. Of
+    methods at their defaults with two runs or more. networks: {table: those that were measured}"""
+    from scipy.stats import f
+
+    lines = []
+    for name, (block, measured, path, form) in REPEATED.items():
+        groups = []
+        for network, protocols in networks[block].items():
+            found = numbers(protocols.get(measured, {}), path)
+            if network.startswith("**") and "`" not in network and len(found) > 1:
+                groups.append(found)
+        if len(groups) < 3:
+            continue
+        runs = [number for group in groups for number in group]
+        free = len(groups) - 1, len(runs) - len(groups)  # degrees of freedom
+        of_all = statistics.mean(runs)
+        means = [statistics.mean(group) for group in groups]
+        within = sum((x - m) ** 2 for group, m in zip(groups, means) for x in group) / free[1]
+        between = sum(len(g) * (m - of_all) ** 2 for g, m in zip(groups, means)) / free[0]
+        each = (len(runs) - sum(len(g) ** 2 for g in groups) / len(runs)) / free[0]  # runs
+
+        def reliability(ratio):
+            return (ratio - 1) / (ratio - 1 + each)
+
+        ratio = between / within
+        ends = [reliability(ratio / f.ppf(q, *free)) for q in (0.975, 0.025)]
+        methods = math.sqrt(max(0, between - within) / each)
+        lines.append([
+            name,
+            f"{math.sqrt(within):{form}}",
+            f"{methods:{form}}",
+            f"{reliability(ratio):.2f}",
+            f"{ends[0]:.2f} to {ends[1]:.2f}",
+            len(groups),
+            len(runs),
+        ])  # fmt: skip
+    heads = ["measure", "over seeds", "between methods", "reliability", "interval", "methods"]
+    return [*heads, "runs"], lines
+
+
 def multitask(networks):
     """The sets of tasks of multitask, in the order of the paper."""
     columns = {name: TABLES["video"][name] for name in ("category", "motion", "J")}
@@ -450,14 +519,13 @@ def difference(a, b):
     return statistics.mean(steps), t.ppf(0.975, len(steps) - 1) * error
 
 
-def tuned_words(rows):
-    """For each share of the labels: how many networks are better by more than the uncertainty after
-    fine-tuning than the same one from scratch, and than a linear probe of their frozen features,
-    and by how much on average; the best network, and the one that gains most over its frozen
-    features. If some networks have three draws or more, of these alone."""
+def tuned_pairs(rows):
+    """{share of the labels: ({network: {draw: tuned}}, {network: {draw: frozen}}, {network: the
+    same one untrained})} of fine-tuning, and how many draws all the networks have. If some networks
+    have three draws or more, these alone."""
     networks = collect(rows)
     starts = {plain_name(row): start_of(row, networks) for row in rows if "method" in row}
-    found = {}  # share: ({network: {draw: tuned}}, {network: {draw: frozen}}, {network: its start})
+    found = {}
     counts = {}  # network: draws with all shares of the labels
     for share, part in SHARES.items():
         tuned, frozen = by_draw(rows, part, "tuned"), by_draw(rows, part, "frozen")
@@ -467,58 +535,70 @@ def tuned_words(rows):
             counts[name] = min(common, counts.get(name, common))
             if common == 0:
                 del pairs[name]
-        if pairs:
-            found[share] = tuned, frozen, pairs
-    if not found:
-        return ["- **Fine-tuning.** Not run."]
+        found[share] = tuned, frozen, pairs
 
     repeated = [name for name, count in counts.items() if count > 2]
-    words = []
-    for share, (tuned, frozen, pairs) in found.items():
-        if repeated:
-            pairs = {name: start for name, start in pairs.items() if name in repeated}
-            if not pairs:
-                continue
-        text = "With all labels" if share == "all" else f"With {share} of the labels"
-        gains = {name: difference(tuned[name], frozen[name]) for name in pairs}
-        if repeated:
-            over = [difference(tuned[name], tuned[start]) for name, start in pairs.items()]
-            better = sum(step > error for step, error in over)
-            more = sum(step > error for step, error in gains.values())
-            less = sum(step < -error for step, error in gains.values())
-            step, error = over_scratch(tuned, pairs)
-            text += (
-                f" pretrained networks are better than the same networks from scratch by "
-                f"{step:.1f} ± {error:.1f} points on average, {better} of {len(pairs)} by more "
-                f"than their own uncertainty; fine-tuning is better than a linear probe of the "
-                f"frozen features for {more} of them, worse for {less};"
-            )
-        else:
-            more = sum(step > 0 for step, _ in gains.values())
-            text += f" {more} of {len(pairs)} networks are better fine-tuned than frozen;"
-        best = max(pairs, key=lambda name: statistics.mean(tuned[name].values()))
-        best_frozen = max(pairs, key=lambda name: statistics.mean(frozen[name].values()))
-        highest = statistics.mean(frozen[best_frozen].values())
-        numbers = [tuned[best], tuned[pairs[best]], frozen[best]]
-        numbers = [f"{statistics.mean(drawn.values()):.1f}" for drawn in numbers]
-        most = max(gains, key=lambda name: gains[name][0])
-        gain, error = gains[most]
-        gain = f"{gain:+.1f}" + (f" ± {error:.1f}" if error < math.inf else "")
-        words.append(
-            f"{text} the best is {best.strip('*')}, {numbers[0]} (from scratch {numbers[1]}, "
-            f"frozen {numbers[2]}), the best frozen {best_frozen.strip('*')}, {highest:.1f}; "
-            f"fine-tuned minus frozen is largest for {most.strip('*')}, {gain}."
-        )
-
     if repeated:
-        draws = min(counts[name] for name in repeated)
-        count = f"{draws} draws of the labels, for {len(repeated)} of the networks"
-        count += "; ± is half of a 95 % interval over the draws"
-    else:
-        draws = min(counts.values())
-        count = f"{draws} draw{'s' * (draws > 1)} of the labels: too few to say what is better"
-    text = f"- **Fine-tuning** ({count}). {' '.join(words)}"
+        for tuned, frozen, pairs in found.values():
+            for name in pairs.keys() - set(repeated):
+                del pairs[name]
+    found = {share: numbers for share, numbers in found.items() if numbers[2]}
+    return found, min((counts[name] for name in repeated or counts), default=0)
+
+
+def tuned_words(rows):
+    """By how much networks are better after fine-tuning than the same ones from scratch, for each
+    share of the labels."""
+    found, draws = tuned_pairs(rows)
+    if not found:
+        return ["- **Fine-tuning.** Not run."]
+    count = max(len(pairs) for _, _, pairs in found.values())
+    if draws < 3:
+        text = f"- **Fine-tuning.** {draws} draw{'s' * (draws > 1)} of the labels: too few to say "
+        return textwrap.wrap(f"{text}what is better.", 100, subsequent_indent="  ")
+    steps = {share: over_scratch(tuned, pairs) for share, (tuned, _, pairs) in found.items()}
+    words = [
+        f"{step:.1f} ± {error:.1f} with {'all' if share == 'all' else f'{share} of the labels'}"
+        for share, (step, error) in steps.items()
+    ]
+    text = (
+        f"- **Fine-tuning** ({draws} draws of the labels, for {count} of the networks; 95 % "
+        "intervals over the draws). By so many points pretrained networks are better than the same "
+        f"networks from scratch, on average: {'; '.join(words)}. For how many this is certain, and "
+        "which are the best, see [Fine-tuning](#fine-tuning)."
+    )
     return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def gain_table(rows):
+    """For each share of the labels: by how much networks are better after fine-tuning than the same
+    one from scratch, and than a linear probe of their frozen features, and how many by more than
+    their own uncertainty; the best network of each kind."""
+    found, draws = tuned_pairs(rows)
+    lines = []
+    for share, (tuned, frozen, pairs) in found.items():
+        if draws < 3:
+            continue
+        over = [difference(tuned[name], tuned[start]) for name, start in pairs.items()]
+        gains = [difference(tuned[name], frozen[name]) for name in pairs]
+        step, error = over_scratch(tuned, pairs)
+        line = [share, f"{step:+.1f} ± {error:.1f}", certain(over)]
+        step, error = difference(mean_by_draw(tuned, pairs), mean_by_draw(frozen, pairs))
+        line += [f"{step:+.1f} ± {error:.1f}", certain(gains)]
+        for kind in (tuned, frozen):
+            means = {name: statistics.mean(kind[name].values()) for name in pairs}
+            best = max(means, key=means.get)
+            line.append(f"{means[best]:.1f}, {best.strip('*')}")
+        lines.append(line)
+    heads = ["labels", "over scratch", "better, worse", "over frozen", "better, worse"]
+    return [*heads, "best fine-tuned", "best frozen"], lines
+
+
+def certain(steps):
+    """How many differences exceed their own uncertainty, upwards and downwards: "4, 0 of 9"."""
+    better = sum(step > error for step, error in steps)
+    worse = sum(step < -error for step, error in steps)
+    return f"{better}, {worse} of {len(steps)}"
 
 
 def mean_by_draw(found, names):
@@ -534,52 +614,90 @@ def over_scratch(tuned, pairs):
     return difference(mean_by_draw(tuned, pairs), mean_by_draw(tuned, pairs.values()))
 
 
-def best_on_scenes(networks, measured, path, form, lowest):
-    """"18.6 by byol (15.7; no network 9.0)": the best trained network, and in brackets the
-    untrained one, and the constant answer if there is one; without a name if only one was trained;
-    None if nothing was measured. lowest: whether the measure is an error."""
-    found = {name: mean(networks, name, measured, path) for name in networks}
-    trained = [name for name in found if name.startswith("**") and found[name] is not None]
-    if not trained or found.get(SCENE_START) is None:
-        return None
-    best = (min if lowest else max)(trained, key=found.get)
-    by = f" by {scene_name(best)}" if len(trained) > 1 else ""
-    beside = f"{found[SCENE_START]:{form}}"
-    if found.get("no network") is not None:
-        beside += f"; no network {found['no network']:{form}}"
-    return f"{found[best]:{form}}{by} ({beside})"
+def on_scenes(networks, task, how):
+    """The first measure of a task on rendered scenes of every network at its defaults and of the
+    same one untrained: {network: (trained, untrained)}. how: "frozen" or "fine-tuned"."""
+    measured, path, _ = list(TABLES[task].values())[0]
+    measured = measured.replace("frozen", how)
+    found = {}
+    for name in networks:
+        if not name.startswith("**") or "`" in name:
+            continue
+        method = name.split("**")[1]
+        own = [start for start in networks if re.search(rf" of {method}\b", start)]
+        places = name, (own or [SCENE_START])[0]
+        pair = tuple(mean(networks, place, measured, path) for place in places)
+        if None not in pair:
+            found[method] = pair
+    return found
 
 
-def scene_name(network):
-    """The name of a trained network in a sentence on the rendered scenes, which have 96 pixels."""
-    return network.replace("**", "").removesuffix(", 96 px")
+def scene_table(networks):
+    """Each task on rendered scenes, frozen and fine-tuned: the mean of the trained networks beside
+    that of the same networks untrained, how many are better, and the best. networks: {task: those
+    that were measured}"""
+    lines = []
+    for task in SCENES:
+        heading, (measured, path, form) = list(TABLES[task].items())[0]
+        sign = -1 if task in ERRORS else 1
+        for how in ("frozen", "fine-tuned"):
+            pairs = on_scenes(networks[task], task, how)
+            if not pairs:
+                continue
+            trained, untrained = map(statistics.mean, zip(*pairs.values()))
+            better = sum(sign * (a - b) > 0 for a, b in pairs.values())
+            best = max(pairs, key=lambda name: sign * pairs[name][0])
+            constant = None
+            if how == "frozen":
+                constant = mean(networks[task], "no network", measured, path)
+            lines.append([
+                f"{task}, {heading}",
+                how,
+                "" if constant is None else f"{constant:{form}}",
+                f"{untrained:{form}}",
+                f"{trained:{form}}",
+                f"{better} of {len(pairs)}",
+                f"{pairs[best][0]:{form}}, {best}",
+            ])  # fmt: skip
+    heads = ["task", "network", "none", "untrained", "trained", "better", "best"]
+    return heads, lines
 
 
 def scene_words(networks):
-    """The first measure of each task on rendered scenes, frozen and fine-tuned, of the best network
-    beside the untrained one. networks: {task: those that were measured}"""
-    words = []
+    """In how many tasks on rendered scenes trained networks are better, on average, than the same
+    networks untrained; and where one answer for all pixels is better than every frozen one."""
+    better = {"frozen": [], "fine-tuned": []}
+    constant = []  # tasks
+    tasks = []
     for task in SCENES:
-        heading, (measured, path, form) = list(TABLES[task].items())[0]
-        lowest = task in ("normals", "depth")  # their measures are errors
-        parts = []
-        for how in ("frozen", "fine-tuned"):
-            protocol = measured.replace("frozen", how)
-            best = best_on_scenes(networks[task], protocol, path, form, lowest)
-            if best:
-                parts.append(f"{how} {best}")
-        if parts:
-            words.append(f"{task.capitalize()}, {heading}: {', '.join(parts)}.")
-    if not words:
+        measured, path, _ = list(TABLES[task].values())[0]
+        sign = -1 if task in ERRORS else 1
+        for how, names in better.items():
+            pairs = on_scenes(networks[task], task, how)
+            if pairs:
+                tasks.append(task)
+                trained, untrained = map(statistics.mean, zip(*pairs.values()))
+                names += [task] * (sign * (trained - untrained) > 0)
+        pairs = on_scenes(networks[task], task, "frozen")
+        answer = mean(networks[task], "no network", measured, path)
+        if pairs and answer is not None:
+            best = max(sign * trained for trained, _ in pairs.values())
+            constant += [task] * (sign * answer > best)
+    if not tasks:
         return ["- **Dense tasks and detection.** Not run."]
-    trained = {name for task in SCENES for name in networks[task] if name.startswith("**")}
-    which = f"the best of {len(trained)} trained networks"
-    if len(trained) == 1:
-        which = f"so far only of {scene_name(*trained)}"
+    count = len(set(tasks))
     text = (
-        f"- **Dense tasks and detection** ({which}; in brackets the untrained one, which is "
-        f"trained from scratch where others are fine-tuned). {' '.join(words)}"
+        "- **Dense tasks and detection.** Frozen, the mean of all methods is better than that of "
+        f"the same networks untrained in {len(better['frozen'])} of {count} tasks; with all "
+        f"weights trained it is better than from scratch in {len(better['fine-tuned'])} of "
+        f"{count}. "
     )
+    if constant:
+        text += (
+            f"But for {' and '.join(constant)} one answer for all pixels or boxes is better than "
+            "every frozen network. "
+        )
+    text += "For the numbers see [Dense tasks](#dense-tasks-and-detection)."
     return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
@@ -622,6 +740,9 @@ def blocks(markdown, videos):
     heads = ["measure", "needs labels", "rank correlation with linear accuracy", "interval"]
     tables["predictors"] = [*heads, "methods"], predictors(networks["features"])
     tables["multitask"] = multitask(networks["video"])
+    tables["gains"] = gain_table(rows_of("finetune", rows, videos))
+    tables["scenes"] = scene_table(networks)
+    tables["seeds"] = repeatability(networks)
 
     found = {}
     for name, (heads, lines) in tables.items():
