@@ -19,10 +19,11 @@ T steps, counted by t from 0. The loss is the cross-entropy, and both learning r
 lr(0) is larger for the head, which starts near 0, than for a trained trunk. The labelled images
 have the proportions of the classes in the whole set, with at least one per class. The subsets of a
 draw are nested: those of 1 % are among those of 10 %. The number of a draw is the seed of
-everything in it: labelled images, head, order, crops and flips. From scratch, draw k = 0, 1, ...
-has the initial weights of seed --seed + k; a trained network is the same run in all draws, so its
-deviation over draws lacks that of the training before. In training, batch-norm uses the statistics
-of the batch. Accuracies are in percent, on plain test images, which choose nothing.
+everything in it: labelled images, head, order, crops and flips, and from scratch the initial
+weights. The first is --seed, by default 0. A trained network is the same run in all draws, so its
+deviation over draws lacks that of the training before; that of several runs has it if each has a
+draw of its own: --seed 1 --draws 1 for a run with seed 1. In training, batch-norm uses the
+statistics of the batch. Accuracies are in percent, on plain test images, which choose nothing.
 
 Limits. The trunk's rates were chosen on SimCLR's network and on one from scratch, with half of the
 steps (see SETTINGS), so they favour SimCLR and ResNets. With all labels of emoji 300 steps are 7.6
@@ -118,7 +119,7 @@ def parameter_groups(model, lr_trunk, lr_head):
 
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
-    "seed": (0, "seed of the k-means features and, plus the draw, of the network from scratch"),
+    "seed": (0, "the first draw, and seed of the k-means features"),
     "data": ("", "data set or folder of images; if not given, that of the training"),
     "size": (0, "side of the images, pixels; 0: that of the training", "[0, inf)"),
     "steps": (300, "steps of every fine-tuning", "[1, inf)"),
@@ -207,12 +208,12 @@ def frozen_accuracy(network, data, part, draw, *how):
 def measure(candidate, data, part, draw, device, args):
     """What a line of results.jsonl holds: accuracies with the labels of one draw. tuned is None
     for raw pixels and k-means features, which are no networks."""
-    print0(f"  draw {draw + 1} of {args.draws}, {part:.0%} of the labels")
+    print0(f"  draw {draw - args.seed + 1} of {args.draws}, {part:.0%} of the labels")
     index = labelled_part(data.bank.labels, part, draw)
     if len(index) < 2:
         fail(f"{part:.0%} of the labels is one image: at least two are needed")
     how = candidate.size, device, args.workers
-    first = 0 if part == 1 else draw  # with all labels the draws do not differ
+    first = args.seed if part == 1 else draw  # with all labels the draws do not differ
     frozen = frozen_accuracy(candidate.network, data, part, first, *how)
     result = {"labels": len(index), "frozen": frozen, "tuned": None}
 
@@ -344,9 +345,9 @@ def main(argv=None):
         owner = owners.get((candidate.name, candidate.data))
         settings["lr_trunk"] = args.lr_trunk if is_trained(candidate) else args.lr_scratch
         lines = {}
-        for draw in range(args.draws):
+        for draw in range(args.seed, args.seed + args.draws):
             if owner:  # from scratch: each draw has its own initial weights
-                candidate = baselines(owner, args.seed + draw)[1]
+                candidate = baselines(owner, draw)[1]
             for part in PARTS:
                 lines[part, draw] = results.measure(
                     "fine-tuning",

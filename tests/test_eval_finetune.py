@@ -385,6 +385,21 @@ def test_one_baseline_for_all_runs_and_the_picture(tmp_path):
     assert "51.0 ± 1.0" in found.out and found.out.splitlines()[-1].endswith("results.jsonl")
 
 
+def test_the_seed_is_the_first_draw(tmp_path):
+    """--seed 1 --draws 2 are draws 1 and 2 of the three: what is known is not measured again."""
+    write_run(tmp_path / "a", seed=1)
+    flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    patches = {"draw_curves": lambda *_: None}
+    later = quick()
+    found = run_script(*flags, "--seed", 1, "--draws", 2, measure=later, **patches)
+    assert [draw for _, _, draw in later.calls] == [1, 1, 1, 2, 2, 2] * 3
+    untrained = [row["seed"] for row in found.rows if row["network"].startswith("untrained")]
+    assert untrained == [1, 1, 1, 2, 2, 2]
+    rest = quick()
+    run_script(*flags, measure=rest, **patches)
+    assert {draw for _, _, draw in rest.calls} == {0}
+
+
 def test_continues_after_a_kill(tmp_path):
     write_run(tmp_path / "a")
     flags = [tmp_path / "a", "--out", tmp_path / "out", "--draws", 2]
