@@ -20,10 +20,9 @@ lr(0) is larger for the head, which starts near 0, than for a trained trunk. The
 have the proportions of the classes in the whole set, with at least one per class. The subsets of a
 draw are nested: those of 1 % are among those of 10 %. The number of a draw is the seed of
 everything in it: labelled images, head, order, crops and flips, and from scratch the initial
-weights. The first is --seed, by default 0. A trained network is the same run in all draws, so its
-deviation over draws lacks that of the training before; that of several runs has it if each has a
-draw of its own: --seed 1 --draws 1 for a run with seed 1. In training, batch-norm uses the
-statistics of the batch. Accuracies are in percent, on plain test images, which choose nothing.
+weights. The first draw is --seed: with --seed 1 --draws 1 for a run of seed 1, and so on, the
+deviation over runs contains all of these. In training, batch-norm uses the statistics of the batch.
+Accuracies are in percent, on plain test images, which choose nothing.
 
 Limits. The trunk's rates were chosen on SimCLR's network and on one from scratch, with half of the
 steps (see SETTINGS), so they favour SimCLR and ResNets. With all labels of emoji 300 steps are 7.6
