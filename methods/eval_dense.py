@@ -5,18 +5,19 @@ Depth: Eigen, Puhrsch, Fergus, NeurIPS 2014. https://arxiv.org/abs/1406.2283
 Keypoints: Yang, Ramanan, TPAMI 2013. https://doi.org/10.1109/TPAMI.2012.261
 
 Idea. Features of a whole image tell what is seen, but not where. Four tasks ask for an answer at
-every pixel of the scenes of the data set `solids`: 1,000 rendered scenes to train on, and 250 with
-other textures to test. A head that looks at one place only (a 1x1 convolution) reads the answer off
-the maps of a network, its features before they are pooled. Frozen, the network does not change, so
-the maps themselves must hold the answer. Fine-tuned, all weights are trained together with the
-head. The untrained network is treated in the same way; to fine-tune it is to train from scratch.
+every pixel of rendered scenes, the data set `solids`: 1,000 to train on, 250 with other textures to
+test. A linear head that looks at one place (a 1x1 convolution) reads the answer off the maps of a
+network, its features before they are pooled. Frozen, the network does not change, so the maps
+themselves must hold the answer. Fine-tuned, all weights are trained; with the untrained network
+this is to train from scratch.
 
 Notation. The maps are those of ALL stages of a ResNet (its first layer, then layer1 to layer4), or
 the patches of a ViT after four evenly spaced blocks. For raw pixels the map is the image, averaged
 to 32 x 32, with the colours of the 7 x 7 pixels around each place. The head standardises each map
 per channel (batch-norm without scale and offset), resizes what it reads off each to the 48 x 48
-pixels of a scene, and adds it. Scores are taken over all pixels of all test scenes together. Sky
-has no normal and no depth and does not count there.
+pixels of a scene, and adds it. Scenes are enlarged so that the maps have places enough; this size
+is new to most networks, trained or not. Scores are over all pixels of all test scenes together; sky
+has no normal and no depth.
 
     segmentation  The shape at a pixel, one of 8, or the background. miou: intersection / union,
                   percent, the mean of these 9 classes; object_iou: that of objects of any shape.
@@ -24,33 +25,32 @@ has no normal and no depth and does not count there.
                   angle: its mean in degrees; median; 11.25, 22.5, 30: the percentage of pixels with
                   at most this error. object_ is over the pixels of objects, all_ over all: the flat
                   floor covers 78 % of the pixels and decides all_, so compare networks by object_.
-    depth         The distance d along the view, where objects are about 1 wide.
+    depth         The depth d along the optical axis, where objects are about 1 wide.
                   rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true.
-    keypoints     Corners and tips of solids. The head gives a heat map. For each object its box and
-                  the number n of its visible points are given. The n highest peaks in and around
-                  the box are the answer. They are paired with the points so that the sum of
-                  distances is least. The error of a pair is its distance / the longer side of the
-                  box. pck: the percentage of points whose error is at most a fraction; pck_0.1:
-                  that of the fraction 0.1; auc: the mean over the fractions from 0 to 0.2.
-
-No heat map reaches 100: where boxes overlap, peaks of one object are found in the box of another.
-The true heat maps have pck_0.1 94.0 and auc 89.0.
+    keypoints     Corners and tips of solids, by a heat map. For each object its box and the number
+                  n of its visible points are given. The n highest peaks in and around this box are
+                  the answer, paired with the points so that the sum of distances is least. The
+                  error of a pair is its distance / the longer side of the box. pck: the percentage
+                  of points whose error is at most a fraction; pck_0.1: that of the fraction 0.1;
+                  auc: the mean over the fractions from 0 to 0.2. The true heat maps have pck_0.1
+                  94.0 and auc 89.0, since boxes overlap.
 
 The row "no network" gives one answer for all pixels that is good for the training scenes: for miou
 background, for object_iou any shape; for all_ the mean normal, for object_ that of objects; for
 rmse the mean depth, for abs_rel the depth of least mean relative error. For keypoints it gives one
-answer for all boxes, where points lie in the boxes of the training scenes. This is what the boxes
-alone tell: pck_0.1 20.1 and auc 19.3. A "-" stands for a number that was not measured or is not
-defined. The learning rates were not tuned here; --lr-trunk is that of eval_finetune.py.
+answer for all boxes, where points lie in those of the training scenes: pck_0.1 20.1 and auc 19.3.
+The learning rates were not tuned here; --lr-trunk is that of eval_finetune.py.
 
 Run.
     python methods/eval_dense.py runs/simclr-emoji-0
-    python methods/eval_dense.py runs/* --no-finetune
-    python methods/eval_dense.py runs/* --only normals --lr-trunk 3e-4
-It writes results.jsonl, scenes.png and pck.png into --out, by default runs/eval_dense, and the
-folder outputs, the answers from which scenes.png is drawn. What is in results.jsonl is not measured
-again. A default ResNet takes about two minutes of one CPU core. For a ViT choose --size 48: with 96
-pixels it has four times as many patches, and training all of its weights takes six times as long.
+    python methods/eval_dense.py runs/* --only normals --no-finetune
+It writes results.jsonl, scenes.png, pck.png and, to draw them from, outputs/ into --out, by default
+runs/eval_dense. What is in results.jsonl is not measured again. A default ResNet takes about two
+minutes of one CPU core; a ViT six times as long, so choose --size 48 for it.
+
+Differs from the papers. (This file | the paper.)
+    1. Keypoints: without names, paired by least distance, their number known | named joints.
+    2. Depth: squared error | a scale-invariant error of logarithms.
 """
 
 import copy
@@ -151,7 +151,8 @@ def pixels_around(box, side):
 def peaks(heat, box, count):
     """The highest pixel of a map of logits (H, H) in and around a box (4,), then the highest
     outside the 5 x 5 pixels around it, and so on. Each is refined to the centre of mass of
-    exp(heat) over its 5 x 5 pixels. Returns x and y in pixels, (count, 2)."""
+    exp(heat) over its 5 x 5 pixels. Returns x and y in pixels, (count, 2); in a box too small for
+    so many, its first pixel again."""
     inside, centres = pixels_around(box, len(heat))
     logits = heat[inside]  # (k,)
     rest = logits.clone()
@@ -170,6 +171,7 @@ def keypoint_scores(heat, scenes):
     heat: logits, one map per scene (N, 1, H, W) or one per object (N, objects, H, W)."""
     errors = []
     for scene, number, box, points in scenes.visible_points():
+        # One map per scene: the number modulo 1 is 0.
         found = peaks(heat[scene, number % heat.shape[1]], box, len(points))
         side = (box[2:] - box[:2]).max().double()
         errors.append(point_errors(found, points) / side)
@@ -212,6 +214,7 @@ SETTINGS = {
 SHOWN = 2  # test scenes in the pictures
 # Standard deviation of where a point lies in a box, as a part of its sides. On a fifth of the
 # training scenes 0.01, 0.02, 0.03, 0.05 and 0.08 have pck_0.1 16.3, 19.5, 20.5, 17.8 and 18.4.
+# results.jsonl does not hold it: after a change choose another --out.
 SPREAD = 0.03
 
 
@@ -224,8 +227,8 @@ def targets(task, scenes):
     if task == "depth":
         return scenes.depth[:, None]  # (N, 1, H, W)
 
-    # For each object a distribution over the pixels in and around its box, Gaussians (sigma 1) at
-    # its visible points; -1 elsewhere, and everywhere if the object has no points.
+    # For each object a distribution over the pixels in and around its box, Gaussians (sigma one
+    # pixel) at its visible points; -1 elsewhere, and everywhere if the object has no points.
     heat = torch.full(
         (*scenes.keypoints.shape[:2], *scenes.classes.shape[1:]), -1.0
     )
@@ -249,7 +252,7 @@ def constant(task, target):
     return target.sum((0, 2, 3)) / target.any(1).sum()  # over the pixels that are valid
 
 
-def points_of_boxes(train, test):
+def heat_of_boxes(train, test):
     """Where points lie in a box, whatever is in it: logits, one map per object of the test scenes
     (N, objects, H, W). They are those of a density, a sum of Gaussians at the first 1,000 points of
     the training scenes, in boxes of side 1."""
@@ -258,7 +261,7 @@ def points_of_boxes(train, test):
         return (points - box[:2]) / (box[2:] - box[:2])
 
     known = torch.cat([place(box, points) for *_, box, points in train.visible_points()])
-    heat = torch.zeros_like(targets("keypoints", test))
+    heat = torch.zeros_like(targets("keypoints", test))  # of their shape
     for scene, number, box, _ in test.visible_points():
         inside, centres = pixels_around(box, heat.shape[3])
         apart = torch.cdist(place(box, centres), known[:1000]) / SPREAD
@@ -270,21 +273,21 @@ def constant_scores(task, train, test):
     """The scores of the row "no network": one answer for all pixels of the test scenes, for each
     measure one that is good for the training scenes; for keypoints one answer for all boxes."""
     if task == "keypoints":
-        return keypoint_scores(points_of_boxes(train, test), test)
+        return keypoint_scores(heat_of_boxes(train, test), test)
     target = targets(task, train)
-    answers = {"": constant(task, target)}  # {prefix: answer}; a later one replaces the first
+    constants = {"": constant(task, target)}  # {prefix: answer}; a later one replaces the first
     if task == "segmentation":
-        answers["object"] = torch.arange(9)  # the last shape everywhere
+        constants["object"] = torch.arange(9)  # logits of the last shape everywhere
     elif task == "normals":
-        answers["object"] = constant(task, target * (train.classes[:, None] > 0))
+        constants["object"] = constant(task, target * (train.classes[:, None] > 0))
     else:
         # The error |answer - d| / d is least at the median in which d has weight 1/d.
         depth = target[target > 0].double().sort().values
         weight = (1 / depth).cumsum(0)
-        answers["abs_rel"] = depth[weight >= weight[-1] / 2][:1]
+        constants["abs_rel"] = depth[weight >= weight[-1] / 2][:1]
 
     found = {}
-    for prefix, answer in answers.items():
+    for prefix, answer in constants.items():
         output = answer.expand(*test.classes.shape, -1).movedim(3, 1)
         measured = scores(task, output, test)
         found |= {name: measured[name] for name in measured if name.startswith(prefix)}
@@ -292,11 +295,11 @@ def constant_scores(task, train, test):
 
 
 def loss_of(task, output, target, start):
-    """The loss of a batch. Shapes that are rare weigh more (1/sqrt of their share f), or nearly
-    everything would be called background. output: (n, channels, H, W); target: rows of targets();
-    start: the best constant output (channels,)."""
+    """The loss of a batch. Shapes that are rare weigh more, or nearly everything would be called
+    background. output: (n, channels, H, W); target: rows of targets(); start: constant()'s."""
     if task == "segmentation":
-        return F.cross_entropy(output, target, (-start).exp())  # exp(-start) = 1/sqrt(count)
+        # start is log(count + 1) / 2, so the weight is one over the root of a shape's pixels.
+        return F.cross_entropy(output, target, (-start).exp())
     if task == "keypoints":  # a softmax over the pixels of each box
         truth = target.flatten(2)  # (n, objects, H W)
         inside = truth >= 0
@@ -316,13 +319,13 @@ def train_and_test(candidate, task, frozen, train, test, settings, device):
     side = train.images.shape[3]
     network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
     if not frozen:
-        network = copy.deepcopy(network)
+        network = copy.deepcopy(network).requires_grad_(True)
     source = map_source(frozen, network, train.images, candidate.size, device)
-    widths = [x.shape[1] for x in source([0])]
+    widths = [x.shape[1] for x in source([0])]  # still in eval mode: no statistics change
 
     torch.manual_seed(settings["head_seed"])
     head = MapHead(widths, len(start), side, start).to(device)
-    trunk = [] if frozen else network.train().requires_grad_(True).parameters()
+    trunk = [] if frozen else network.train().parameters()
 
     def loss(index):
         return loss_of(task, head(source(index)), target[index], start)
@@ -350,8 +353,6 @@ def table(results):
 def paint(axes, task, output, scenes, i):
     """Draws what an output (channels, H, W), or the truth in the form of targets(), says of a
     scene."""
-    # Half as strong and brighter, so that the points stand out.
-    picture = scenes.images[i].permute(1, 2, 0) // 2 + 127
     limits = {}
     if task == "segmentation":
         picture = output.argmax(0) if output.ndim == 3 else output
@@ -362,12 +363,15 @@ def paint(axes, task, output, scenes, i):
         picture = (1 + normals * torch.tensor([1, -1, -1])) / 2
     elif task == "depth":
         picture = output[0].where(scenes.depth[i] > 0, torch.nan)
-        limits = {"vmin": 2, "vmax": 12}
+        limits = {"vmin": 2, "vmax": 12}  # in units of the scene
     else:
+        # Half as strong and brighter, so that the points stand out.
+        picture = scenes.images[i].permute(1, 2, 0) // 2 + 127
         for scene, _, box, points in scenes.visible_points():
             if scene == i:
                 if len(output) == 1:  # an answer; the truth has one map per object
                     points = peaks(output[0], box, len(points))
+                # For imshow the centre of the first pixel is 0, for points 0.5.
                 axes.plot(*(points.T - 0.5), "o", markersize=3)
     axes.imshow(picture.numpy(), **limits)
 

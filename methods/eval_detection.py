@@ -9,14 +9,15 @@ is this the middle of an object, of which shape, and how far away are the four s
 is trained on the 1,000 rendered scenes of the data set `solids` and tested on 250 with other
 textures. Frozen, the trunk is that of a run and does not change; fine-tuned, all weights are
 trained. The untrained trunk is treated in the same way; to fine-tune it is to train from scratch.
-Raw pixels have no row: a detector reads 12 x 12 places, each of which must know an object's
-surroundings, and to learn this from pixels it would have to train a network of its own.
+Raw pixels have no row: they were not tried.
 
 Notation. The trunk's maps are those of ALL stages of a ResNet, or the patches of a ViT after four
 evenly spaced blocks. Each is standardised per channel, reduced to 64 channels by a 1x1 convolution,
 and averaged or enlarged to 12 x 12 places; their sum is one map. Two branches of two 3x3
 convolutions read it. FCOS resizes the scenes for the trunk bilinearly; all other evaluations use an
-antialiased bicubic filter.
+antialiased bicubic filter. The score of a box is the root of: the probability of the shape x how
+near the place is to the middle of the object. Of two boxes of a shape that overlap by more than 0.6
+the one with the higher score is kept (torchvision's defaults).
 
 The measure is COCO's. The overlap of two boxes is the area that they share / the area that they
 cover together (intersection over union). In each image the boxes that were found come in the order
@@ -30,16 +31,20 @@ Then it is right. If there is no such box, it is wrong. Over all images, again t
     ap50, ap75  AP(0.5) and AP(0.75), averaged over the shapes, in percent
     ap          the mean over t = 0.5, 0.55, ..., 0.95
 
-The learning rates were not tuned here; --lr-trunk is that of eval_finetune.py.
+The learning rates were not tuned; --lr-trunk is that of eval_finetune.py.
 
 Run.
     python methods/eval_detection.py runs/simclr-emoji-0
     python methods/eval_detection.py runs/* --no-finetune
     python methods/eval_detection.py runs/* --steps 2000
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
-results.jsonl is not measured again. A default ResNet takes about three minutes of one CPU core. For
-a ViT choose --size 48: with 96 pixels it has four times as many patches, and training all of its
-weights takes six times as long.
+results.jsonl is not measured again. A run that diverges ends the script; the others are kept. A
+default ResNet takes about three minutes of one CPU core; a ViT six times as long, so choose --size
+48 for it.
+
+Differs from the papers. (This file | FCOS.)
+    1. One map with 64 channels for all sizes of objects, two convolutions | five of 256, four.
+    2. AdamW, trained for 500 steps of 16 scenes | SGD, 90,000 steps of 16 photographs.
 """
 
 import copy
@@ -64,7 +69,7 @@ from kernels.views import MEAN, STD
 KIND = "evaluation"  # the tests ask for what is due to each kind
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MOST = 100  # boxes of one shape in one image that count
+MOST = 100  # boxes in one image that count: of each shape, and that the detector gives
 
 # The measure.
 
@@ -91,7 +96,8 @@ def right_boxes(boxes, scores, truth):
         for i, row in enumerate(overlap):
             reached = np.flatnonzero(free & (row >= threshold))
             if len(reached):
-                best = reached[row[reached] == row[reached].max()][-1]  # of equal ones the last
+                # Of equal overlaps the last, as COCO's code.
+                best = reached[row[reached] == row[reached].max()][-1]
                 free[best] = False
                 right[i, t] = True
     return scores[order], right
@@ -110,7 +116,8 @@ def average_precision(scores, right, count):
 def coco_scores(found, truth, shapes):
     """found: per image a dict of arrays: boxes (n, 4), scores (n,), labels (n,); truth: the same
     without scores. labels: 1 to shapes. Returns ap, ap50, ap75 in percent, and the ap of each
-    shape, -1 and not in the means if the truth has none of it."""
+    shape, -1 and not in the means if the truth has none of it. Exits with a one-line message if no
+    image has a true box. COCO's code, too, has numbers of 64 bits."""
     ap = np.full((shapes, len(THRESHOLDS)), np.nan)
     for label in range(1, shapes + 1):
         scores = []
@@ -155,14 +162,14 @@ SETTINGS = {
 GRID = 12  # places of the detector's map along a side
 CHANNELS = 64  # of this map
 CONVS = 2  # in each of the detector's branches
-LOWEST = 0.01  # score of a box that is kept
+LOWEST_SCORE = 0.01  # of a box that is kept
 SHOWN = 6  # test scenes in the picture
 DIVERGED = "are infinite or not a number: choose lower rates (--lr-head, --lr-trunk)"
 
 
-class Trunk(nn.Module):
-    """Normalised images -> one map (n, CHANNELS, GRID, GRID) for the detector. A frozen network
-    stays in evaluation mode and gets no gradient."""
+class OneMap(nn.Module):
+    """Normalised images -> one map (n, CHANNELS, GRID, GRID) for the detector, read off the maps of
+    a network. A frozen network stays in evaluation mode and gets no gradient."""
 
     out_channels = CHANNELS  # FCOS asks for it
 
@@ -189,19 +196,20 @@ class Trunk(nn.Module):
 def detector(network, size, frozen, shapes):
     """Torchvision's FCOS with one map instead of five, on a trunk: a network whose input is a list
     of images, each (3, H, W) in [0, 1]. shapes: how many there are."""
-    trunk = Trunk(network, size, frozen)
+    one_map = OneMap(network, size, frozen)
     classes = 1 + shapes  # 0 is not used
     return FCOS(
-        trunk,
+        one_map,
         num_classes=classes,
         min_size=size,
         max_size=size,
         image_mean=MEAN,
         image_std=STD,
         size_divisible=1,
+        # It has no anchors: this is the side of a place, the unit in which it measures distances.
         anchor_generator=AnchorGenerator(((size // GRID,),), ((1.0,),)),
         head=FCOSHead(CHANNELS, 1, classes, num_convs=CONVS),
-        score_thresh=LOWEST,
+        score_thresh=LOWEST_SCORE,
         detections_per_img=MOST,
     )
 
@@ -210,7 +218,7 @@ def train_and_test(candidate, frozen, train, test, settings, device):
     """Trains a detector on the training scenes. Returns what it finds in each test scene, a dict of
     arrays: boxes (n, 4) in pixels of the scene, scores (n,), labels (n,)."""
     torch.manual_seed(settings["head_seed"])
-    network = candidate.network
+    network = candidate.network.cpu()  # OneMap() asks it for the number of its channels
     if not frozen:
         network = copy.deepcopy(network).requires_grad_(True)
     model = detector(network, candidate.size, frozen, len(train.names) - 1)
@@ -224,6 +232,7 @@ def train_and_test(candidate, frozen, train, test, settings, device):
         losses = model([images[i] for i in index], [truth[i] for i in index])
         return sum(losses.values())  # of the shape, the box, and how near its middle is
 
+    # The 1x1 convolutions that read the maps are new, as the detector is.
     head = [*model.backbone.reduce.parameters(), *model.head.parameters()]
     trunk = [] if frozen else network.parameters()
     fit(loss, head, trunk, len(images), settings)
@@ -314,13 +323,13 @@ def main(argv=None):
     test = load_solids("test")
     trunks = [each for each in candidates(args) if list(each.network.parameters())]
     results = Results("eval_detection", args, device)
-    sizes = [GRID, CHANNELS, CONVS, LOWEST, MOST]
+    numbers = [GRID, CHANNELS, CONVS, LOWEST_SCORE, MOST]
     truth = []
     for boxes, labels in zip(test.boxes, test.labels):
         truth.append({"boxes": boxes.numpy(), "labels": labels.numpy()})
     measured = {}
     for trunk, mode in ways_to_use(trunks, args.finetune):
-        settings = settings_of(args, mode, train, test, detector=sizes)
+        settings = settings_of(args, mode, train, test, detector=numbers)
 
         def measure():
             found = train_and_test(trunk, mode == "frozen", train, test, settings, device)

@@ -9,13 +9,12 @@ t-SNE: van der Maaten, Hinton, JMLR 2008. https://www.jmlr.org/papers/v9/vanderm
 Idea. Accuracy tells what a network knows; geometry tells how it keeps it. Do images of one class
 lie together although no label was shown? How many directions do the features use, and do they
 repeat each other? Do the features change smoothly when an image is turned, moved or darkened?
-Raw pixels and the networks before training show what training has changed. The k-means features of
-eval_features.py are left out, since no training has changed them. Labels are used only to judge the
-clusters and to colour the maps.
+Raw pixels and the networks before training show what training has changed. Labels are used only to
+judge the clusters and to colour the maps.
 
-Notation. x (N, D) features of N test images; l_1 >= l_2 >= ... the eigenvalues of their covariance,
-which are the variances along their principal directions. The words on the left are the choices of
---only; the indented ones are columns of its table. Only those of clusters are better if larger.
+Notation. x (N, D) features of N test images (without labels: of the images); l_1 >= l_2 >= ... the
+eigenvalues of their covariance, the variances along their principal directions. The words on the
+left are choices of --only, the indented ones columns. Only those of clusters are better if larger.
 
     clusters    k-means on features of length 1, with K = number of classes and, in columns that end
                 in _3k, 3 K clusters; mean and standard deviation of five seeds, in percent:
@@ -26,16 +25,15 @@ which are the variances along their principal directions. The words on the left 
                 twonn           dimension of the surface on which the features lie: see twonn()
                 correlation     mean |correlation| of two columns, less that of shuffled columns
                 rankme, alignment, uniformity   explained at collapse_panel() in common.py
-    lidar       how many directions tell images apart in spite of random views, not how well:
+    lidar       how many directions tell images apart although the views differ, not how well:
                 exp(entropy of the eigenvalues of W^-1 B), W the covariance of the views of an
-                image, B that of the images: see lidar(). Features without information about images
-                have a high value, too
+                image, B that of the images: see lidar(). Noise has a high value, too
     smoothness  lipschitz       mean ||J(x)|| * mean ||x - x'|| / mean ||f(x) - f(x')||, over images
-                                x and pairs x, x', with J the Jacobian of f: see smoothness()
+                                x and pairs x, x', J the Jacobian of f: a mean, not the largest
                 rotation, shift, brightness   sum over k of ||f(x_k+1) - f(x_k)||, divided by
                                 ||f(x_end) - f(x_0)||, while an image is turned, moved or darkened:
                                 1 is a straight line; large for nearly invariant networks, too
-                rotation_path, ...   the same sum over mean ||f(x) - f(x')||: small for them
+                rotation_path, ...   that sum over mean ||f(x) - f(x')||: for these it is small
     tsne        maps in which near neighbours stay near; distances between groups mean nothing
 
 Run.
@@ -43,14 +41,16 @@ Run.
     python methods/eval_geometry.py runs/* --only smoothness
     python methods/eval_geometry.py runs/* --data fashion --out runs/geometry-fashion
 It writes results.jsonl, spectrum-DATA.png and tsne-DATA-category.png into --out, by default
-runs/eval_geometry. A "-" in a table stands for a number that is not defined, as the exponent is not
-if all features are equal. What is in results.jsonl is not measured again.
+runs/eval_geometry. A "-" stands for a number that is not defined. What is in results.jsonl is not
+measured again. An image that cannot be read ends the script.
 
 Differs from the papers. (This file | the paper.)
     1. LiDAR: the noise of the views, W / q, is subtracted from B | it counts as information.
-    2. LiDAR: a part of W's mean variance is added to its diagonal | a constant, which would make
-       the result depend on the features' scale. 0 log 0 is 0 | each share plus a small number.
+    2. LiDAR: a part of W's mean variance is added to its diagonal | a constant, on which the result
+       depends if features are rescaled. 0 log 0 is 0 | each share plus a small number.
     3. TwoNN: the mean over the artists, if there are drawings | all images.
+    4. Exponent: ranks 11 to 100 weigh the same | code: ranks from 4 on, rank i weighs 1 / i.
+    5. Straight paths: length over distance of the ends | mean angle between successive steps.
 """
 
 import math
@@ -121,7 +121,7 @@ def twonn(x):
     r1, r2 = distances.topk(2, largest=False).values.double().T
     kept = len(x) * 9 // 10
     log_m = (r2 / r1).log().sort().values[:kept]
-    # Sorted, the k-th ratio is at least that of a share k / N of the images.
+    # Of the N ratios a share k / N is at most as large as the k-th smallest.
     share = torch.arange(1, kept + 1).double() / len(x)
     minus_log_p = -torch.log1p(-share)
     return (log_m @ minus_log_p) / (log_m @ log_m)
@@ -147,7 +147,7 @@ def lidar(views):
     """LiDAR of features of q random views of n images (q, n, D): exp(entropy of the eigenvalues of
     W^-1 B), 1 to min(n - 1, D). W: covariance of an image's views around their mean, averaged over
     the images. A ten-thousandth of W's mean variance is added to its diagonal so that it can be
-    inverted. B: covariance of the images' means, less W / q, without eigenvalues below 0.
+    inverted. B: covariance of the images' means, less this W / q, without eigenvalues below 0.
 
     W / q is the noise of a mean of q views. It would give all directions an eigenvalue of 1 / q: if
     600 images differ along 20 of 192 directions, as much as the views of an image do, lidar() finds
@@ -159,8 +159,8 @@ def lidar(views):
     q, n, _ = views.shape
     means = views.mean(0)  # (n, D)
     root_of_between = (means - means.mean(0)).double() / math.sqrt(n - 1)  # (n, D)
-    within = (views - means).flatten(0, 1)
-    within = (within.T @ within).double() / (n * (q - 1))  # (D, D): W
+    deviations = (views - means).flatten(0, 1)  # (q n, D)
+    within = (deviations.T @ deviations).double() / (n * (q - 1))  # (D, D): W
     within.diagonal().add_(1e-4 * within.diagonal().mean())
 
     # With W = L L^T, the squared singular values of L^-1 root^T are the eigenvalues of W^-1 times
@@ -217,7 +217,8 @@ def shifted(images, pixels):
 
 def paths(images):
     """{name of the change: generator of its steps}, each step the images (n, 3, H, W) in [0, 1]:
-    turned by up to 30 degrees, moved by up to a quarter of the side, darkened to a half."""
+    turned by up to 30 degrees, moved in eight steps of equal whole pixels by a quarter of the side
+    (of 48 pixels by a third, so compare shifts of one size), darkened to a half."""
     pixels = math.ceil(images.shape[3] / 32)
     return {
         "rotation": (rotated(images, degrees) for degrees in range(0, 31, 2)),
@@ -259,20 +260,21 @@ def spectrum(x, drawing, x1, x2):
     random views of M images."""
     values = eigenvalues(x)
     shares = values / values.sum().clamp(min=1e-30)  # of the variance; 0 if all is equal
-    artists = [x]
+    groups = [x]
     if drawing is not None:
-        artists = [x[(drawing == i).cpu()] for i in drawing.unique()]
+        # Of all drawings the nearest ones would be the same emoji by the other artists.
+        groups = [x[(drawing == i).cpu()] for i in drawing.unique()]
     return {
         "exponent": exponent(values),
         "participation": participation(values),
-        "twonn": np.mean([twonn(part) for part in artists]),
+        "twonn": np.mean([twonn(group) for group in groups]),
         "correlation": correlation(x),
         **collapse_panel(x, x1, x2),
         "shares": shares.round(decimals=9).tolist(),
     }
 
 
-def agreement(found, labels):
+def agreement(assigned, labels):
     """How well clusters agree with labels, both (N,) integers, at most 1.
 
     nmi: the mutual information of cluster and label, divided by the mean of their entropies: 1 if
@@ -284,12 +286,12 @@ def agreement(found, labels):
     from scipy.optimize import linear_sum_assignment
     from sklearn import metrics
 
-    counts = metrics.cluster.contingency_matrix(labels, found)  # (classes, clusters)
+    counts = metrics.cluster.contingency_matrix(labels, assigned)  # (classes, clusters)
     pairs = linear_sum_assignment(counts, maximize=True)
     return {
-        "nmi": metrics.normalized_mutual_info_score(labels, found),
-        "ami": metrics.adjusted_mutual_info_score(labels, found),
-        "ari": metrics.adjusted_rand_score(labels, found),
+        "nmi": metrics.normalized_mutual_info_score(labels, assigned),
+        "ami": metrics.adjusted_mutual_info_score(labels, assigned),
+        "ari": metrics.adjusted_rand_score(labels, assigned),
         "accuracy": counts[pairs].sum() / len(labels),
     }
 
@@ -305,8 +307,8 @@ def clusters(x, labels):
     scores = {}
     for ending, k in (("", classes), ("_3k", 3 * classes)):
         for seed in range(SEEDS):
-            found = KMeans(k, random_state=seed).fit_predict(x)
-            for name, score in agreement(found, labels).items():
+            assigned = KMeans(k, random_state=seed).fit_predict(x)
+            for name, score in agreement(assigned, labels).items():
                 scores.setdefault(name + ending, []).append(score)
 
     result = {}
@@ -323,7 +325,7 @@ def tsne(x):
     x = F.normalize(x, dim=1).numpy()
     if np.ptp(x, 0).max() < 1e-6:
         return {"points": []}
-    # The paper's usual value; scikit-learn wants less than the number of images.
+    # scikit-learn's usual value, which must be less than the number of images.
     perplexity = min(30, (len(x) - 1) / 3)
     points = TSNE(perplexity=perplexity, random_state=0).fit_transform(x)
     return {"points": points.astype(float).round(1).tolist()}
@@ -397,11 +399,11 @@ def measure(candidate, split, measured, results):
         """Features of random views, (count, n, D), on the CPU. A batch of images has 2,048 views at
         most, and a last incomplete batch is left out. Two views of up to 1,024 images are those of
         the results of every run."""
-        crop = Crop(size, scale=(0.2, 1.0)), flip_and_normalize
+        view = Crop(size, scale=(0.2, 1.0)), flip_and_normalize
         batch = min(2048 // count, len(x))
-        loader = Loader(split, [crop] * count, batch, 0, device, args.workers)
+        loader = Loader(split, [view] * count, batch, 0, device, args.workers)
         found = [
-            torch.stack([embed(network, x).cpu() for x in views])
+            torch.stack([embed(network, images).cpu() for images in views])
             for _, views in loader(epoch=0)
         ]
         return torch.cat(found, 1)

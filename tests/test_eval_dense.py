@@ -23,6 +23,7 @@ from methods.eval_dense import (
     constant,
     constant_scores,
     depth_scores,
+    heat_of_boxes,
     keypoint_scores,
     loss_of,
     normal_scores,
@@ -30,7 +31,6 @@ from methods.eval_dense import (
     peaks,
     pixels_around,
     point_errors,
-    points_of_boxes,
     segmentation_scores,
     targets,
     train_and_test,
@@ -275,7 +275,7 @@ def test_a_map_per_object_is_read_in_the_box_of_the_object():
 
 def test_without_a_network_points_lie_where_those_of_other_boxes_do():
     """In TRAIN and TEST at three corners of each box."""
-    heat = points_of_boxes(TRAIN, TEST)
+    heat = heat_of_boxes(TRAIN, TEST)
     assert heat.shape == (12, 4, 16, 16)
     for scene, number, box, points in TEST.visible_points():
         inside, centres = pixels_around(box, 16)

@@ -3,6 +3,7 @@ learns; a frozen trunk is left as it was; what is not finite ends in one sentenc
 continues after a kill."""
 
 import contextlib
+import copy
 import io
 import math
 
@@ -245,6 +246,19 @@ def test_a_frozen_trunk_is_left_as_it_was_and_a_fine_tuned_one_is_a_copy(arch):
         assert image["boxes"].shape == (len(image["scores"]), 4) and len(image["labels"]) <= 100
         assert (image["boxes"] >= 0).all() and (image["boxes"] <= 16).all()
         assert ((image["labels"] >= 0) & (image["labels"] <= 8)).all()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_network_that_an_earlier_detector_left_on_a_gpu_is_used(frozen, monkeypatch):
+    """The device meta stands for the GPU."""
+    torch.manual_seed(0)
+    network = backbone("resnet14", 24).eval()
+    found = find(network, frozen)
+    on_gpu = copy.deepcopy(network).to("meta")
+    monkeypatch.setattr(on_gpu, "cpu", lambda: network, raising=False)
+    again = find(on_gpu, frozen)
+    for one, other in zip(found, again):
+        assert np.array_equal(one["boxes"], other["boxes"])
 
 
 def test_a_fine_tuned_trunk_moves_and_a_frozen_one_gets_no_gradient(monkeypatch):

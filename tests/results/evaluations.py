@@ -8,7 +8,6 @@ import json
 import math
 import re
 import statistics
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -18,11 +17,6 @@ DRAWN = {"points", "shares", "shown", "precisions", "costs", "iou", "pck", "corr
 
 FILMS = ("movers", "tripod", "bunny")
 LABELS = ("1", "2", "5", "10", "20", "1 %", "10 %")
-FASHION_BESIDE = {  # baselines in the sentence on fashion
-    "untrained": "untrained resnet14, 32 px",
-    "raw pixels": "raw pixels, 32 px",
-    "k-means features": "k-means, 32 px",
-}
 SHARES = {"1 %": 0.01, "10 %": 0.1, "all": 1.0}  # of the labels, for fine-tuning
 LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
 CORRUPTIONS = ("noise", "blur", "contrast", "brightness", "pixelation", "jpeg", "rotation",
@@ -136,6 +130,13 @@ TABLES = {
 }  # fmt: skip
 SCENES = ("segmentation", "normals", "depth", "keypoints", "detection")
 ERRORS = ("normals", "depth")  # less is better
+# Methods that build the network that most methods share in a function of their own. Its weights are
+# the same.
+SHARE_IT = (
+    "context_encoder", "moco_v3", "watching_objects_move", "egomotion", "multitask",
+    "arrow_of_time",
+)  # fmt: skip
+SHARED_START = rf" of ({'|'.join(SHARE_IT)})\b"
 SCENE_START = "untrained resnet14 made for 32, 96 px"
 DATA = {  # table: the data sets of its rows, where that is not emoji
     "fashion": ("fashion",),
@@ -172,6 +173,7 @@ REPEATED = {  # the measures whose deviation over seeds is told -> table, place,
     "SVM, mAP": ("features", "svm", "svm", ".1f"),
     "1 % of the labels, C = 1": ("features", "few", "1 %/accuracies", ".1f"),
     "10 % of the labels, C = 1": ("features", "few", "10 %/accuracies", ".1f"),
+    "all labels, fine-tuned": ("finetune", "fine-tuning 1.0", "tuned", ".1f"),
     "linear, fashion": ("fashion", "features", "linear", ".1f"),
     "cluster accuracy": ("features", "clusters", "accuracy", ".1f"),
     "artist without labels": ("features", "robustness", "artist_new/mean", ".1f"),
@@ -190,12 +192,28 @@ REPEATED = {  # the measures whose deviation over seeds is told -> table, place,
     "alignment": ("features", "spectrum", "alignment", ".2f"),
     "uniformity": ("features", "spectrum", "uniformity", ".2f"),
 }
+AGREE = (  # the evaluations whose rankings are compared
+    "kNN", "linear probe", "SVM, mAP", "1 % of the labels, C = 1", "all labels, fine-tuned",
+    "cluster accuracy", "artist without labels", "linear, fashion", "segmentation, frozen",
+    "segmentation, fine-tuned", "depth, frozen", "normals, frozen",
+)  # fmt: skip
 WITH_LABELS = {"kNN accuracy", "cluster accuracy", "mean relative loss"}  # these need labels
 
 
-def read_rows():
+def read_lines():
     lines = ROWS.read_text().splitlines() if ROWS.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def read_rows():
+    """The lines of evaluations.jsonl. The shared untrained network has one name, by whichever
+    method it was measured; what it gave twice to the last digit stands once."""
+    rows = {}
+    for row in read_lines():
+        row["network"] = re.sub(SHARED_START, "", row["network"])
+        same = ("protocol", "network", "weights", "seed", "data", "settings", "result", "variant")
+        rows.setdefault(json.dumps([row.get(key) for key in same]), row)
+    return list(rows.values())
 
 
 def without_drawings(result):
@@ -211,7 +229,7 @@ def add(path, variant):
     settings before is replaced, also if the older line names fewer of the settings. variant:
     (method, settings of the training) -> the flags by which the run differs from the method's
     default run."""
-    rows = read_rows()
+    rows = read_lines()
     for line in path.read_text().splitlines():
         row = json.loads(line)
         row["result"] = without_drawings(row["result"])
@@ -308,9 +326,14 @@ def draws(results, path):
 
 
 def numbers(runs, path):
-    """One number per run, the mean of its draws."""
-    found = [draws(results, path) for results in runs.values()]
-    return [statistics.mean(drawn) for drawn in found if drawn]
+    """One number per seed of the training, the mean of its draws; of two trainings with the same
+    seed, which other machines round otherwise, the mean."""
+    seeds = {}
+    for (_, seed), results in runs.items():
+        found = draws(results, path)
+        if found:
+            seeds.setdefault(seed, []).append(statistics.mean(found))
+    return [statistics.mean(found) for found in seeds.values()]
 
 
 def mean(networks, name, measured, path):
@@ -320,8 +343,8 @@ def mean(networks, name, measured, path):
 
 
 def cell(runs, path, how):
-    """The mean over the runs ± the deviation; of one run, the deviation of its draws, or the one
-    that was recorded with their mean, as of k-means' seeds."""
+    """The mean over the seeds of the training ± the deviation; of one seed, the deviation of its
+    draws, or the one that was recorded with their mean, as of k-means' seeds."""
     found = numbers(runs, path)
     if not found:
         return ""
@@ -339,15 +362,14 @@ def cell(runs, path, how):
 
 
 def table(networks, columns):
-    """One line per network that was measured, the baselines first. Untrained networks of several
-    methods may be the same: such a line stands once."""
+    """One line per network that was measured, the baselines first: its name, with how many seeds it
+    was trained, at most, and the columns."""
     lines = []
-    told = []
     for name, protocols in networks.items():
         cells = [cell(protocols.get(measured, {}), *how) for measured, *how in columns.values()]
-        if any(cells) and (name.startswith("**") or cells not in told):
-            told.append(cells)
-            lines.append([name, *cells])
+        if any(cells):
+            places = [(protocols.get(measured, {}), path) for measured, path, _ in columns.values()]
+            lines.append([name, max(len(numbers(*place)) for place in places), *cells])
     return lines
 
 
@@ -368,22 +390,22 @@ def beside_linear(protocols, measured, path):
 
 def predictors(networks):
     """Rank correlation of linear accuracy with each predictor over the methods at their defaults,
-    and the interval of the bootstrap over methods: together, all intervals hold with 95 %
-    (Bonferroni)."""
+    and the interval of the bootstrap over methods: together, all intervals hold with about 95 %
+    (Bonferroni); and the correlation over those methods that share network and input."""
     import numpy as np
     from scipy.stats import rankdata, spearmanr, zscore
 
     outside = 100 * 0.05 / len(PREDICTORS)  # percent of the draws, for one predictor
     lines = []
-    trained = [name for name in networks if name.endswith("**")]
     for name, place in PREDICTORS.items():
         needs = "yes" if name in WITH_LABELS else "no"
-        pairs = [beside_linear(networks[network], *place) for network in trained]
-        pairs = [pair for pair in pairs if pair]
+        pairs = {n: beside_linear(networks[n], *place) for n in networks if at_defaults(n)}
+        pairs = {network: pair for network, pair in pairs.items() if pair}
         if len(pairs) < 5:
-            lines.append([name, needs, "not measured", "", len(pairs)])
+            lines.append([name, needs, "not measured", "", len(pairs), ""])
             continue
-        pairs = np.array(pairs)
+        alike = [pair for network, pair in pairs.items() if not own_start(network, networks)]
+        pairs = np.array(list(pairs.values()))
         rng = np.random.default_rng(0)
         drawn = pairs[rng.integers(len(pairs), size=(20_000, len(pairs)))]  # (20000, methods, 2)
         drawn = drawn[np.ptp(drawn, axis=1).min(1) > 0]
@@ -392,8 +414,38 @@ def predictors(networks):
         low, high = np.percentile(several, [outside / 2, 100 - outside / 2])
         known = spearmanr(*pairs.T).statistic
         interval = f"{low:+.2f} to {high:+.2f}"
-        lines.append([name, needs, f"{known:+.2f}", interval, len(pairs)])
+        same = f"{spearmanr(*zip(*alike)).statistic:+.2f} ({len(alike)})" if len(alike) > 4 else ""
+        lines.append([name, needs, f"{known:+.2f}", interval, len(pairs), same])
     return lines
+
+
+def agreement(networks):
+    """Rank correlations between the evaluations that AGREE names, over the methods at their
+    defaults of which all of them are known. networks: {table: those that were measured}"""
+    from scipy.stats import spearmanr
+
+    found = {}  # method: its numbers
+    for name in networks["features"]:
+        values = []
+        for measure in AGREE:
+            block, measured, path, _ = REPEATED[measure]
+            sizes = [name, *[f"{name}, {pixels} px" for pixels in (96, 48)]]  # of the scenes
+            known = [mean(networks[block], sized, measured, path) for sized in sizes]
+            known = [number for number in known if number is not None]
+            if known:
+                values.append(-known[0] if measure.split(",")[0] in ERRORS else known[0])
+        if at_defaults(name) and len(values) == len(AGREE):
+            found[name] = values
+    heads = ["", *[str(i + 1) for i in range(len(AGREE))]]
+    if len(found) < 5:
+        return heads, []
+    table = spearmanr(list(found.values())).statistic
+    lines = []
+    for i, measure in enumerate(AGREE):
+        cells = [f"{table[i, j]:+.2f}" if j < i else "" for j in range(len(AGREE))]
+        lines.append([f"{i + 1} {measure}", *cells])
+    heads[0] = f"{len(found)} methods"
+    return heads, lines
 
 
 def repeatability(networks):
@@ -401,15 +453,22 @@ def repeatability(networks):
     over seeds, pooled over the methods; that of the methods, without what the seeds add; and the
     reliability, ICC(1) of Shrout and Fleiss 1979, the share of the second in the variance of single
     runs, with its 95 % interval, which is exact if all methods have the same number of runs. Of
-    methods at their defaults with two runs or more. networks: {table: those that were measured}"""
+    methods at their defaults with two seeds or more and the network and input that most methods
+    share. networks: {table: those that were measured}"""
     from scipy.stats import f
 
+    sharing = {
+        end
+        for name in networks["features"]
+        if at_defaults(name) and own_start(name, networks["features"]) is None
+        for end in (name, f"{name}, 96 px")
+    }
     lines = []
     for name, (block, measured, path, form) in REPEATED.items():
         groups = []
         for network, protocols in networks[block].items():
             found = numbers(protocols.get(measured, {}), path)
-            if network.startswith("**") and "`" not in network and len(found) > 1:
+            if network in sharing and len(found) > 1:
                 groups.append(found)
         if len(groups) < 3:
             continue
@@ -422,7 +481,7 @@ def repeatability(networks):
         each = (len(runs) - sum(len(g) ** 2 for g in groups) / len(runs)) / free[0]  # runs
 
         def reliability(ratio):
-            return (ratio - 1) / (ratio - 1 + each)
+            return max(0, (ratio - 1) / (ratio - 1 + each))
 
         ratio = between / within
         ends = [reliability(ratio / f.ppf(q, *free)) for q in (0.975, 0.025)]
@@ -449,7 +508,7 @@ def multitask(networks):
         name = plain_name({"method": "multitask", "variant": flags, "data": "movers"})
         for line in table({name: networks.get(name, {})}, columns):
             lines.append([tasks, *line[1:]])
-    return ["task set", *columns], lines
+    return ["task set", "runs", *columns], lines
 
 
 def learned_from(row, videos):
@@ -482,8 +541,20 @@ def rows_of(block, rows, videos):
 
 def start_of(row, networks):
     """The name of the untrained network of a trained one: its method's own, or a shared one."""
-    own = [name for name in networks if re.search(rf" of {row['method']}\b", name)]
-    return own[0] if own else f"untrained {row['arch']}, {row['settings']['size']} px"
+    own = own_start(row["method"], networks)
+    return own or f"untrained {row['arch']}, {row['settings']['size']} px"
+
+
+def own_start(method, networks):
+    """The name of a method's own untrained network, None if it has the one that most share."""
+    method = method.split("**")[1] if "**" in method else method
+    own = [name for name in networks if re.search(rf" of {method}\b", name)]
+    return own[0] if own else None
+
+
+def at_defaults(name):
+    """Whether a name is that of a method's runs at its defaults."""
+    return name.startswith("**") and "`" not in name
 
 
 def with_gain(result):
@@ -546,59 +617,27 @@ def tuned_pairs(rows):
     return found, min((counts[name] for name in repeated or counts), default=0)
 
 
-def tuned_words(rows):
-    """By how much networks are better after fine-tuning than the same ones from scratch, for each
-    share of the labels."""
+def gain_steps(rows):
+    """{share of the labels: by how much networks are better after fine-tuning than the same ones
+    from scratch, and than a linear probe of their frozen features, on average: two of difference(),
+    and how many networks}; and how many draws they have. Empty if they are fewer than three."""
     found, draws = tuned_pairs(rows)
-    if not found:
-        return ["- **Fine-tuning.** Not run."]
-    count = max(len(pairs) for _, _, pairs in found.values())
-    if draws < 3:
-        text = f"- **Fine-tuning.** {draws} draw{'s' * (draws > 1)} of the labels: too few to say "
-        return textwrap.wrap(f"{text}what is better.", 100, subsequent_indent="  ")
-    steps = {share: over_scratch(tuned, pairs) for share, (tuned, _, pairs) in found.items()}
-    words = [
-        f"{step:.1f} ± {error:.1f} with {'all' if share == 'all' else f'{share} of the labels'}"
-        for share, (step, error) in steps.items()
-    ]
-    text = (
-        f"- **Fine-tuning** ({draws} draws of the labels, for {count} of the networks; 95 % "
-        "intervals over the draws). By so many points pretrained networks are better than the same "
-        f"networks from scratch, on average: {'; '.join(words)}. For how many this is certain, and "
-        "which are the best, see [Fine-tuning](#fine-tuning)."
-    )
-    return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+    steps = {}
+    if draws > 2:
+        for share, (tuned, frozen, pairs) in found.items():
+            own = mean_by_draw(tuned, pairs)
+            scratch = mean_by_draw(tuned, pairs.values())
+            probe = mean_by_draw(frozen, pairs)
+            steps[share] = difference(own, scratch), difference(own, probe), len(pairs)
+    return steps, draws
 
 
 def gain_table(rows):
-    """For each share of the labels: by how much networks are better after fine-tuning than the same
-    one from scratch, and than a linear probe of their frozen features, and how many by more than
-    their own uncertainty; the best network of each kind."""
-    found, draws = tuned_pairs(rows)
+    """gain_steps() as a table."""
     lines = []
-    for share, (tuned, frozen, pairs) in found.items():
-        if draws < 3:
-            continue
-        over = [difference(tuned[name], tuned[start]) for name, start in pairs.items()]
-        gains = [difference(tuned[name], frozen[name]) for name in pairs]
-        step, error = over_scratch(tuned, pairs)
-        line = [share, f"{step:+.1f} ± {error:.1f}", certain(over)]
-        step, error = difference(mean_by_draw(tuned, pairs), mean_by_draw(frozen, pairs))
-        line += [f"{step:+.1f} ± {error:.1f}", certain(gains)]
-        for kind in (tuned, frozen):
-            means = {name: statistics.mean(kind[name].values()) for name in pairs}
-            best = max(means, key=means.get)
-            line.append(f"{means[best]:.1f}, {best.strip('*')}")
-        lines.append(line)
-    heads = ["labels", "over scratch", "better, worse", "over frozen", "better, worse"]
-    return [*heads, "best fine-tuned", "best frozen"], lines
-
-
-def certain(steps):
-    """How many differences exceed their own uncertainty, upwards and downwards: "4, 0 of 9"."""
-    better = sum(step > error for step, error in steps)
-    worse = sum(step < -error for step, error in steps)
-    return f"{better}, {worse} of {len(steps)}"
+    for share, (*steps, count) in gain_steps(rows)[0].items():
+        lines.append([share, *[f"{step:+.1f} ± {error:.1f}" for step, error in steps], count])
+    return ["labels", "over scratch", "over frozen", "networks"], lines
 
 
 def mean_by_draw(found, names):
@@ -608,12 +647,6 @@ def mean_by_draw(found, names):
     return {draw: statistics.mean(found[name][draw] for name in names) for draw in sorted(common)}
 
 
-def over_scratch(tuned, pairs):
-    """By how much networks are better after fine-tuning than from scratch, on average: see
-    difference(). pairs: {network: the same one untrained}"""
-    return difference(mean_by_draw(tuned, pairs), mean_by_draw(tuned, pairs.values()))
-
-
 def on_scenes(networks, task, how):
     """The first measure of a task on rendered scenes of every network at its defaults and of the
     same one untrained: {network: (trained, untrained)}. how: "frozen" or "fine-tuned"."""
@@ -621,14 +654,10 @@ def on_scenes(networks, task, how):
     measured = measured.replace("frozen", how)
     found = {}
     for name in networks:
-        if not name.startswith("**") or "`" in name:
-            continue
-        method = name.split("**")[1]
-        own = [start for start in networks if re.search(rf" of {method}\b", start)]
-        places = name, (own or [SCENE_START])[0]
+        places = name, own_start(name, networks) or SCENE_START
         pair = tuple(mean(networks, place, measured, path) for place in places)
-        if None not in pair:
-            found[method] = pair
+        if at_defaults(name) and None not in pair:
+            found[name.split("**")[1]] = pair
     return found
 
 
@@ -650,95 +679,37 @@ def scene_table(networks):
             constant = None
             if how == "frozen":
                 constant = mean(networks[task], "no network", measured, path)
+            shared = networks[task].get(SCENE_START, {}).get(measured.replace("frozen", how), {})
             lines.append([
                 f"{task}, {heading}",
                 how,
                 "" if constant is None else f"{constant:{form}}",
+                cell(shared, path, form),
                 f"{untrained:{form}}",
                 f"{trained:{form}}",
                 f"{better} of {len(pairs)}",
                 f"{pairs[best][0]:{form}}, {best}",
             ])  # fmt: skip
-    heads = ["task", "network", "none", "untrained", "trained", "better", "best"]
+    heads = ["task", "network", "none", "shared", "untrained", "trained", "better", "best"]
     return heads, lines
 
 
-def scene_words(networks):
-    """In how many tasks on rendered scenes trained networks are better, on average, than the same
-    networks untrained; and where one answer for all pixels is better than every frozen one."""
-    better = {"frozen": [], "fine-tuned": []}
-    constant = []  # tasks
-    tasks = []
-    for task in SCENES:
-        measured, path, _ = list(TABLES[task].values())[0]
-        sign = -1 if task in ERRORS else 1
-        for how, names in better.items():
-            pairs = on_scenes(networks[task], task, how)
-            if pairs:
-                tasks.append(task)
-                trained, untrained = map(statistics.mean, zip(*pairs.values()))
-                names += [task] * (sign * (trained - untrained) > 0)
-        pairs = on_scenes(networks[task], task, "frozen")
-        answer = mean(networks[task], "no network", measured, path)
-        if pairs and answer is not None:
-            best = max(sign * trained for trained, _ in pairs.values())
-            constant += [task] * (sign * answer > best)
-    if not tasks:
-        return ["- **Dense tasks and detection.** Not run."]
-    count = len(set(tasks))
-    text = (
-        "- **Dense tasks and detection.** Frozen, the mean of all methods is better than that of "
-        f"the same networks untrained in {len(better['frozen'])} of {count} tasks; with all "
-        f"weights trained it is better than from scratch in {len(better['fine-tuned'])} of "
-        f"{count}. "
-    )
-    if constant:
-        text += (
-            f"But for {' and '.join(constant)} one answer for all pixels or boxes is better than "
-            "every frozen network. "
-        )
-    text += "For the numbers see [Dense tasks](#dense-tasks-and-detection)."
-    return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def fashion_words(networks):
-    """How networks that learned from emoji, the worst and the best, do on fashion, beside the
-    baselines for 32 pixels."""
-    trained = [name for name in networks if name.startswith("**") and "--data" not in name]
-    words = []
-    for measured, key, what in (
-        ("features", "linear", "By the linear probe (accuracy in percent)"),
-        ("svm", "svm", "By linear SVMs (mean average precision)"),
-    ):
-        found = {name: mean(networks, name, measured, key) for name in networks}
-        found = {name: number for name, number in found.items() if number is not None}
-        ranked = sorted((found[name], name.strip("*")) for name in trained if name in found)
-        if len(ranked) > 1:
-            ends = [f"{number:.1f} ({name})" for number, name in (ranked[0], ranked[-1])]
-            beside = [
-                f"{word} {found[name]:.1f}"
-                for word, name in FASHION_BESIDE.items()
-                if name in found
-            ]
-            words.append(f"{what}: from {' to '.join(ends)}; {', '.join(beside)}.")
-    if not words:
-        return ["- **Other data.** Not run."]
-    text = (
-        f"- **Other data.** {len(trained)} networks that learned from emoji, on the grey clothes "
-        f"of fashion. {' '.join(words)}"
-    )
-    return textwrap.wrap(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+def networks_of(rows, videos):
+    """{table: the networks in it, see collect()}. videos: the methods that learn from films."""
+    return {name: collect(rows_of(name, rows, videos)) for name in TABLES}
 
 
 def blocks(markdown, videos):
     """{block of a page: its lines}. markdown: (heads, lines) -> a table."""
     rows = read_rows()
-    networks = {name: collect(rows_of(name, rows, videos)) for name in TABLES}
+    networks = networks_of(rows, videos)
     tables = {}
     for name, columns in TABLES.items():
-        tables[name] = ["network", *columns], table(networks[name], columns)
+        tables[name] = ["network", "runs", *columns], table(networks[name], columns)
     heads = ["measure", "needs labels", "rank correlation with linear accuracy", "interval"]
-    tables["predictors"] = [*heads, "methods"], predictors(networks["features"])
+    heads += ["methods", "same network"]
+    tables["predictors"] = heads, predictors(networks["features"])
+    tables["agreement"] = agreement(networks)
     tables["multitask"] = multitask(networks["video"])
     tables["gains"] = gain_table(rows_of("finetune", rows, videos))
     tables["scenes"] = scene_table(networks)
@@ -751,7 +722,4 @@ def blocks(markdown, videos):
         if name == "multitask" and len(lines) < 2:
             lines = []  # nothing to compare
         found[f"eval_{name}"] = markdown(heads, lines) if lines else ["Not run."]
-    found["scenes"] = scene_words(networks)
-    found["fashion_words"] = fashion_words(networks["fashion"])
-    found["tuned"] = tuned_words(rows_of("finetune", rows, videos))
     return found

@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 import evaluations
+import sentences
 
 import common
 from kernels import bench
@@ -1237,6 +1238,16 @@ def kernel_table():
     return bench.table(rows, bench.GPU_CASES if on_gpu else ()).splitlines()
 
 
+def what_evaluations_say(rows):
+    """The blocks of sentences.py."""
+    families = {
+        "pretext tasks": FAMILIES["Pretext tasks"],
+        "methods that compare views": [m for family in COMPARE_VIEWS for m in FAMILIES[family]],
+    }
+    linear = {name: mean(runs, "evaluation", "linear") for name, runs in headline(rows).items()}
+    return sentences.blocks(families, FAMILIES["Video"], linear)
+
+
 def reached(runs):
     """The docstring's paragraph: what the defaults reached, and what was not measured."""
     if not runs:
@@ -1284,6 +1295,7 @@ def pages(rows):
         "papers": papers_table(),
         "kernels": kernel_table(),
         **evaluations.blocks(markdown, FAMILIES["Video"]),
+        **what_evaluations_say(rows),
     }
     texts = {}
     used = []
