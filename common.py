@@ -705,26 +705,30 @@ def features(network, split, size, device, workers=0):
     done = 0
     batches = split.images.whole(mine, size, workers)
     hidden = rank() > 0 or count < 5000
-    pause = 0.5 if sys.stderr.isatty() else 30  # few lines where there is no terminal
-    text = f"features of {count} images"
-    bar = tqdm(batches, text, unit=" batches", leave=False, disable=hidden, mininterval=pause)
-    for images, broken in bar:
+    # A new line twice a second, or twice a minute where there is no terminal.
+    for images, broken in tqdm(
+        batches, f"features of {count} images", unit=" batches", leave=False, disable=hidden,
+        mininterval=0.5 if sys.stderr.isatty() else 30
+    ):  # fmt: skip
         batch = images.to(device).float().div_(255)
-        if batch.shape[3] != size:
+        if batch.shape[2:] != (size, size):
             batch = F.interpolate(batch, (size, size), mode="bicubic", antialias=True)
             batch.clamp_(0, 1)  # bicubic overshoots
         h = embed(network, normalize(batch))
-        finite &= h.isfinite().all()
         if x is None:
             large = count * h.shape[1] > 1 << 27
             x = h.new_empty(share, h.shape[1], dtype=torch.float16 if large else h.dtype)
+        h = h.to(x.dtype)
+        finite &= h.isfinite().all()  # above 65,504 float16 is infinite
         x[done : done + len(h)] = h
         done += len(h)
         readable[broken] = 0
     readable = gather(readable[mine.to(device)])[:count] > 0
     if all_reduce_sum(1.0 - finite.float()) > 0:
-        words = "leave this network out, or train it anew at a lower rate"
-        fail(f"some features are infinite or not a number: {words}")
+        fail(
+            "some features are infinite or not a number: leave this network out, or train it anew "
+            "at a lower rate"
+        )
     if rank() > 0:
         dist.gather(x)
         return None, readable
@@ -749,7 +753,8 @@ def embed(network, x):
 
 def pixels(size, bank=0):
     """The network of the raw-pixel baseline: the image itself, averaged to at most 32x32, or 16x16
-    if more than 20,000 images are in the bank, whose probe would take hours."""
+    if more than 20,000 images are in the bank, whose probe would take hours. (Scripts that evaluate
+    runs do not say how many there are: they always have 32x32.)"""
     return nn.AdaptiveAvgPool2d(min(16 if bank > 20_000 else 32, size))
 
 
@@ -1172,8 +1177,7 @@ class Run:
         except OSError as error:
             fail(f"{self.last} cannot be opened ({error.strerror}): it may be sound")
         except Exception as error:  # torch.load raises nearly anything on a damaged file
-            reason = type(error).__name__
-            fail(f"{self.last} is damaged ({reason}): remove it, or choose another --out")
+            fail(f"{self.last} is damaged ({type(error).__name__}): remove it or use another --out")
 
     def refuse_changes(self, earlier):
         """Exits with a one-line message if settings that matter differ from earlier ones."""
@@ -1727,8 +1731,8 @@ def labelled_features(network, data, size, device, workers):
     test, test_readable = features(network, data.test, size, device, workers)
     if rank() > 0:
         return [None] * 5
-    if readable.sum() < 2:
-        fail(f"{data.name}: at least two training images with labels are needed")
+    if readable.sum() < 2 or not test_readable.any():
+        fail(f"{data.name}: two training images with labels and a test image are needed")
     groups = data.bank.emoji
     return (
         only(bank, readable),

@@ -3,13 +3,15 @@ Coates, Lee, Ng, AISTATS 2011. https://proceedings.mlr.press/v15/coates11a.html
 
     patch       6x6 pixels of three colours with values 0 to 255, (p - mean) / sqrt(variance + 10)
     whitening   w = P (p - mean of all patches), P = V diag(1 / sqrt(D + 0.1)) V^T, where V D V^T is
-                the covariance of the patches: all directions get about the same variance
+                the covariance of the patches: strong directions get about the same variance, weak
+                ones, D below 0.1 and mostly noise, stay small
     centroids   c_1 ... c_K, K = 256, by k-means of 50 patches of each of up to 1,000 images
     features    f_k = max(0, mean over j of d_j - d_k), d_k = ||w - c_k||: centroid k answers if it
                 is nearer than the average; f summed over all patches of each quarter of the image
 
-So an image has 4 K = 1,024 features. (Paper: K up to 4,000, from 400,000 patches.) Images of more
-than 32 pixels are averaged to 32 first.
+So an image has 4 K = 1,024 features (resnet14: 768). Images of more than 32 pixels are averaged to
+32 first. (Paper: k-means of 400,000 patches at once, K up to 4,000. Here: scikit-learn's
+mini-batches.)
 """
 
 import math
@@ -24,26 +26,29 @@ from kernels.views import denormalize
 PATCH = 6  # side, pixels
 PER_IMAGE = 50  # patches for the fit
 CENTROIDS = 256
+# In results.jsonl, in place of a hash of the weights.
 ABOUT = f"{CENTROIDS} centroids of {PER_IMAGE} patches per image, {PATCH}x{PATCH} pixels"
 
 
 def normalized_patches(x):
-    """All patches of images (n, 3, H, W) with values 0 to 255: (n, L, 108), in reading order."""
+    """All patches of images (n, 3, H, W) with values 0 to 255: (n, L, 108), in reading order, each
+    as channel, row, column."""
     x = F.unfold(x, PATCH).transpose(1, 2)
     x = x - x.mean(2, keepdim=True)
     return x / (x.var(2, keepdim=True) + 10).sqrt()
 
 
-def whiten(patches):
+def whitening(patches):
     """(M, 108) -> their mean (108,) and the matrix P (108, 108)."""
     variance, directions = torch.linalg.eigh(torch.cov(patches.T))
     scale = (variance + 0.1).rsqrt()
-    return patches.mean(0), directions * scale @ directions.T
+    return patches.mean(0), (directions * scale) @ directions.T
 
 
 def fit_kmeans(x, seed):
-    """Normalised images as vectors (N, 3 S S) -> mean, P and centroids (K, 108), on the CPU. The
-    seed chooses the patches and the first centroids."""
+    """Normalised images of at most 32 pixels, averaged as forward() does it, as vectors (N, 3 S S)
+    -> mean, P and centroids (K, 108), on the CPU. The seed chooses the patches and the first
+    centroids."""
     from sklearn.cluster import MiniBatchKMeans  # here, so --help need not wait for it
 
     side = math.isqrt(x.shape[1] // 3)
@@ -55,7 +60,7 @@ def fit_kmeans(x, seed):
         patches.append(found[some])
     patches = torch.cat(patches)
 
-    mean, matrix = whiten(patches)
+    mean, matrix = whitening(patches)
     white = (patches - mean) @ matrix
     kmeans = MiniBatchKMeans(min(CENTROIDS, len(white)), random_state=seed, n_init=1)
     return mean, matrix, torch.from_numpy(kmeans.fit(white.numpy()).cluster_centers_)
@@ -72,6 +77,7 @@ class KMeansFeatures(nn.Module):
 
     def __init__(self, mean, matrix, centroids):
         super().__init__()
+        # Parameters, so that kernels/cost.py counts them.
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.matrix = nn.Parameter(matrix, requires_grad=False)
         self.centroids = nn.Parameter(centroids, requires_grad=False)

@@ -24,8 +24,8 @@ from kernels.views import normalize
 
 
 def prepare(images, size):
-    """uint8 (n, 3, H, W) -> what a network is shown, (n, 3, size, size): whole images, resized and
-    normalised."""
+    """uint8 (n, 3, H, W) -> what a network is shown, (n, 3, size, size): whole images, resized to a
+    square, whatever their shape, and normalised."""
     x = images.float().div_(255)
     if x.shape[2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
@@ -36,7 +36,7 @@ def prepare(images, size):
 def maps(network, x):
     """The maps of a backbone (common.py) for images x (n, 3, H, W), a list of (n, channels, h, w).
     The baseline of raw pixels, which has no weights, gives the colours of the 7 x 7 pixels around
-    each place: (n, 147, h, w)."""
+    each place of the averaged image: (n, 147, h, w). The caller sets eval or train mode."""
     if hasattr(network, "maps"):  # a network of patches (methods/cpc.py)
         return network.maps(x)
 
@@ -58,10 +58,13 @@ def maps(network, x):
         for depth, block in enumerate(network.blocks, 1):
             x = block(x)
             if depth in ends:
+                # The last norm for every block, as in DINO's code; without the class token.
                 patches = network.norm(x)[:, 1:].mT  # (n, D, L)
                 found.append(patches.unflatten(2, grid))
         return found
 
+    if list(network.parameters()):
+        fail("the maps of this network are not known: choose a run with a ResNet or a ViT")
     x = network(x)
     return [F.unfold(x, 7, padding=3).unflatten(2, x.shape[2:])]
 
@@ -74,7 +77,7 @@ def all_maps(network, images, size, device):
     batches = [maps(network, prepare(part.to(device), size)) for part in images.split(50)]
     found = [torch.cat([x.half() for x in stage]) for stage in zip(*batches)]
     if not all(x.isfinite().all() for x in found):
-        fail("some maps of this network are not finite: its training has failed")
+        fail("some maps are not finite, or above 65,504 (float16): leave this network out")
     return found
 
 
@@ -92,8 +95,8 @@ class MapHead(nn.Module):
     Each map is first standardised per channel. The convolution comes before the maps are resized:
     both are linear, so their order does not matter, and one of few channels is less work.
 
-    start: what the head answers everywhere before it is trained, (channels,); None: its weights
-    start at random, as those of a layer among others."""
+    start: what the head answers everywhere before it is trained, (channels,), with weights of 0;
+    None: random weights, for a layer inside a larger head."""
 
     def __init__(self, widths, channels, side, start=None):
         super().__init__()
@@ -109,10 +112,10 @@ class MapHead(nn.Module):
         output = self.bias[:, None, None]
         for norm, conv, x in zip(self.norms, self.convs, maps):
             read = conv(norm(x.float()))  # (n, channels, h, w)
-            down = resizing(read.shape[2], self.side).to(read)
-            across = resizing(read.shape[3], self.side).to(read)
-            wide = read @ across.T  # (n, channels, h, side)
-            output = output + (wide.mT @ down.T).mT
+            rows = resizing(read.shape[2], self.side).to(read)
+            columns = resizing(read.shape[3], self.side).to(read)
+            wide = read @ columns.T  # (n, channels, h, side)
+            output = output + (wide.mT @ rows.T).mT
         return output
 
 
@@ -171,15 +174,11 @@ def schedule(step, steps):
 
 
 def fit(loss_of, head, trunk, count, settings):
-    """Trains the weights of a head and of a trunk (none, if it is frozen) by AdamW without weight
-    decay. Each step draws indices (batch,) of `count` scenes and takes the gradient of
-    loss_of(indices). settings: of settings_of(); head_seed is for the order of the scenes, lr_head
-    and lr_trunk are the highest learning rates. Exits with a one-line message if the loss is not
-    finite."""
-    optimizer = torch.optim.AdamW(
-        [{"params": list(head)}, {"params": list(trunk)}],
-        weight_decay=0.0,
-    )
+    """Trains the weights of a head and of a trunk (none, if it is frozen) by Adam. Each step draws
+    indices (batch,) of `count` scenes and takes the gradient of loss_of(indices). settings: of
+    settings_of(); head_seed is for the order of the scenes, lr_head and lr_trunk are the highest
+    learning rates. Exits with a one-line message if the loss is not finite."""
+    optimizer = torch.optim.Adam([{"params": list(head)}, {"params": list(trunk)}])
     rates = settings["lr_head"], settings["lr_trunk"]
     steps = settings["steps"]
     generator = np.random.default_rng(settings["head_seed"])

@@ -43,7 +43,7 @@ The learning rates were not tuned here; --lr-trunk is that of eval_finetune.py.
 
 Run.
     python methods/eval_dense.py runs/simclr-emoji-0
-    python methods/eval_dense.py runs/* --only normals --no-finetune
+    python methods/eval_dense.py runs/*-emoji-* --only normals --no-finetune
 It writes results.jsonl, scenes.png, pck.png and, to draw them from, outputs/ into --out, by default
 runs/eval_dense. What is in results.jsonl is not measured again. A default ResNet takes about two
 minutes of one CPU core; a ViT six times as long, so choose --size 48 for it.

@@ -35,8 +35,8 @@ The learning rates were not tuned; --lr-trunk is that of eval_finetune.py.
 
 Run.
     python methods/eval_detection.py runs/simclr-emoji-0
-    python methods/eval_detection.py runs/* --no-finetune
-    python methods/eval_detection.py runs/* --steps 2000
+    python methods/eval_detection.py runs/*-emoji-* --no-finetune
+    python methods/eval_detection.py runs/*-emoji-* --steps 2000
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
 results.jsonl is not measured again. A run that diverges ends the script; the others are kept. A
 default ResNet takes about three minutes of one CPU core; a ViT six times as long, so choose --size
@@ -44,7 +44,7 @@ default ResNet takes about three minutes of one CPU core; a ViT six times as lon
 
 Differs from the papers. (This file | FCOS.)
     1. One map with 64 channels for all sizes of objects, two convolutions | five of 256, four.
-    2. AdamW, trained for 500 steps of 16 scenes | SGD, 90,000 steps of 16 photographs.
+    2. Adam, trained for 500 steps of 16 scenes | SGD, 90,000 steps of 16 photographs.
 """
 
 import copy

@@ -6,51 +6,50 @@ K-means features: Coates, Lee, Ng, AISTATS 2011. https://proceedings.mlr.press/v
 Effective rank: Garrido et al., ICML 2023. https://arxiv.org/abs/2210.02885
 Alignment and uniformity: Wang, Isola, ICML 2020. https://arxiv.org/abs/2005.10242
 
-Idea. A network is frozen, which means that none of its weights changes any more, and turns every
-image into a vector, its features. If simple rules can read the labels off the features, training
-has put this knowledge there. Three baselines are measured in the same way: raw pixels, k-means
-features, which are learned from small patches without a network, and the same network before
-training. What a run learned is only what it has beyond these three. Another data set than that of
-the training (--data) shows whether the features are of use elsewhere.
+Idea. A network is frozen and turns every image into a vector, its features. If simple rules can
+read the labels off the features, training has put this knowledge there. Three baselines are
+measured in the same way: raw pixels, k-means features, which are learned from small patches without
+a network, and the same network before training (its batch-norms as initialised). What a run learned
+is only what it has beyond these three. Another data set than that of the training (--data) shows
+whether the features are of use elsewhere.
 
-Notation. The training images with their labels are the bank; the test images are the questions and
+Notation. The training images with their labels are the bank; the test images are the queries and
 choose nothing. Accuracies are in percent.
 
     knn20, knn200   the 20 or 200 bank images with the most similar features (cosine s) vote for
                     their labels with weights exp(s / 0.07)
     linear          linear probe: logistic regression on the features, solved to convergence; its
                     weight decay is chosen on a fifth of the bank
-    svm             mean average precision of one linear SVM per class, as on PASCAL VOC 2007: it
+    svm             mean average precision of one linear SVM per class, as Goyal et al. do it: it
                     sorts the test images, and those of its class should come first
-    retrieval1, 5   on emoji only: how often one of the 1 or 5 nearest drawings by other artists
-                    shows the same emoji
-    rankme          how many dimensions the features use: exp(entropy of the singular values)
+    retrieval1, 5   on emoji only: how often one of the 1 or 5 nearest test drawings by other
+                    artists shows the same emoji
+    rankme          how many dimensions the features of the test images use: exp(entropy of the
+                    singular values). It grows with the width: compare networks of one width
     params          numbers in the weights, in millions
-    mflops          millions of additions and multiplications per image, in convolutions and
-                    products of matrices
-    images/s        speed on this machine
+    mflops          millions of additions and multiplications per image, two per multiply-add
+    images/s        speed of the machine that measured it, 64 images at a time
     train s         seconds of the training, as the run recorded them
-    train TFLOPs    operations of the first training step times the number of steps, in 10^12,
-                    counted as mflops
+    train TFLOPs    operations of the whole training, in 10^12, counted as mflops
     peak GB         most memory of the run, evaluations included
 
 knn20, knn200, linear, retrieval and rankme come from evaluate() in common.py, which prints them at
-the end of every run.
+the end of every run (there with at most --bank images).
 
 Run.
     python methods/eval_features.py runs/simclr-emoji-0 runs/rotnet-emoji-0
-    python methods/eval_features.py runs/* --data fashion --only svm
+    python methods/eval_features.py runs/*-emoji-* --data fashion --only svm
     torchrun --nproc_per_node 8 methods/eval_features.py runs/simclr-imagenet-0 --only features
 It writes results.jsonl and curves.png into --out, by default runs/eval_features. What is in
-results.jsonl is not measured again, so a command that was stopped continues. The file holds more
-than the tables: feature_std, alignment and uniformity, each class's average precision and cost.
-A "-" in a table stands for a number that is not defined or was not recorded.
+results.jsonl is not measured again. It also holds feature_std, alignment and uniformity, each
+class's average precision and cost. A "-" stands for a number that is not defined or was not
+recorded.
 
 Differs from the official code of the SVMs. (This file | that code.)
-    1. Seven costs are tried | 26, the others between or below these.
-    2. A cost is chosen by the measure of the test images, average_precision | by scikit-learn's,
-       which does not take the highest precision at a larger recall.
-    3. Images with equal scores are taken together | in the order of the sort.
+    1. The network's own features, one class per image | maps of each layer, several classes.
+    2. Seven costs are tried | 26. Solved to convergence | at most 2,000 rounds.
+    3. Cross-validation takes average_precision below | scikit-learn's, which does not take the
+       highest precision at a larger recall. Equal scores are taken together | as sorted.
     4. On emoji all drawings of an emoji are in one fold | folds of single images.
 """
 
@@ -77,9 +76,9 @@ KIND = "evaluation"  # the tests ask for what is due to each kind
 
 
 def average_precision(scores, positive):
-    """Area under the curve of precision against recall, as on PASCAL VOC since 2010: the precision
-    at a recall is the highest at this or any larger recall. Images with equal scores are taken
-    together, so their order does not matter.
+    """Area under the curve of precision against recall, as on PASCAL VOC since 2010 and in the
+    official code: the precision at a recall is the highest at this or any larger recall. Images
+    with equal scores are taken together, so their order does not matter.
 
     scores (N,) float; positive (N,) bool. Returns a number from 0 to 1, NaN without positives."""
     if not positive.any():
@@ -97,21 +96,22 @@ def average_precision(scores, positive):
     return (highest * steps).sum().item()
 
 
-def fit_svm(x, sign, cost, variance, weight):
+def fit_svm(x, sign, cost, variance, start):
     """One SVM per class (Goyal et al. 2019): weights (C, D), the minimum over each row w of
 
         1/2 ||w||^2 + cost * sum over images i of a_i max(0, 1 - s_i w . x_i)^2
 
-    x (N, D): features, a column of ones for the bias among them. sign (N, C): s, 1 for images of
-    the class, which have a = 2, and -1 for others, which have a = 1. variance (D,): the mean
-    squares of the columns of x, which must be decorrelated; L-BFGS, which starts from `weight`,
-    then needs few steps. scikit-learn's LinearSVC minimises the same function, one class at a time
-    and ten times slower."""
+    x (N, D): features and a 1 for the bias, rotated so that the columns are decorrelated. sign
+    (N, C): s, 1 for images of the class, which have a = 2, and -1 for others, which have a = 1.
+    variance (D,): the mean squares of the columns of x. start (C, D): where L-BFGS begins.
+    scikit-learn's LinearSVC minimises the same function, one class at a time and ten times
+    slower."""
     decay = 1 / (2 * cost * len(x))
+    # Near the inverse root of the curvature, so that all directions converge at one pace.
     scale = (variance + decay).rsqrt()
     scaled = x * scale
-    share = (1.5 + 0.5 * sign) / len(x)  # a_i / N
-    weight = (weight / scale).double().requires_grad_()
+    a = (1.5 + 0.5 * sign) / len(x)  # divided by N, as the decay is
+    weight = (start / scale).double().requires_grad_()
     solver = torch.optim.LBFGS(
         [weight],
         max_iter=500,
@@ -124,7 +124,7 @@ def fit_svm(x, sign, cost, variance, weight):
     def objective():
         solver.zero_grad()
         missing = (1 - sign * F.linear(scaled, weight.float())).clamp(min=0)
-        loss = (share * missing.square()).double().sum()
+        loss = (a * missing.square()).double().sum()
         loss = loss + decay * (weight * scale).square().sum()
         loss.backward()
         return loss.detach()
@@ -133,15 +133,16 @@ def fit_svm(x, sign, cost, variance, weight):
     return (weight.detach() * scale).float()
 
 
-# The official code tries 26 costs: the powers of ten from 1e-7 to 100, and 0.5^4 to 0.5^19. Small
-# ones are far from the best.
+# The official code tries 26 costs: the powers of ten from 1e-7 to 100, and 0.5^4 to 0.5^19. No
+# class of ours chose less than 0.1. On fashion half of them chose 100, the largest of theirs, too.
 COSTS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def svm(bank, labels, test, test_labels, groups):
     """Mean average precision in percent, and per class the average precision and the cost. The cost
     of a class is the one of COSTS with the best average precision in three-fold cross-validation on
-    the bank; every fold has its share of each class, and whole groups (near copies).
+    the bank; every fold has its share of each class, and whole groups (near copies). A class with
+    one group gets a cost by chance.
 
     bank, test (N, D); labels (N,) int64; groups (N,) int64 or None. Classes that have no test image
     are left out of the mean."""
@@ -154,36 +155,37 @@ def svm(bank, labels, test, test_labels, groups):
     classes = torch.arange(labels.max() + 1, device=labels.device)
     sign = torch.where(labels[:, None] == classes, 1.0, -1.0)
 
-    # The groups in the order of their classes go to the folds in turn.
+    # Deal the groups, sorted by class, to the three folds in turn.
     groups = torch.arange(len(labels), device=labels.device) if groups is None else groups
-    names, member = groups.unique(return_inverse=True)
+    names, group_of_image = groups.unique(return_inverse=True)
     if len(names) < 2:
         fail("all training images show the same thing: no cost of an SVM can be chosen on them")
-    label = torch.zeros_like(names).scatter_(0, member, labels)
+    label_of_group = torch.zeros_like(names).scatter_(0, group_of_image, labels)
     fold = torch.empty_like(names)
     turn = torch.arange(len(names), device=names.device) % 3
-    fold[label.argsort(stable=True)] = turn
-    fold = fold[member]  # (N,)
+    fold[label_of_group.argsort(stable=True)] = turn
+    fold = fold[group_of_image]  # (N,)
 
     # From small to large costs, each from the last solution.
-    found = torch.zeros(len(COSTS), len(classes))
+    summed = torch.zeros(len(COSTS), len(classes))  # average precision, over the folds
     for held in (fold == 0, fold == 1, fold == 2):
         train = bank[~held]
         weight = bank.new_zeros(len(classes), bank.shape[1])
         for i, cost in enumerate(COSTS):
             weight = fit_svm(train, sign[~held], cost, variance, weight)
-            found[i] += precisions(bank[held], weight, sign[held] > 0).nan_to_num()
-    best = found.argmax(0)  # (C,)
+            # A fold without the class has no precision: 0, whatever the cost.
+            summed[i] += precisions(bank[held], weight, sign[held] > 0).nan_to_num()
+    best = summed.argmax(0)  # (C,)
 
     weight = bank.new_zeros(len(classes), bank.shape[1])
     chosen = weight.clone()
     for i, cost in enumerate(COSTS):
         weight = fit_svm(bank, sign, cost, variance, weight)
         chosen[best == i] = weight[best == i]
-    found = 100 * precisions(test, chosen, test_labels[:, None] == classes)
+    on_test = 100 * precisions(test, chosen, test_labels[:, None] == classes)
     return {
-        "svm": found.nanmean().item(),
-        "precisions": [None if math.isnan(p) else p for p in found.tolist()],
+        "svm": on_test.nanmean().item(),
+        "precisions": [None if math.isnan(p) else p for p in on_test.tolist()],
         "costs": [COSTS[i] for i in best],
     }
 
@@ -202,10 +204,9 @@ def precisions(x, weight, positive):
     return torch.tensor([average_precision(*pair) for pair in pairs])
 
 
-def measure_cost(network, size):
+def measure_cost(network, size, device):
     """network_cost, and images per second of this machine: the best of three batches of 64."""
-    some = next(network.parameters(), torch.zeros(1))
-    x = some.new_zeros(64, 3, size, size)
+    x = torch.zeros(64, 3, size, size, device=device)
     seconds = []
     for _ in range(4):
         began = time.perf_counter()
@@ -236,8 +237,8 @@ def get_args(argv=None):
 
 
 def table(results, columns):
-    """{name: {column: number, text or None}} as text: one line per name, and those of the columns
-    that there are; "" if there are none."""
+    """{name: {column: number, text or None}} as text, one line per name; columns that no name has
+    are left out; "" if none is left."""
     width = max(len(name) for name in results) + 2
     columns = [c for c in columns if any(c in found for found in results.values())]
     if not columns:
@@ -266,7 +267,7 @@ def columns_of(measured, lines):
         last = lines[-1] if lines else {}  # a finished run ends with what it cost
         flops = last.get("train_flops")
         columns["train s"] = last.get("train_seconds")
-        columns["train TFLOPs"] = flops and flops / 1e12
+        columns["train TFLOPs"] = flops / 1e12 if flops else None
         columns["peak GB"] = last.get("peak_memory_gb")
     return columns
 
@@ -343,7 +344,8 @@ def with_kmeans(found, sets, args, device):
         images = sets[name].bank.images
         some = np.random.default_rng(args.seed).permutation(len(images))[:1000]
         some = Split(images.part(torch.from_numpy(some)))
-        x, _ = features(pixels(size), some, size, device, args.workers)
+        x, readable = features(pixels(size), some, size, device, args.workers)
+        x = x if x is None else x[readable]  # process 0 has them
         network = KMeansFeatures(*share(fit_kmeans, x, args.seed))
         about = {"seed": args.seed, "weights": ABOUT}
         baselines.append(Candidate(f"k-means, {size} px", network, name, size, about))
@@ -367,11 +369,11 @@ def main(argv=None):
     for candidate in with_kmeans(found, sets, args, device):
         data = sets[candidate.data]
         network = candidate.network.to(device, memory_format=torch.channels_last)  # as in training
-        place = network, data, candidate.size, device, args.workers
+        inputs = network, data, candidate.size, device, args.workers
         functions = {
-            "features": lambda: evaluate(*place),
-            "svm": lambda: share(svm, *labelled_features(*place)),
-            "cost": lambda: measure_cost(network, candidate.size),
+            "features": lambda: evaluate(*inputs),
+            "svm": lambda: share(svm, *labelled_features(*inputs)),
+            "cost": lambda: measure_cost(network, candidate.size, device),
         }
         images = [len(split.images) for split in (data.bank, data.test) if split]
         measured = {}

@@ -31,7 +31,7 @@ The frozen probe chooses its weight decay on a fifth of the labelled images, bad
 
 Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 runs/rotnet-emoji-0
-    python methods/eval_finetune.py runs/* --data fashion --draws 1
+    python methods/eval_finetune.py runs/*-emoji-* --data fashion --draws 1
     python methods/eval_finetune.py runs/simclr-emoji-0 --steps 800 --lr-trunk 0.002
 It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
 runs/eval_finetune. What is in results.jsonl is not measured again, so a command that was stopped
@@ -195,8 +195,8 @@ def frozen_accuracy(network, data, part, draw, *how):
     (bank, bank_readable), (test, readable) = frozen_features(network, data, *how)
     index = labelled_part(data.bank.labels, part, draw).to(bank.device)
     index = only(index, bank_readable[index])
-    if len(index) < 2:
-        fail(f"{data.name}: at least two training images with labels are needed")
+    if len(index) < 2 or not readable.any():
+        fail(f"{data.name}: two training images with labels and a test image are needed")
     labels, test_labels = (split.labels.to(bank.device) for split in (data.bank, data.test))
     emoji = data.bank.emoji
     groups = None if emoji is None else emoji.to(bank.device)[index]
@@ -314,7 +314,8 @@ def with_kmeans(found, sets, args, device):  # copy of: methods/eval_features.py
         images = sets[name].bank.images
         some = np.random.default_rng(args.seed).permutation(len(images))[:1000]
         some = Split(images.part(torch.from_numpy(some)))
-        x, _ = features(pixels(size), some, size, device, args.workers)
+        x, readable = features(pixels(size), some, size, device, args.workers)
+        x = x if x is None else x[readable]  # process 0 has them
         network = KMeansFeatures(*share(fit_kmeans, x, args.seed))
         about = {"seed": args.seed, "weights": ABOUT}
         baselines.append(Candidate(f"k-means, {size} px", network, name, size, about))

@@ -38,8 +38,8 @@ left are choices of --only, the indented ones columns. Only those of clusters ar
 
 Run.
     python methods/eval_geometry.py runs/simclr-emoji-0 runs/rotnet-emoji-0
-    python methods/eval_geometry.py runs/* --only smoothness
-    python methods/eval_geometry.py runs/* --data fashion --out runs/geometry-fashion
+    python methods/eval_geometry.py runs/*-emoji-* --only smoothness
+    python methods/eval_geometry.py runs/*-emoji-* --data fashion --out runs/geometry-fashion
 It writes results.jsonl, spectrum-DATA.png and tsne-DATA-category.png into --out, by default
 runs/eval_geometry. A "-" stands for a number that is not defined. What is in results.jsonl is not
 measured again. An image that cannot be read ends the script.

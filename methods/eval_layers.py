@@ -7,27 +7,30 @@ recognising things (which of four turns, which permutation of tiles), the featur
 be of more use than the last ones. So a linear classifier reads the labels off every layer, in the
 trained network and in the same network before training. The weights do not change any more.
 
-Notation. A layer answers with a map of C channels at H x W places. Early maps are large and have
-few channels, late ones are small and have many. For a fair comparison all get about the same number
-of features, F (--features): the map is averaged to h x w places, h w C features, with
+Notation. A layer outputs a map of C channels at H x W places. Early maps are large and have few
+channels, late ones are small and have many. For a fair comparison all get about the same number of
+features, F (--features): the map is averaged to h x w places, h w C features, with
 
     h = sqrt(F / C) and w = F / (C h), rounded, at least 1 and at most H and W
 
 F is 800, about the width of the last layer at 32 pixels: resnet14 gets 800, 864, 768, 768 and 768.
-At 224 pixels F = 9000 gives resnet50 the sizes of Goyal et al., 9216, 9216, 8192, 9216 and 8192.
+At 224 pixels F = 9000 gives resnet50 the sizes of Goyal et al., 9216, 9216, 8192, 9216 and 8192
+(and needs about 75 GB in process 0). A layer of more than F channels gets one place and all of
+them.
 
     ResNet   stem (after its ReLU, before max-pooling), layer1 ... layer4
     ViT      block1 ... blockN: the patch tokens are the map, and the class token is put beside it
     pixels   the image itself as a map of three channels, the baseline
 
-CPC's network sees each patch of an image by itself, so a layer answers with a map of each patch.
+CPC's network sees each patch of an image by itself, so a layer outputs a map of each patch.
 The mean of these maps over the patches is the layer's map. It is smaller than that of an image: at
 48 pixels a patch has 16, and layer3 of resnet14 one place, so 384 features.
 
 The probe is linear_probe() in common.py: logistic regression, whose weight decay is chosen on a
-fifth of the training images. (Papers: SGD on augmented images.) Accuracies on the test images, in
-percent. The last layer may differ from `linear` in a run's table: there the network pools its
-feature itself. A network whose layers are not known is left out.
+fifth of the training images. Accuracies on the test images, in percent: who takes the best layer of
+a row has chosen it on them, which is a little optimistic. The last layer may differ from `linear`
+in a run's table: there the network normalises (ViT) and pools its features itself. A network whose
+layers are not known is left out, k-means features, which have none, too.
 
 Run.
     python methods/eval_layers.py runs/simclr-emoji-0
@@ -35,6 +38,12 @@ Run.
     torchrun --nproc_per_node 8 methods/eval_layers.py runs/simclr-imagenet-0 --features 9000
 It writes results.jsonl and layers.png into --out, by default runs/eval_layers. What is in
 results.jsonl is not measured again, so a command that was stopped continues.
+
+Differs from the papers. (This file | Zhang et al.; Goyal et al.)
+    1. Averages over rectangles | average pooling with a fixed window.
+    2. Each feature is standardised, solved to convergence | batch-norm per channel, SGD on
+       augmented images.
+    3. About 800 features on the data of the training | about 9,000, on ImageNet or Places.
 """
 
 import math
@@ -57,17 +66,17 @@ KIND = "evaluation"  # the tests ask for what is due to each kind
 
 def average(x, target):
     """A map (n, C, H, W), or tokens (n, 1 + H H, C) with the class token first, averaged to about
-    `target` features per image: (n, h w C), and C more of the class token."""
-    rest = []
+    `target` features per image, F above: (n, h w C), and C more of the class token."""
+    class_token = []
     if x.ndim == 3:
-        rest = [x[:, 0]]
+        class_token = [x[:, 0]]
         side = math.isqrt(x.shape[1] - 1)
         x = x[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-    places = target / x.shape[1]
+    places = target / x.shape[1]  # that the map may keep
     h = min(x.shape[2], max(1, round(math.sqrt(places))))
     w = min(x.shape[3], max(1, round(places / h)))
     x = F.adaptive_avg_pool2d(x, (h, w)).flatten(1)
-    return torch.cat([x, *rest], 1)
+    return torch.cat([x, *class_token], 1)
 
 
 class Layer(nn.Module):
@@ -79,13 +88,13 @@ class Layer(nn.Module):
         self.network = network
         self.module = module
         self.target = target
-        self.train(network.training)
+        self.train(network.training)  # embed() brings the network back into this mode
 
     def forward(self, x):
         found = []
 
         def keep(module, inputs, output):
-            if len(output) > len(x):  # one row per patch
+            if len(output) > len(x):  # a row per patch, those of an image one after the other
                 output = output.unflatten(0, (len(x), -1)).mean(1)
             found.append(average(output, self.target))
 
@@ -112,8 +121,8 @@ def layers(network):
 def probe(bank, labels, test, test_labels, groups):
     """{"linear": accuracy of a linear probe in percent, "features": D}. See labelled_features in
     common.py."""
-    count = bank.shape[1]
-    return {"linear": linear_probe(bank, labels, test, test_labels, groups), "features": count}
+    linear = linear_probe(bank, labels, test, test_labels, groups)
+    return {"linear": linear, "features": bank.shape[1]}
 
 
 # The evaluation.
@@ -226,12 +235,13 @@ def main(argv=None):
         images = [len(data.bank.images), len(data.test.images)]
         accuracies = {}
         for layer, module in layers(network).items():
-            # Raw pixels: the image at full size, not the baseline's averaged one.
-            view = Layer(network if layer != "pixels" else module, module, args.features)
+            # Of raw pixels the image at full size, not the baseline's averaged one.
+            whole = module if layer == "pixels" else network
+            part = Layer(whole, module, args.features)
             measured = results.measure(
                 f"linear probe of {layer}",
                 candidate,
-                lambda: share(probe, *labelled_features(view, *place)),
+                lambda: share(probe, *labelled_features(part, *place)),
                 images=images,
                 features=args.features,
             )

@@ -1,29 +1,26 @@
 """Videos: what a network knows of what moves, and whether it finds a thing again in later frames.
 Mask propagation: Jabri, Owens, Efros, NeurIPS 2020. https://arxiv.org/abs/2006.14613
-Its settings are near those of DINO: Caron et al., ICCV 2021. https://arxiv.org/abs/2104.14294
+Our settings are near those of DINO: Caron et al., ICCV 2021. https://arxiv.org/abs/2104.14294
 J and F: Pont-Tuset et al., the 2017 DAVIS challenge. https://arxiv.org/abs/1704.00675
 Their code: https://github.com/davisvideochallenge/davis2017-evaluation
 
 Idea. In the film `movers` all is known of a clip: the mask of its emoji in every frame, how it
 moves, where it is and how far it is turned. As in the benchmark DAVIS, the mask of the first frame
 is given and is copied to the later ones: each place of a frame takes the values of those places of
-earlier frames that have the most similar features. This needs no training at all. The answers to
-the other questions are read from the frozen features by linear rules. For the film `bunny` it is
-known which animals each shot shows.
+earlier frames that have the most similar features. This needs no training. The other answers are
+read from the frozen features by linear rules. For the film `bunny` it is known which animals each
+shot shows.
 
 Notation. Frames of --mask-size pixels go through the network. One of its maps (kernels/maps.py),
 brought to g x g places, gives each place a feature of length 1. A place of frame t is compared with
 the places within --radius of it, in the first frame and in the --previous frames before t. s_i is
-the product of both features. The sum is over the --nearest places i with the largest s_i:
+their inner product. The sum is over the --nearest places i with the largest s_i:
 
     value(place) = sum over i of  softmax(s_i / temperature)  value(i)
 
 A pixel belongs to the object if its value is above the middle between the least and the greatest of
-its frame. Each network uses the map with the best J on --choose training clips. --nearest,
---temperature and the rule of the middle are those of DINO's code, which differs: larger frames,
-longer videos, the 7 last frames, places up to 12 away, always the last block; a place of the first
-mask is in or out, while ours has the share that is covered. J and F are means over the frames after
-the first (DAVIS: without the last one, too). The columns of the results:
+its frame. Each network uses the map with the best J on --choose training clips. J and F are means
+over the frames after the first (DAVIS: without the last one, too). The columns of the results:
 
     J         region: intersection / union of mask and truth, in percent
     F         boundary: 2 P R / (P + R), in percent. A pixel of one boundary is right if the other
@@ -31,24 +28,27 @@ the first (DAVIS: without the last one, too). The columns of the results:
               the share of right pixels of the mask's boundary, R that of the true one
     motion    one of 8: accuracy of a linear probe on features of --frames frames, side by side
     category  of the emoji, one of 9: as above, on the mean of these features
-    position  mean distance from the emoji's centre, in pixels of 48. From the features of a single
-              frame by ridge regression (linear, with weight decay)
+    position  mean distance of the answer from the emoji's centre, in pixels of 48. From features of
+              a single frame by ridge regression (linear, with weight decay)
     angle     mean error of how far the emoji is turned, in degrees: as above, from sine and cosine.
               Upright in most motions: no network in the results is clearly better than a constant
     subject   rabbit, rodents, neither or mixed: a linear probe on frames of the shots of bunny
     shot_r1   how often, of the first frames of all shots, the one most similar to the last frame of
-              a test shot is of the same shot, in percent
-    shot_r5   how often one of the five most similar is
+              a test shot is of the same shot, in percent; shot_r5: one of the five most similar
 
-Three baselines stand beside the networks. "no network" leaves the first mask in its place and gives
-the best constant answers (shots: 0, all are equally similar). Raw pixels are the colours of 7 x 7
-pixels around a place for masks, else the frame averaged to 16 x 16. The third is untrained.
+Three baselines stand beside the networks. "no network" leaves the first mask in its place and
+answers with the most frequent class and the mean pose (shots: 0, all are equally similar). Raw
+pixels are the colours of 7 x 7 pixels around a place of the frame averaged to 32 x 32 (masks), else
+the frame averaged to 16 x 16. The third is untrained.
 
 Run.
     python methods/eval_video.py runs/video_colorization-movers-0
-    python methods/eval_video.py runs/* --only masks
+    python methods/eval_video.py runs/*-movers-* --only masks
 The folder --out, runs/eval_video, gets results.jsonl, masks.png and masks, those in this picture.
-Five minutes at most, with 1,500 training clips, 500 test clips, 60 masks.
+
+Differs from DINO's code. (This file | that code.)
+    1. Frames of 96 pixels, the 3 last ones, places up to 6 of 24 away, the map that is best on
+       training clips, the covered share of a place | 480, 7, 12 of 30, the last block, in or out.
 """
 
 import functools
@@ -143,8 +143,8 @@ def propagate(features, first, radius, previous, nearest, temperature):
 
 def ridge(x, y, test):
     """Linear regression with weight decay, features (N, D), answers (N, K) -> answers for the test
-    features. For each answer the decay is chosen that has the least error on training rows that are
-    left out."""
+    features. For each answer the decay is chosen that has the least error on training rows, each
+    left out alone: other frames of its clip remain, so the decay is rather too small."""
     from sklearn.linear_model import RidgeCV  # here, so --help need not wait for it
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -228,12 +228,16 @@ def features(network, film, split, count, frames, size, device):
     if network is None:
         return torch.zeros(len(chosen), 1).unflatten(0, (-1, frames))
     if not list(network.parameters()):  # raw pixels
+        # Four frames side by side would have 12,288 numbers at 32 x 32.
         network = nn.AdaptiveAvgPool2d(min(16, size))
     parts = []
     for part in chosen.split(256):
         x = prepare(part.to(device), size)
         parts.append(embed(network, x).cpu())
-    return torch.cat(parts).unflatten(0, (-1, frames))
+    x = torch.cat(parts)
+    if not x.isfinite().all():
+        fail("some features are infinite or not a number: leave this network out")
+    return x.unflatten(0, (-1, frames))
 
 
 def read(task, network, size, args, device):
@@ -265,6 +269,7 @@ def probe(task, x, train, z, test):
         labels = [shots.labels.repeat_interleave(frames) for shots in (train, test)]
         groups = train.blocks.repeat_interleave(frames)
     else:
+        # The parts of Clips are named as the tasks.
         labels = [getattr(clips, task)[:, 0] for clips in (train, test)]
         if task == "motion":  # of a clip: its frames side by side
             x, z = x.flatten(1), z.flatten(1)
@@ -293,8 +298,10 @@ def copied(network, clips, args, device, only=None):
         first = F.adaptive_avg_pool2d(truth[some, 0].float(), grid).to(device)
         frames = clips.frames[some].flatten(0, 1).to(device)
         for number, x in enumerate(maps(network, prepare(frames, args.mask_size))):
-            if only not in (None, number):
+            if only is not None and number != only:
                 continue
+            if not x.isfinite().all():
+                fail("some maps are infinite or not a number: leave this network out")
 
             # To g x g places: a small map is enlarged, a large one is averaged.
             if x.shape[2] < args.grid:
@@ -390,7 +397,8 @@ def main(argv=None):
             network.to(device, memory_format=torch.channels_last)  # as in training
         measured[name] = {}
         # New weights, or other settings, have masks of their own.
-        about = f"{candidate.about.get('weights')} {settings}"
+        about = candidate.about.get("weights") or candidate.about.get("seed")
+        about = f"{about} {settings}"
         digest = hashlib.sha256(about.encode()).hexdigest()[:8]
         file = folder / "masks" / f"{name.replace('/', '-')}, {digest}.npy"
 

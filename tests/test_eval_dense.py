@@ -535,16 +535,16 @@ def test_a_frozen_network_is_left_as_it_was_and_a_fine_tuned_one_is_a_copy(arch)
 
 
 def test_the_rates_of_head_and_trunk(monkeypatch):
-    """They rise for a tenth of the steps and fall by a cosine; AdamW's betas do not change. A head
+    """They rise for a tenth of the steps and fall by a cosine; Adam's betas do not change. A head
     or trunk with rate 0 stays where it is."""
     seen = []
 
-    class Spy(torch.optim.AdamW):
+    class Spy(torch.optim.Adam):
         def step(self):
             seen.append([(group["lr"], *group["betas"]) for group in self.param_groups])
             super().step()
 
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    monkeypatch.setattr(torch.optim, "Adam", Spy)
     head, trunk = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     how = settings(20, 0) | {"lr_head": 0.4, "lr_trunk": 0.0}
     fit(lambda index: (head + trunk).sum(), [head], [trunk], 40, how)
@@ -595,7 +595,7 @@ def test_the_test_scenes_choose_nothing():
     assert torch.equal(*tuned)
 
 
-class LastStep(torch.optim.AdamW):
+class LastStep(torch.optim.Adam):
     """Diverges after the loss of a step is known. For test_eval_detection.py, too."""
 
     def step(self):
@@ -610,7 +610,7 @@ def test_maps_or_answers_that_are_not_finite_end_in_one_sentence(capsys, monkeyp
         output("depth", Fixed(lambda x: x / 0))
     assert "not finite" in capsys.readouterr().err
     if steps == 1:
-        monkeypatch.setattr(torch.optim, "AdamW", LastStep)
+        monkeypatch.setattr(torch.optim, "Adam", LastStep)
     with pytest.raises(SystemExit):
         output("depth", Fixed(lambda x: x), lr=1e30, steps=steps)
     error = capsys.readouterr().err

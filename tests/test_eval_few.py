@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main, noise, tiny_data
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from test_eval_features import write_run
 
-from common import candidates, fit_logistic, labelled_features, pixels, read_lines
+from common import candidates, fit_logistic, labelled_features, load_data, pixels, read_lines
 from methods import eval_few
 from methods.eval_few import BUDGETS, draw_labels, few_labels
 
@@ -236,7 +237,26 @@ def test_one_image_is_too_few(tmp_path):
     alone = tiny_data(1, 16)
     found = run_script(tmp_path / "a", "--out", tmp_path / "out", data=alone, with_kmeans=as_given)
     assert found.code == 1 and found.err.count("\n") == 1
-    assert found.err.startswith("error: tiny: at least two training images with labels")
+    assert found.err.startswith("error: tiny: two training images with labels and a test")
+
+
+def test_no_test_image_that_can_be_read(tmp_path):
+    """One clear sentence instead of an accuracy of no images."""
+    write_run(tmp_path / "a", arch="resnet14")
+    for half in ("train", "val"):
+        for label in ("red", "green"):
+            folder = tmp_path / "images" / half / label
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
+    data = load_data(str(tmp_path / "images"), "", CPU)
+    for file in (tmp_path / "images" / "val").glob("*/*.png"):
+        file.write_text("no picture")
+    flags = [tmp_path / "a", "--out", tmp_path / "out"]
+    found = run_script(*flags, data=data, with_kmeans=as_given)
+    assert found.code == 1 and not found.rows
+    words = "images: two training images with labels and a test image are needed"
+    assert found.err.endswith(f"error: {words}\n")
 
 
 def as_given(found, *_):

@@ -70,6 +70,13 @@ NEUTRAL = {
 }
 
 
+def test_frames_that_are_not_square_end_in_one_sentence(capsys):
+    images = torch.zeros(2, 3, 6, 8, dtype=torch.uint8)
+    with pytest.raises(SystemExit):
+        corrupt(images, [0, 1], "noise", 0.1, 0)
+    assert capsys.readouterr().err.startswith("error: the corruptions need square images")
+
+
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_strength_nothing_changes_nothing(name):
     assert torch.equal(corrupt(IMAGES, range(16), name, NEUTRAL[name], 0), IMAGES)
@@ -459,7 +466,7 @@ def test_one_training_image_is_too_few(tmp_path, monkeypatch):
     flags = [tmp_path / "a", "--out", tmp_path / "out"]
     found = run_script(*flags, data=tiny_data(1, 16), candidates=only_the_run)
     assert found.code == 1 and found.err.count("\n") == 1 and not found.rows
-    assert found.err.startswith("error: tiny: at least two training images with labels")
+    assert found.err.startswith("error: tiny: two training images with labels and a test")
 
 
 def test_images_that_cannot_be_read_are_left_out_everywhere():

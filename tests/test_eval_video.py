@@ -13,7 +13,7 @@ from scipy import ndimage
 from sklearn.linear_model import Ridge
 from test_eval_features import write_run
 
-from common import Candidate, backbone, pixels, read_lines
+from common import Candidate, backbone, candidates, pixels, read_lines
 from kernels.clips import Shots
 from kernels.movers import Clips
 from kernels.propagation import as_masks, region, visible
@@ -514,6 +514,34 @@ def test_refusals(tmp_path):
     assert "--data" in refusal("--data", "emoji")
     assert "--frames 13" in refusal("--frames", 13)
     assert "one process" in refusal(world=lambda: 2)
+
+
+@pytest.mark.parametrize("task", ["shots", "masks"])
+def test_features_that_are_not_numbers_are_refused(task, tmp_path, capsys):
+    """nan >= nan is false, so the right shot would always rank first."""
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+
+    def spoiled(args):
+        (run,) = [each for each in candidates(args) if each.name == "a"]
+        with torch.no_grad():
+            run.network.norm.weight.fill_(math.nan)
+        return [run]
+
+    flags = ["--only", task, "--out", tmp_path / "out"]
+    found = run_script(tmp_path / "a", *flags, candidates=spoiled)
+    assert found.code == 1
+    assert "are infinite or not a number: leave this network out" in found.err
+    assert [row["network"] for row in found.rows] == ["no network"]
+
+
+def test_each_seed_of_an_untrained_network_has_masks_of_its_own(tmp_path):
+    write_run(tmp_path / "a", arch="vit_micro", size=16)
+    flags = ["--only", "masks", "--out", tmp_path / "out"]
+    for seed in (0, 1):
+        found = run_script(tmp_path / "a", *flags, "--seed", seed, draw_masks=lambda *_: None)
+        assert found.code == 0, found.err
+    names = [path.name.split(",")[0] for path in (tmp_path / "out" / "masks").iterdir()]
+    assert names.count("untrained vit_micro") == 2 and names.count("a") == 1
 
 
 def test_a_frozen_network_is_left_as_it_was():

@@ -378,6 +378,10 @@ def test_features_are_in_index_order_and_resized():
         assert x.shape == (600, 3 * 4 * 4) and x.dtype == torch.float32 and readable.all()
         # of values up to 2.6: float32 in resizing
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+    # Frames that are 4 pixels wide and 2 high become squares, too.
+    frames = InMemory(colour.expand(-1, -1, 2, 4).contiguous())
+    x, _ = features(pixels(4), Split(frames), 4, CPU)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -501,6 +505,29 @@ def test_features_that_are_not_finite_are_refused(value, where, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: some features are infinite or not a number")
     assert error.count("\n") == 1
+
+
+def test_features_beyond_float16_are_refused_where_it_holds_them(capsys):
+    """70,000 is a number in float32 and infinite in float16, which large matrices have."""
+
+    class Large(torch.nn.Flatten):
+        def forward(self, x):
+            return super().forward(x) * 0 + 70_000
+
+    images = some_emoji(16, 8).bank.images
+
+    class Many:  # as many as have more than 2^27 numbers; only the first ones are looked at
+        def __len__(self):
+            return 1 << 20
+
+        def whole(self, indices, *how):
+            return images.whole(indices[:16], *how)
+
+    x, _ = features(Large(), Split(images), 8, CPU)
+    assert (x == 70_000).all()
+    with pytest.raises(SystemExit):
+        features(Large(), Split(Many()), 8, CPU)
+    assert "some features are infinite" in capsys.readouterr().err
 
 
 def test_results_lock_their_folder_and_write_json(tmp_path):

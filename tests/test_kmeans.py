@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from conftest import noise
 
-from kernels.kmeans import KMeansFeatures, fit_kmeans, normalized_patches, triangle, whiten
+from kernels.kmeans import KMeansFeatures, fit_kmeans, normalized_patches, triangle, whitening
 from kernels.views import normalize
 
 
@@ -35,7 +35,7 @@ def test_whitening():
     x = noise(5000, 3, dtype=torch.float32)
     x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
     x = x @ mixing @ rotation.T + 7
-    mean, matrix = whiten(x)
+    mean, matrix = whitening(x)
     torch.testing.assert_close(matrix, matrix.T)
     white = (x - mean) @ matrix
     variances = torch.tensor([9.0, 1.0, 0.01])
