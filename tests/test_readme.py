@@ -383,8 +383,15 @@ def test_sentences_about_videos(report, measured, section):
     pair, three = [
         motion[f"multitask** `--tasks position,{more}`"] for more in ("motion", "colour,exemplar")
     ]
-    assert f"with position it has {pair:.1f} %, more than all four" in section
-    assert f"and without motion {three:.1f}." in section
+    position = motion["multitask** `--tasks position`"]
+    words = f"task motion raises motion from {position:.1f} to {pair:.1f} % and category from "
+    categories = [
+        evaluations.mean(networks, f"**multitask** `--tasks {tasks}`", "category", "category")
+        for tasks in ("position", "position,motion")
+    ]
+    assert f"{words}{categories[0]:.1f} to {categories[1]:.1f}; without it" in section
+    assert f"all others together have {three:.1f} by motion" in section
+    assert f"arrow_of_time ({motion['arrow_of_time']:.1f})" in section
     assert three < motion["multitask"] < pair
     runs = report.at_home(report.read_rows())["tracking_triplet"]
     assert means(runs, "evaluation")["linear"] > means(runs, "pixels")["linear"] + 2
@@ -582,16 +589,25 @@ def test_what_a_seed_changes(report):
     rows.append(row_of("dino", "features", {"linear": 90.0}))  # one run says nothing here
     networks = {name: evaluations.collect(rows) for name in evaluations.TABLES}
 
-    heads, lines = evaluations.repeatability(networks)
-    by_name = {line[0]: dict(zip(heads, line)) for line in lines}
-    assert list(by_name) == ["linear probe", "linear, fashion"]
-    found = by_name["linear probe"]
-    assert (found["over seeds"], found["between methods"]) == ("1.4", "3.9")
-    assert found["reliability"] == f"{15 / 17:.2f}" and (found["methods"], found["runs"]) == (3, 6)
+    found = evaluations.repeatability(networks)
+    assert list(found) == ["linear probe", "fashion (linear probe)"]
+    found = found["linear probe"]
+    assert found[:3] == pytest.approx((2**0.5, 15**0.5, 15 / 17))
+    assert (found.methods, found.runs) == (3, 6)
     # F = 16; quantiles of F with 2 and 3 degrees of freedom: 16.04 (97.5 %) and 1 / 39.17 (2.5 %).
     low, high = 16 / 16.04, 16 * 39.17
     ends = [max(0, (ratio - 1) / (ratio + 1)) for ratio in (low, high)]
-    assert found["interval"] == f"{ends[0]:.2f} to {ends[1]:.2f}"
+    assert found[3:5] == pytest.approx(ends, abs=1e-3)
+    line = evaluations.repeatability_table(networks)[1][0]
+    assert line[:4] == ["linear probe", "1.4", "3.9", "0.88"] and line[5:] == [3, 6]
+    assert report.sentences.seeds(networks) is None  # of fewer than five methods
+
+    for method in ("moco", "simsiam"):
+        rows += [row_of(method, "features", {"linear": 6.0 + seed}, seed) for seed in (0, 1)]
+    networks = {name: evaluations.collect(rows) for name in evaluations.TABLES}
+    found = evaluations.repeatability(networks)["linear probe"]
+    text = report.sentences.seeds(networks)
+    assert f"{found.over_seeds:.1f} points over seeds and of {found.between:.1f} between 5" in text
 
 
 def test_a_predictor_that_was_not_measured_says_so(report):
@@ -599,14 +615,23 @@ def test_a_predictor_that_was_not_measured_says_so(report):
     rows = []
     for i, method in enumerate(("byol", "moco", "swav", "simclr", "rotnet")):
         rows.append(row_of(method, "features", {"knn20": 10.0 + i, "linear": 20.0 + i * i}))
-    lines = {line[0]: line[1:] for line in evaluations.predictors(evaluations.collect(rows))}
-    assert set(lines) == set(evaluations.PREDICTORS)
+    networks = evaluations.collect(rows)
+    assert set(evaluations.predictors(networks)) == set(evaluations.PREDICTORS)
+    lines = {line[0]: line[1:] for line in evaluations.predictor_table(networks)[1]}
     assert lines["LiDAR"] == ["no", "not measured", "", 0, ""]
     assert lines["kNN accuracy"] == ["yes", "+1.00", "+1.00 to +1.00", 5, "+1.00 (5)"]
     # Those with a network of their own are left out of the last column.
     own = row_of(None, "features", {"linear": 1.0}, network="untrained resnet14 of byol, 32 px")
-    found = evaluations.predictors(evaluations.collect([*rows, own]))
-    assert found[0][4:] == [5, ""]
+    found = evaluations.predictors(evaluations.collect([*rows, own]))["kNN accuracy"]
+    assert found.methods == 5 and found.of_same == 4 and found.same is None
+
+    # The sentence is of those that need no labels.
+    for i, row in enumerate(list(rows)):
+        spectrum = {"rankme": float(i % 2), "exponent": 3.0 + i}
+        rows.append(row | {"protocol": "spectrum", "result": spectrum})
+    text = report.sentences.predictors({"features": evaluations.collect(rows)})
+    assert "Intervals without 0: the exponent of the spectrum +1.00 (+1.00 to +1.00)." in text
+    assert "For RankMe so few" in text and text.endswith("which needs labels: +1.00.")
 
 
 def test_the_size_of_an_evaluation_stands_in_the_name_if_there_are_several(report):
@@ -652,7 +677,7 @@ def test_blocks_of_evaluations(report, tmp_path, monkeypatch):
     line = found["eval_normals"][4]
     assert line.startswith("| **byol**, 96 px | 1 | 26.0 |  | 7.5 |  |  |  | 25.0 |")
     assert found["eval_depth"] == ["Not run."]
-    task = "| normals, mean angle on objects | "
+    task = "| normals, mean angle on objects, degrees | "
     assert found["eval_scenes"][2:] == [
         f"{task}frozen | 60.0 | 40.0 | 40.0 | 33.5 | 1 of 2 | 26.0, byol |",
         f"{task}fine-tuned |  | 35.0 | 35.0 | 25.0 | 1 of 1 | 25.0, byol |",
@@ -700,26 +725,26 @@ def test_the_sentence_about_fine_tuning_and_its_table(report):
     assert evaluations.gain_table([])[1] == []
     values = {None: (30.0, 40.0), "mae": (45.0, 41.0), "swav": (36.0, 38.0)}
 
-    def text(rows):
-        networks = {"finetune": evaluations.collect(evaluations.rows_of("finetune", rows, ()))}
-        return report.sentences.tuned(networks, rows)
-
+    text = report.sentences.tuned
     # The draws differ by a constant: all differences between networks are exact.
     rows = fine_tuning(values, 3)
-    assert text(rows).startswith("**Fine-tuning** (2 networks, 3 draws of the labels; ")
-    words = "With 1 % and 10 % of the labels pretrained networks are better than the same networks "
-    assert f"{words}from scratch by -0.5 ± 0.0 and -0.5 ± 0.0 points on average." in text(rows)
-    assert "frozen features: -1.0 ± 0.0 and -1.0 ± 0.0." in text(rows) and "MAE" not in text(rows)
+    assert "over 3 draws of the labels; 2 networks, " in text(rows)
+    words = "from scratch: -0.5 ± 0.0 (1 %) and -0.5 ± 0.0 (10 %). The interval excludes 0 for: 1 %"
+    assert f"{words} and 10 %." in text(rows)
+    assert text(rows).endswith("frozen features: -1.0 ± 0.0 (1 %) and -1.0 ± 0.0 (10 %).")
     heads, (one_percent, ten_percent) = evaluations.gain_table(rows)
     expected = ["-0.5 ± 0.0", "-1.0 ± 0.0", 2]
     assert one_percent == ["1 %", *expected] and ten_percent == ["10 %", *expected]
     assert len(heads) == len(one_percent)
     with_all = [row | {"settings": row["settings"] | {"part": 1.0}} for row in rows]
-    words = "do, gains -4.0 with all labels; most gains swav, 2.0."
-    assert text([*rows, *with_all]).endswith(words)
+    networks = {"finetune": evaluations.collect(evaluations.rows_of("finetune", with_all, ()))}
+    words = "number 2 of 2 here by what fine-tuning with all labels adds to the linear probe: -4.0 "
+    words += "points (its network untrained +10.0); the most, swav 2.0."
+    assert report.sentences.mae(networks).endswith(words)
 
     # One draw in which the network from scratch is better.
     rows[0]["result"]["tuned"] += 5
+    assert "The interval excludes 0 for: 10 %." in text(rows)
     step, error = -0.5 - 5 / 3, 4.303 * 5 / 3
     assert evaluations.gain_table(rows)[1][0][1] == f"{step:+.1f} ± {error:.1f}"
     # A network with one draw is left out, if others have three.
@@ -790,16 +815,16 @@ def test_sentences_about_baselines_and_the_best(report):
     sentences = report.sentences
     beside = "the untrained network 46.0, raw pixels 40.0, k-means features 48.0."
     text = sentences.artist(networks)
-    assert f"percent: nat, 55.0; {beside} On average 2 methods have 4.0 points more" in text
+    assert f"percent: the best, nat 55.0; {beside} The methods have on average 4.0 points" in text
     text = sentences.few(networks)
-    assert f"With 10 % of the labels: nat, 55.0; {beside}" in text
-    assert "With 1 % of the labels: nat, 35.0;" in text
-    assert "methods have 4.0 and 4.0 points more" in text
+    assert f"With 10 %: the best, nat 55.0; {beside}" in text
+    assert "With 1 %: the best, nat 35.0;" in text
+    assert "have on average 4.0 and 4.0 points more" in text
     text = sentences.corruptions(networks)
     assert "nat loses least, 5.0 % of its accuracy, byol most, 11.0 %; the untrained" in text
-    assert text.endswith(f"highest for nat, 55.0; {beside}")
+    assert text.endswith(f"left: the best, nat 55.0; {beside}")
     text = sentences.cost(networks)
-    assert "share 46.0 million" in text and "(of nat, 55.0), k-means features 48.0." in text
+    assert text.endswith("share 46.0, the dearest, nat 55.0, k-means features 48.0.")
 
 
 def test_the_sentence_about_depth(report):
@@ -814,15 +839,17 @@ def test_the_sentence_about_depth(report):
     ]
     families = {"pretext tasks": ["rotnet", "jigsaw"], "methods that compare views": ["byol"]}
     text = report.sentences.depth(known(report, rows), families)
-    assert "**Depth.** 1 of 2 trained ResNets are best at layer1 or layer2" in text
-    words = "falls by 4.0 points (mean of 1 pretext tasks) and 1.0 points (mean of 1 methods that"
+    assert "**Depth.** 1 of 2 trained ResNets are best after layer1 or layer2" in text
+    words = "falls by 4.0 points (1 pretext tasks) and 1.0 points (1 methods that compare views) on"
+    assert f"{words} average, in the same networks untrained by 6.0 and 6.0." in text
+    words = "Training adds 10.0 and 10.0 points at the first stage, 12.0 and 13.0 at the last."
     assert words in text
-    words = "untrained it falls by 6.0 and 6.0, which is more: the fall alone does not say"
-    assert words in text
+    assert text.endswith("But untrained networks fall more, so the fall is no evidence of this.")
     for row in rows:
         if "method" not in row:
             row["result"] = {"linear": 40.0}
-    assert report.sentences.depth(known(report, rows), families).endswith("by 0.0 and 0.0.")
+    text = report.sentences.depth(known(report, rows), families)
+    assert "untrained by 0.0 and 0.0." in text and "specialise" not in text
 
 
 def test_the_sentence_about_scenes(report):
@@ -844,10 +871,10 @@ def test_the_sentence_about_scenes(report):
     text = report.sentences.scenes(known(report, rows))
     assert "Frozen, 1 of 2 networks segment better than the same networks untrained (mean" in text
     words = "(mean IoU from 20.0 to 22.5, on average) and 1 of 2 detect better (AP from 20.0 to "
-    assert f"{words}22.5). With all weights trained 2 of 2 segment better than from " in text
+    assert f"{words}22.5). With all weights trained, 2 of 2 segment better than from " in text
     assert "scratch (from 20.0 to 29.0) and 2 of 2 detect better (from 20.0 to 29.0)." in text
-    words = "better than every frozen network for normals and keypoints and every fine-tuned "
-    assert text.endswith(f"{words}network for normals.")
+    words = "beats every frozen network for normals and keypoints and every fine-tuned network "
+    assert text.endswith(f"{words}for normals.")
     assert report.sentences.scenes(known(report, rows[:4])) is None
 
 
@@ -863,7 +890,7 @@ def test_the_sentence_about_other_data(report):
     text = report.sentences.fashion(known(report, [*rows, own]))
     words = "from 70.0 (nat) to 80.5 (byol); the untrained network 65.0, raw pixels 74.0. 2 of 3"
     assert words in text
-    assert "(mean average precision): from 71.0 (nat) to 81.5 (byol)" in text
+    assert "mean average precision in percent: from 71.0 (nat) to 81.5 (byol)" in text
 
 
 def test_the_sentence_about_agreement(report):
@@ -885,15 +912,17 @@ def test_the_sentence_about_agreement(report):
         for protocol, key in dense.items():
             result = {key: 10.0 + i}  # of errors less is better
             rows.append(row_of(method, protocol, result, data="solids", size=96))
-    heads, lines = evaluations.agreement(known(report, rows))
-    assert heads == ["5 methods", *map(str, range(1, 13))]
-    by_name = {line[0].split(" ", 1)[1]: line[1:] for line in lines}
-    assert by_name["linear probe"][:2] == ["-1.00", ""]  # with kNN
-    assert by_name["SVM, mAP"][1] == by_name["segmentation, frozen"][1] == "+1.00"
-    assert by_name["depth, frozen"][1] == by_name["normals, frozen"][1] == "-1.00"
+    pairs, count = evaluations.agreement(known(report, rows))
+    probe = "linear probe"
+    assert count == 5 and pairs["kNN", probe] == pairs[probe, "kNN"] == pytest.approx(-1)
+    assert pairs["SVM", probe] == pairs["segmentation (frozen)", probe] == pytest.approx(1)
+    assert pairs["depth (frozen)", probe] == pairs["normals (frozen)", probe] == pytest.approx(-1)
+    heads, lines = evaluations.agreement_table(known(report, rows))
+    assert heads[:3] == ["5 methods", "1 kNN", "2 linear probe"] and len(lines) == 11
+    assert lines[0][:3] == ["2 linear probe", "-1.00", ""]
     text = report.sentences.agreement(known(report, rows))
     assert "Over 5 methods the ranking by the linear probe is most like" in text
-    assert f"with the linear probe is {by_name['cluster accuracy'][1]}." in text
+    assert text.endswith(f"with the linear probe is {pairs['cluster accuracy', probe]:+.2f}.")
     assert report.sentences.agreement(known(report, rows[:30])) is None
 
 

@@ -10,6 +10,7 @@ import re
 import statistics
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROWS = HERE / "evaluations.jsonl"
@@ -18,7 +19,8 @@ DRAWN = {"points", "shares", "shown", "precisions", "costs", "iou", "pck", "corr
 FILMS = ("movers", "tripod", "bunny")
 LABELS = ("1", "2", "5", "10", "20", "1 %", "10 %")
 SHARES = {"1 %": 0.01, "10 %": 0.1, "all": 1.0}  # of the labels, for fine-tuning
-LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")
+LAYERS = ("stem", "layer1", "layer2", "layer3", "layer4")  # of a ResNet
+BLOCKS = tuple(f"block{i}" for i in range(1, 7))  # of a ViT
 CORRUPTIONS = ("noise", "blur", "contrast", "brightness", "pixelation", "jpeg", "rotation",
                "occlusion")
 # Settings that only repeat a measurement. What they give is averaged.
@@ -53,7 +55,7 @@ TABLES = {
     "fashion": {name: place for name, place in FEATURES.items() if name != "R@1"},
     "few": {label: ("few", f"{label}/accuracies", ".1f") for label in LABELS},
     "layers": probes(("pixels", *LAYERS)),
-    "layers_vit": probes(("pixels", *[f"block{i}" for i in range(1, 7)])),
+    "layers_vit": probes(("pixels", *BLOCKS)),
     "clusters": {
         "NMI": ("clusters", "nmi", ".1f"),
         "adjusted MI": ("clusters", "ami", ".1f"),
@@ -128,7 +130,13 @@ TABLES = {
         "fashion, linear": ("features on fashion", "linear", ".1f"),
     },
 }  # fmt: skip
-SCENES = ("segmentation", "normals", "depth", "keypoints", "detection")
+SCENES = {  # task: its first measure
+    "segmentation": "segmentation, mean IoU, %",
+    "normals": "normals, mean angle on objects, degrees",
+    "depth": "depth, RMSE, units of the scene",
+    "keypoints": "keypoints, PCK 0.1, %",
+    "detection": "detection, AP, %",
+}
 ERRORS = ("normals", "depth")  # less is better
 # Methods that build the network that most methods share in a function of their own. Its weights are
 # the same.
@@ -170,21 +178,21 @@ PREDICTORS = {  # what may tell good features -> where it is
 REPEATED = {  # the measures whose deviation over seeds is told -> table, place, format
     "kNN": ("features", "features", "knn20", ".1f"),
     "linear probe": ("features", "features", "linear", ".1f"),
-    "SVM, mAP": ("features", "svm", "svm", ".1f"),
-    "1 % of the labels, C = 1": ("features", "few", "1 %/accuracies", ".1f"),
-    "10 % of the labels, C = 1": ("features", "few", "10 %/accuracies", ".1f"),
-    "all labels, fine-tuned": ("finetune", "fine-tuning 1.0", "tuned", ".1f"),
-    "linear, fashion": ("fashion", "features", "linear", ".1f"),
+    "SVM": ("features", "svm", "svm", ".1f"),
+    "1 % of the labels (C = 1)": ("features", "few", "1 %/accuracies", ".1f"),
+    "10 % of the labels (C = 1)": ("features", "few", "10 %/accuracies", ".1f"),
+    "fine-tuning (all labels)": ("finetune", "fine-tuning 1.0", "tuned", ".1f"),
+    "fashion (linear probe)": ("fashion", "features", "linear", ".1f"),
     "cluster accuracy": ("features", "clusters", "accuracy", ".1f"),
-    "artist without labels": ("features", "robustness", "artist_new/mean", ".1f"),
+    "new artist (linear probe)": ("features", "robustness", "artist_new/mean", ".1f"),
     "mean relative loss": ("features", "robustness", "relative_loss", ".1f"),
-    "segmentation, frozen": ("segmentation", "segmentation, frozen", "miou", ".1f"),
-    "segmentation, fine-tuned": ("segmentation", "segmentation, fine-tuned", "miou", ".1f"),
-    "normals, frozen": ("normals", "normals, frozen", "object_angle", ".1f"),
-    "depth, frozen": ("depth", "depth, frozen", "rmse", ".2f"),
-    "keypoints, frozen": ("keypoints", "keypoints, frozen", "pck_0.1", ".1f"),
-    "detection AP, frozen": ("detection", "detection, frozen", "ap", ".1f"),
-    "detection AP, fine-tuned": ("detection", "detection, fine-tuned", "ap", ".1f"),
+    "segmentation (frozen)": ("segmentation", "segmentation, frozen", "miou", ".1f"),
+    "segmentation (fine-tuned)": ("segmentation", "segmentation, fine-tuned", "miou", ".1f"),
+    "normals (frozen)": ("normals", "normals, frozen", "object_angle", ".1f"),
+    "depth (frozen)": ("depth", "depth, frozen", "rmse", ".2f"),
+    "keypoints (frozen)": ("keypoints", "keypoints, frozen", "pck_0.1", ".1f"),
+    "detection AP (frozen)": ("detection", "detection, frozen", "ap", ".1f"),
+    "detection AP (fine-tuned)": ("detection", "detection, fine-tuned", "ap", ".1f"),
     "RankMe": ("features", "spectrum", "rankme", ".0f"),
     "exponent of the spectrum": ("features", "spectrum", "exponent", ".2f"),
     "TwoNN dimension": ("features", "spectrum", "twonn", ".1f"),
@@ -193,9 +201,9 @@ REPEATED = {  # the measures whose deviation over seeds is told -> table, place,
     "uniformity": ("features", "spectrum", "uniformity", ".2f"),
 }
 AGREE = (  # the evaluations whose rankings are compared
-    "kNN", "linear probe", "SVM, mAP", "1 % of the labels, C = 1", "all labels, fine-tuned",
-    "cluster accuracy", "artist without labels", "linear, fashion", "segmentation, frozen",
-    "segmentation, fine-tuned", "depth, frozen", "normals, frozen",
+    "kNN", "linear probe", "SVM", "1 % of the labels (C = 1)", "fine-tuning (all labels)",
+    "cluster accuracy", "new artist (linear probe)", "fashion (linear probe)",
+    "segmentation (frozen)", "segmentation (fine-tuned)", "depth (frozen)", "normals (frozen)",
 )  # fmt: skip
 WITH_LABELS = {"kNN accuracy", "cluster accuracy", "mean relative loss"}  # these need labels
 
@@ -388,23 +396,33 @@ def beside_linear(protocols, measured, path):
     return [statistics.mean(numbers) for numbers in zip(*pairs)]
 
 
+class Predictor(NamedTuple):
+    """A rank correlation with linear accuracy, its interval, of how many methods; and that of the
+    methods that share network and size of input. None: of fewer than five."""
+
+    rank: float | None
+    low: float | None
+    high: float | None
+    methods: int
+    same: float | None
+    of_same: int
+
+
 def predictors(networks):
-    """Rank correlation of linear accuracy with each predictor over the methods at their defaults,
-    and the interval of the bootstrap over methods: together, all intervals hold with about 95 %
-    (Bonferroni); and the correlation over those methods that share network and input."""
+    """{measure: Predictor} over the methods at their defaults. The interval is of the bootstrap
+    over methods: together, all intervals hold with about 95 % (Bonferroni)."""
     import numpy as np
     from scipy.stats import rankdata, spearmanr, zscore
 
     outside = 100 * 0.05 / len(PREDICTORS)  # percent of the draws, for one predictor
-    lines = []
+    found = {}
     for name, place in PREDICTORS.items():
-        needs = "yes" if name in WITH_LABELS else "no"
         pairs = {n: beside_linear(networks[n], *place) for n in networks if at_defaults(n)}
         pairs = {network: pair for network, pair in pairs.items() if pair}
-        if len(pairs) < 5:
-            lines.append([name, needs, "not measured", "", len(pairs), ""])
-            continue
         alike = [pair for network, pair in pairs.items() if not own_start(network, networks)]
+        if len(pairs) < 5:
+            found[name] = Predictor(None, None, None, len(pairs), None, len(alike))
+            continue
         pairs = np.array(list(pairs.values()))
         rng = np.random.default_rng(0)
         drawn = pairs[rng.integers(len(pairs), size=(20_000, len(pairs)))]  # (20000, methods, 2)
@@ -412,16 +430,29 @@ def predictors(networks):
         x, y = np.moveaxis(zscore(rankdata(drawn, axis=1), axis=1), 2, 0)
         several = (x * y).mean(1)  # Spearman's: the correlation of the ranks
         low, high = np.percentile(several, [outside / 2, 100 - outside / 2])
-        known = spearmanr(*pairs.T).statistic
-        interval = f"{low:+.2f} to {high:+.2f}"
-        same = f"{spearmanr(*zip(*alike)).statistic:+.2f} ({len(alike)})" if len(alike) > 4 else ""
-        lines.append([name, needs, f"{known:+.2f}", interval, len(pairs), same])
-    return lines
+        rank = spearmanr(*pairs.T).statistic
+        same = spearmanr(*zip(*alike)).statistic if len(alike) > 4 else None
+        found[name] = Predictor(rank, low, high, len(pairs), same, len(alike))
+    return found
+
+
+def predictor_table(networks):
+    lines = []
+    for name, found in predictors(networks).items():
+        line = [name, "yes" if name in WITH_LABELS else "no", "not measured", "", found.methods, ""]
+        if found.rank is not None:
+            line[2:4] = f"{found.rank:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}"
+        if found.same is not None:
+            line[5] = f"{found.same:+.2f} ({found.of_same})"
+        lines.append(line)
+    heads = ["measure", "needs labels", "rank correlation with linear accuracy"]
+    return [*heads, "99.6 % interval", "methods", "same network"], lines
 
 
 def agreement(networks):
-    """Rank correlations between the evaluations that AGREE names, over the methods at their
-    defaults of which all of them are known. networks: {table: those that were measured}"""
+    """Rank correlations {(evaluation, another): number} between the evaluations that AGREE names,
+    over the methods at their defaults of which all of them are known, and how many these are; {} if
+    they are fewer than five. networks: {table: those that were measured}"""
     from scipy.stats import spearmanr
 
     found = {}  # method: its numbers
@@ -433,28 +464,47 @@ def agreement(networks):
             known = [mean(networks[block], sized, measured, path) for sized in sizes]
             known = [number for number in known if number is not None]
             if known:
-                values.append(-known[0] if measure.split(",")[0] in ERRORS else known[0])
+                values.append(-known[0] if block in ERRORS else known[0])
         if at_defaults(name) and len(values) == len(AGREE):
             found[name] = values
-    heads = ["", *[str(i + 1) for i in range(len(AGREE))]]
     if len(found) < 5:
-        return heads, []
+        return {}, len(found)
     table = spearmanr(list(found.values())).statistic
+    pairs = {(a, b): table[i, j] for i, a in enumerate(AGREE) for j, b in enumerate(AGREE)}
+    return pairs, len(found)
+
+
+def agreement_table(networks):
+    """agreement() as a triangle."""
+    pairs, count = agreement(networks)
     lines = []
     for i, measure in enumerate(AGREE):
-        cells = [f"{table[i, j]:+.2f}" if j < i else "" for j in range(len(AGREE))]
-        lines.append([f"{i + 1} {measure}", *cells])
-    heads[0] = f"{len(found)} methods"
+        cells = [f"{pairs[measure, other]:+.2f}" for other in AGREE[:i]] if pairs else []
+        if cells:
+            lines.append([f"{i + 1} {measure}", *cells, *[""] * (len(AGREE) - 1 - i)])
+    heads = [f"{count} methods", *[f"{i + 1} {name}" for i, name in enumerate(AGREE[:-1])]]
     return heads, lines
 
 
+class Reliability(NamedTuple):
+    """Deviations over seeds and between methods, and what repeatability() says of them."""
+
+    over_seeds: float
+    between: float
+    value: float
+    low: float
+    high: float
+    methods: int
+    runs: int
+
+
 def repeatability(networks):
-    """How far the runs of a method with other seeds differ, and how far the methods: the deviation
-    over seeds, pooled over the methods; that of the methods, without what the seeds add; and the
-    reliability, ICC(1) of Shrout and Fleiss 1979, the share of the second in the variance of single
-    runs, with its 95 % interval, which is exact if all methods have the same number of runs. Of
-    methods at their defaults with two seeds or more and the network and input that most methods
-    share. networks: {table: those that were measured}"""
+    """{measure: Reliability}: how far the runs of a method with other seeds differ, and how far the
+    methods: the deviation over seeds, pooled over the methods; that of the methods, without what
+    the seeds add; and the reliability, ICC(1) of Shrout and Fleiss 1979, the share of the second in
+    the variance of single runs, with its 95 % interval, which is exact if all methods have the same
+    number of runs. Of methods at their defaults with two seeds or more and the network and input
+    that most methods share. networks: {table: those that were measured}"""
     from scipy.stats import f
 
     sharing = {
@@ -463,8 +513,8 @@ def repeatability(networks):
         if at_defaults(name) and own_start(name, networks["features"]) is None
         for end in (name, f"{name}, 96 px")
     }
-    lines = []
-    for name, (block, measured, path, form) in REPEATED.items():
+    reliabilities = {}
+    for name, (block, measured, path, _) in REPEATED.items():
         groups = []
         for network, protocols in networks[block].items():
             found = numbers(protocols.get(measured, {}), path)
@@ -480,23 +530,26 @@ def repeatability(networks):
         between = sum(len(g) * (m - of_all) ** 2 for g, m in zip(groups, means)) / free[0]
         each = (len(runs) - sum(len(g) ** 2 for g in groups) / len(runs)) / free[0]  # runs
 
-        def reliability(ratio):
+        def icc(ratio):
             return max(0, (ratio - 1) / (ratio - 1 + each))
 
         ratio = between / within
-        ends = [reliability(ratio / f.ppf(q, *free)) for q in (0.975, 0.025)]
+        low, high = [icc(ratio / f.ppf(q, *free)) for q in (0.975, 0.025)]
         methods = math.sqrt(max(0, between - within) / each)
-        lines.append([
-            name,
-            f"{math.sqrt(within):{form}}",
-            f"{methods:{form}}",
-            f"{reliability(ratio):.2f}",
-            f"{ends[0]:.2f} to {ends[1]:.2f}",
-            len(groups),
-            len(runs),
-        ])  # fmt: skip
-    heads = ["measure", "over seeds", "between methods", "reliability", "interval", "methods"]
-    return [*heads, "runs"], lines
+        numbers_of = math.sqrt(within), methods, icc(ratio), low, high
+        reliabilities[name] = Reliability(*numbers_of, len(groups), len(runs))
+    return reliabilities
+
+
+def repeatability_table(networks):
+    lines = []
+    for name, found in repeatability(networks).items():
+        form = REPEATED[name][3]
+        deviations = [f"{number:{form}}" for number in (found.over_seeds, found.between)]
+        interval = f"{found.low:.2f} to {found.high:.2f}"
+        lines.append([name, *deviations, f"{found.value:.2f}", interval, *found[5:]])
+    heads = ["measure", "SD over seeds", "SD between methods", "reliability (ICC)"]
+    return [*heads, "95 % interval", "methods", "runs"], lines
 
 
 def multitask(networks):
@@ -617,10 +670,18 @@ def tuned_pairs(rows):
     return found, min((counts[name] for name in repeated or counts), default=0)
 
 
-def gain_steps(rows):
-    """{share of the labels: by how much networks are better after fine-tuning than the same ones
-    from scratch, and than a linear probe of their frozen features, on average: two of difference(),
-    and how many networks}; and how many draws they have. Empty if they are fewer than three."""
+class Gain(NamedTuple):
+    """Mean accuracy after fine-tuning, less that of the same networks from scratch, and less that
+    of a linear probe of the frozen features: two of difference(). How many networks."""
+
+    over_scratch: tuple
+    over_frozen: tuple
+    networks: int
+
+
+def gains(rows):
+    """{share of the labels: Gain}, and how many draws the networks have; {} if they are fewer than
+    three."""
     found, draws = tuned_pairs(rows)
     steps = {}
     if draws > 2:
@@ -628,16 +689,17 @@ def gain_steps(rows):
             own = mean_by_draw(tuned, pairs)
             scratch = mean_by_draw(tuned, pairs.values())
             probe = mean_by_draw(frozen, pairs)
-            steps[share] = difference(own, scratch), difference(own, probe), len(pairs)
+            steps[share] = Gain(difference(own, scratch), difference(own, probe), len(pairs))
     return steps, draws
 
 
 def gain_table(rows):
-    """gain_steps() as a table."""
     lines = []
-    for share, (*steps, count) in gain_steps(rows)[0].items():
-        lines.append([share, *[f"{step:+.1f} ± {error:.1f}" for step, error in steps], count])
-    return ["labels", "over scratch", "over frozen", "networks"], lines
+    for share, gain in gains(rows)[0].items():
+        steps = [f"{step:+.1f} ± {half:.1f}" for step, half in gain[:2]]
+        lines.append([share, *steps, gain.networks])
+    heads = ["labels", "fine-tuned minus from scratch", "fine-tuned minus linear probe"]
+    return [*heads, "networks"], lines
 
 
 def mean_by_draw(found, names):
@@ -661,37 +723,73 @@ def on_scenes(networks, task, how):
     return found
 
 
+class Scene(NamedTuple):
+    """A task on rendered scenes: how many of the networks are better than the same ones untrained,
+    the means of both, the constant answer (None: there is none), the best method and its number,
+    and whether the constant is better."""
+
+    better: int
+    networks: int
+    untrained: float
+    trained: float
+    constant: float | None
+    best: str
+    highest: float
+    constant_wins: bool
+
+
+def scene(networks, task, how):
+    """Scene, None if nothing was measured. how: "frozen" or "fine-tuned" """
+    measured, path, _ = list(TABLES[task].values())[0]
+    pairs = on_scenes(networks[task], task, how)
+    if not pairs:
+        return None
+    sign = -1 if task in ERRORS else 1
+    trained, untrained = map(statistics.mean, zip(*pairs.values()))
+    better = sum(sign * (a - b) > 0 for a, b in pairs.values())
+    best = max(pairs, key=lambda name: sign * pairs[name][0])
+    highest = pairs[best][0]
+    constant = mean(networks[task], "no network", measured, path)
+    wins = constant is not None and sign * (constant - highest) > 0
+    return Scene(better, len(pairs), untrained, trained, constant, best, highest, wins)
+
+
 def scene_table(networks):
-    """Each task on rendered scenes, frozen and fine-tuned: the mean of the trained networks beside
-    that of the same networks untrained, how many are better, and the best. networks: {task: those
-    that were measured}"""
+    """scene() of each task, frozen and fine-tuned. networks: {task: those that were measured}"""
     lines = []
     for task in SCENES:
-        heading, (measured, path, form) = list(TABLES[task].items())[0]
-        sign = -1 if task in ERRORS else 1
+        measured, path, form = list(TABLES[task].values())[0]
         for how in ("frozen", "fine-tuned"):
-            pairs = on_scenes(networks[task], task, how)
-            if not pairs:
-                continue
-            trained, untrained = map(statistics.mean, zip(*pairs.values()))
-            better = sum(sign * (a - b) > 0 for a, b in pairs.values())
-            best = max(pairs, key=lambda name: sign * pairs[name][0])
-            constant = None
-            if how == "frozen":
-                constant = mean(networks[task], "no network", measured, path)
-            shared = networks[task].get(SCENE_START, {}).get(measured.replace("frozen", how), {})
-            lines.append([
-                f"{task}, {heading}",
-                how,
-                "" if constant is None else f"{constant:{form}}",
-                cell(shared, path, form),
-                f"{untrained:{form}}",
-                f"{trained:{form}}",
-                f"{better} of {len(pairs)}",
-                f"{pairs[best][0]:{form}}, {best}",
-            ])  # fmt: skip
-    heads = ["task", "network", "none", "shared", "untrained", "trained", "better", "best"]
+            found = scene(networks, task, how)
+            if found:
+                shared = networks[task].get(SCENE_START, {})
+                shared = shared.get(measured.replace("frozen", how), {})
+                constant = f"{found.constant:{form}}" if found.constant and how == "frozen" else ""
+                lines.append([
+                    SCENES[task],
+                    how,
+                    constant,
+                    cell(shared, path, form),
+                    f"{found.untrained:{form}}",
+                    f"{found.trained:{form}}",
+                    f"{found.better} of {found.networks}",
+                    f"{found.highest:{form}}, {found.best}",
+                ])  # fmt: skip
+    heads = ["task", "weights", "constant", "shared untrained network"]
+    heads += ["untrained, mean", "trained, mean", "better than untrained", "best"]
     return heads, lines
+
+
+def stage_accuracies(networks):
+    """{network: its linear accuracy after each stage or block}, of those that were measured."""
+    found = {}
+    for layers in (LAYERS, BLOCKS):
+        for name in networks:
+            places = [f"linear probe of {layer}" for layer in layers]
+            accuracies = [mean(networks, name, place, "linear") for place in places]
+            if None not in accuracies:
+                found[name] = accuracies
+    return found
 
 
 def networks_of(rows, videos):
@@ -706,14 +804,12 @@ def blocks(markdown, videos):
     tables = {}
     for name, columns in TABLES.items():
         tables[name] = ["network", "runs", *columns], table(networks[name], columns)
-    heads = ["measure", "needs labels", "rank correlation with linear accuracy", "interval"]
-    heads += ["methods", "same network"]
-    tables["predictors"] = heads, predictors(networks["features"])
-    tables["agreement"] = agreement(networks)
+    tables["predictors"] = predictor_table(networks["features"])
+    tables["agreement"] = agreement_table(networks)
     tables["multitask"] = multitask(networks["video"])
     tables["gains"] = gain_table(rows_of("finetune", rows, videos))
     tables["scenes"] = scene_table(networks)
-    tables["seeds"] = repeatability(networks)
+    tables["seeds"] = repeatability_table(networks)
 
     found = {}
     for name, (heads, lines) in tables.items():

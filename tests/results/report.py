@@ -766,42 +766,49 @@ def draw_plane(rows, path):
 
 
 def draw_layers(path):
-    """Linear accuracy after each stage of the network, of all that eval_layers.py has measured at
-    the defaults: the pretext tasks, and the methods that compare views."""
-    from matplotlib import colormaps
+    """Linear accuracy after each stage of a ResNet, of all methods that eval_layers.py has measured
+    at their defaults, the pretext tasks and the methods that compare views; their mean, and that of
+    the same networks untrained."""
     from matplotlib.figure import Figure
 
     stages = evaluations.LAYERS
-    networks = evaluations.collect([r for r in evaluations.read_rows() if r["data"] == "emoji"])
-    panels = {
-        "pretext tasks": FAMILIES["Pretext tasks"],
-        "methods that compare views": [m for f in COMPARE_VIEWS for m in FAMILIES[f]],
-    }
-
-    def heights(network):
-        measured = networks.get(network, {})
-        found = [measured.get(f"linear probe of {stage}", {}) for stage in stages]
-        found = [evaluations.numbers(results, "linear") for results in found]
-        return [statistics.mean(numbers) for numbers in found] if all(found) else None
-
+    rows = evaluations.rows_of("features", evaluations.read_rows(), FAMILIES["Video"])
+    found = evaluations.stage_accuracies(evaluations.collect(rows))
+    found = {name: line for name, line in found.items() if len(line) == len(stages)}
     figure = Figure((13, 5.5), dpi=90)
-    both = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(left=0.05, right=0.86, top=0.93, bottom=0.06, wspace=0.42)
-    both[0].set_ylabel("linear accuracy, %")
-    for axes, (heading, methods) in zip(both, panels.items()):
-        axes.set_title(f"emoji, after each stage: {heading}", fontsize=11)
+    panels = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(left=0.05, right=0.86, top=0.93, bottom=0.11, wspace=0.42)
+    panels[0].set_ylabel("linear accuracy, %")
+    heights = [height for line in found.values() for height in line]
+    panels[0].set_ylim(min(heights) - 0.5, max(heights) + 1.5)  # room for the legend
+    for axes, (heading, methods) in zip(panels, sides().items()):
+        axes.set_title(f"{heading[0].upper()}{heading[1:]}, emoji", fontsize=11)
+        axes.set_xlabel("after stage, averaged to about 800 features")
         axes.tick_params(labelleft=True)
-        lines = {m: heights(f"**{m}**") for m in methods}
-        lines["untrained"] = heights("untrained resnet14, 32 px")
-        lines = {name: line for name, line in lines.items() if line}
+        names = [f"**{method}**" for method in methods if f"**{method}**" in found]
+        starts = [sentences.start(name, found) for name in names]
         ends = []
-        for i, (name, line) in enumerate(lines.items()):
-            color = "black" if name == "untrained" else colormaps["tab20"](2 * i % 20 + i // 10)
-            style = "--" if name == "untrained" else "-"
-            axes.plot(stages, line, style, color=color, linewidth=1.2, marker="o", markersize=3)
-            ends.append((len(stages) - 1, line[-1], name, color))
+        for name in names:
+            axes.plot(stages, found[name], color="0.75", linewidth=1)
+            ends.append((len(stages) - 1, found[name][-1], name.strip("*"), "0.45"))
+        groups = (
+            ("trained, mean", names, "tab:blue", "o-"),
+            ("the same networks untrained, mean", starts, "black", "s--"),
+        )
+        for label, group, color, style in groups:
+            means = [statistics.mean(column) for column in zip(*[found[n] for n in group])]
+            axes.plot(stages, means, style, color=color, linewidth=2, markersize=5, label=label)
+        axes.legend(loc="upper right", fontsize=9)
         name_points(axes, ends)
     figure.savefig(path)
+
+
+def sides():
+    """{kind of methods: those methods}, which the literature compares by depth."""
+    return {
+        "pretext tasks": FAMILIES["Pretext tasks"],
+        "methods that compare views": [m for family in COMPARE_VIEWS for m in FAMILIES[family]],
+    }
 
 
 def draw_instability(rows, path):
@@ -1240,12 +1247,8 @@ def kernel_table():
 
 def what_evaluations_say(rows):
     """The blocks of sentences.py."""
-    families = {
-        "pretext tasks": FAMILIES["Pretext tasks"],
-        "methods that compare views": [m for family in COMPARE_VIEWS for m in FAMILIES[family]],
-    }
     linear = {name: mean(runs, "evaluation", "linear") for name, runs in headline(rows).items()}
-    return sentences.blocks(families, FAMILIES["Video"], linear)
+    return sentences.blocks(sides(), FAMILIES["Video"], linear)
 
 
 def reached(runs):

@@ -1,216 +1,229 @@
-"""What the evaluations show, in sentences: those of tests/results/EVALUATIONS.md, and six of them
-in README.md. They are made from the numbers of the tables, so that they cannot contradict them.
+"""What the evaluations show, in sentences: those of tests/results/EVALUATIONS.md and, of these, the
+ones in ON_README for README.md. Their numbers are those of the tables.
 
-report.py calls blocks(). A sentence of which nothing was measured is left out.
+report.py calls blocks(). Each function below makes one sentence from the networks that were
+measured, {table: {network: ...}}, see evaluations.collect(); None leaves it out.
 """
 
 import statistics
 import textwrap
 
 import evaluations
-from evaluations import at_defaults, mean, own_start
+from evaluations import at_defaults, mean
 
 UNTRAINED = "untrained resnet14, 32 px"
 RAW = "raw pixels, 32 px"
 KMEANS = "k-means, 32 px"
-BESIDE = {"the untrained network": UNTRAINED, "raw pixels": RAW, "k-means features": KMEANS}
-STAGES = evaluations.LAYERS  # of a ResNet
-BLOCKS = tuple(f"block{i}" for i in range(1, 7))  # of a ViT
-ON_README = ("depth", "tuned", "scenes", "agreement", "predictors", "baseline")
+BASELINES = {"the untrained network": UNTRAINED, "raw pixels": RAW, "k-means features": KMEANS}
+ON_README = ("depth", "tuned", "mae", "scenes", "agreement", "predictors", "baseline")
 
 
-def of_all(networks, *place):
+def start(name, networks):
+    """The untrained network of a trained one: its own, or the one that most methods share."""
+    return evaluations.own_start(name, networks) or UNTRAINED
+
+
+def numbers_of(networks, *place):
     """{network: a number, the mean over its runs}, of those that were measured."""
     found = {name: mean(networks, name, *place) for name in networks}
     return {name: number for name, number in found.items() if number is not None}
 
 
-def trained(found):
-    """{method: its number} of what of_all() found, at the defaults."""
-    return {name.split("**")[1]: number for name, number in found.items() if at_defaults(name)}
+def by_method(by_network):
+    """{method: its number}, of the networks at their defaults."""
+    return {n.split("**")[1]: number for n, number in by_network.items() if at_defaults(n)}
 
 
-def highest(found):
-    """"exemplar, 58.3" of {method: number}."""
-    best = max(found, key=found.get)
-    return f"{best}, {found[best]:.1f}"
+def over_untrained(by_network):
+    """By how much the mean of the methods is above that of the same networks untrained."""
+    steps = []
+    for name, number in by_network.items():
+        if at_defaults(name) and start(name, by_network) in by_network:
+            steps.append(number - by_network[start(name, by_network)])
+    return statistics.mean(steps)
 
 
-def gains(found):
-    """{method: by how much it is better than its own network untrained} of what of_all() found."""
-    steps = {}
-    for name, number in found.items():
-        start = own_start(name, found) or UNTRAINED
-        if at_defaults(name) and start in found:
-            steps[name] = number - found[start]
-    return steps
+def highest(numbers):
+    """{method: number} -> "exemplar 58.3" """
+    best = max(numbers, key=numbers.get)
+    return f"{best} {numbers[best]:.1f}"
 
 
-def beside(found, form=".1f"):
+def baselines(by_network):
     """"the untrained network 46.7, raw pixels 39.9, k-means features 55.7", as far as known."""
-    known = {word: found[name] for word, name in BESIDE.items() if name in found}
-    return ", ".join(f"{word} {number:{form}}" for word, number in known.items())
+    known = {word: by_network[name] for word, name in BASELINES.items() if name in by_network}
+    return ", ".join(f"{word} {number:.1f}" for word, number in known.items())
+
+
+def listed(words):
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def artist(networks):
-    found = of_all(networks["features"], "robustness", "artist_new/mean")
-    steps = gains(found)
+    found = numbers_of(networks["features"], "robustness", "artist_new/mean")
     return (
         "**A new artist.** A probe learns from three artists and is tested on the fourth. Its "
-        f"accuracy in percent: {highest(trained(found))}; {beside(found)}. On average {len(steps)} "
-        f"methods have {statistics.mean(steps.values()):.1f} points more than the same networks "
+        f"accuracy in percent: the best, {highest(by_method(found))}; {baselines(found)}. The "
+        f"methods have on average {over_untrained(found):.1f} points more than the same networks "
         "untrained. The probe has never seen the fourth style; the networks have, without labels."
     )
 
 
-def heights(networks):
-    """{network: its linear accuracy after each stage}, of those that were measured."""
-    found = {}
-    for layers in (STAGES, BLOCKS):
-        for name in networks:
-            places = [f"linear probe of {layer}" for layer in layers]
-            numbers = [mean(networks, name, place, "linear") for place in places]
-            if None not in numbers:
-                found[name] = numbers
-    return found
+def fall(accuracies):
+    """In points, from the best stage to the last."""
+    return max(accuracies) - accuracies[-1]
 
 
-def depth(networks, families):
-    """families: {"pretext tasks" or the like: its methods}."""
-    found = heights(networks["features"])
-    resnets = [x for name, x in found.items() if at_defaults(name) and len(x) == len(STAGES)]
-    early = sum(x.index(max(x)) in (1, 2) for x in resnets)
-    lost = []
+def depth(networks, sides):
+    """sides: {"pretext tasks" or the like: its methods}."""
+    found = evaluations.stage_accuracies(networks["features"])
+    best = []  # stage of each trained ResNet
+    for name, accuracies in found.items():
+        if at_defaults(name) and len(accuracies) == len(evaluations.LAYERS):
+            best.append(evaluations.LAYERS[accuracies.index(max(accuracies))])
+    early = sum(stage in ("layer1", "layer2") for stage in best)
+    after = []  # falls
+    before = []
+    added = [[], []]  # by training, at the first and at the last stage
     words = []
-    for what, methods in families.items():
+    for kind, methods in sides.items():
         names = [f"**{method}**" for method in methods if f"**{method}**" in found]
-        starts = [own_start(name, found) or UNTRAINED for name in names]
-        both = [[max(found[n]) - found[n][-1] for n in group] for group in (names, starts)]
-        lost.append([statistics.mean(falls) for falls in both])
-        words.append(f"{lost[-1][0]:.1f} points (mean of {len(names)} {what})")
+        after.append(statistics.mean(fall(found[name]) for name in names))
+        before.append(statistics.mean(fall(found[start(name, found)]) for name in names))
+        words.append(f"{after[-1]:.1f} points ({len(names)} {kind})")
+        for stage, steps in zip((0, -1), added):
+            step = [found[name][stage] - found[start(name, found)][stage] for name in names]
+            steps.append(f"{statistics.mean(step):.1f}")
     text = (
-        f"**Depth.** {early} of {len(resnets)} trained ResNets are best at layer1 or layer2, "
-        "chosen on the test images. From the best stage to the last, linear accuracy falls by "
-        f"{' and '.join(words)}. In the same networks untrained it falls by "
-        f"{' and '.join(f'{before:.1f}' for _, before in lost)}"
+        f"**Depth.** {early} of {len(best)} trained ResNets are best after layer1 or layer2 of the "
+        f"four (chosen on the test images). From the best stage to the last, accuracy falls by "
+        f"{listed(words)} on average, in the same networks untrained by "
+        f"{listed([f'{number:.1f}' for number in before])}."
     )
-    if all(before > after for after, before in lost):
-        text += ", which is more: the fall alone does not say that the last layers specialise"
-    return text + "."
+    first, last = map(listed, added)
+    text += f" Training adds {first} points at the first stage, {last} at the last."
+    if all(untrained > trained for trained, untrained in zip(after, before)):
+        text += (
+            " The usual explanation is that the last layers specialise in the task of the "
+            "training. But untrained networks fall more, so the fall is no evidence of this."
+        )
+    return text
 
 
 def few(networks):
     words = []
     steps = []
     for share in ("1 %", "10 %"):
-        found = of_all(networks["features"], "few", f"{share}/accuracies")
-        words.append(f"With {share} of the labels: {highest(trained(found))}; {beside(found)}.")
-        steps.append(f"{statistics.mean(gains(found).values()):.1f}")
+        found = numbers_of(networks["features"], "few", f"{share}/accuracies")
+        words.append(f"With {share}: the best, {highest(by_method(found))}; {baselines(found)}.")
+        steps.append(f"{over_untrained(found):.1f}")
     return (
-        f"**Few labels** (logistic regression, C = 1; percent). {' '.join(words)} On average the "
-        f"methods have {' and '.join(steps)} points more than the same networks untrained."
+        "**Few labels.** Accuracy in percent of a logistic regression with C = 1 (the linear "
+        f"probe, which tunes its weight decay, is better with 1 %). {' '.join(words)} The methods "
+        f"have on average {listed(steps)} points more than the same networks untrained."
     )
 
 
-def tuned(networks, rows):
+def tuned(rows):
     """rows: of fine-tuning."""
-    steps, draws = evaluations.gain_steps(rows)
-    if not steps:
+    gains, draws = evaluations.gains(rows)
+    if not gains:
         return None
-    over = {share: f"{step:.1f} ± {error:.1f}" for share, ((step, error), _, _) in steps.items()}
-    probe = {share: f"{step:+.1f} ± {error:.1f}" for share, (_, (step, error), _) in steps.items()}
-    count = max(count for *_, count in steps.values())
-    text = (
-        f"**Fine-tuning** ({count} networks, {draws} draws of the labels; ± is half of a 95 % "
-        f"interval over the draws). With {several(over, 'of the labels')} pretrained networks are "
-        f"better than the same networks from scratch by {several(over.values())} points on "
-        "average. The papers find most with few labels; so few draws cannot tell. Fine-tuning "
-        f"minus a linear probe of the frozen features: {several(probe.values())}."
+    count = max(gain.networks for gain in gains.values())
+
+    def numbers(estimates):
+        """ "+2.4 ± 3.1 (1 %)" and so on"""
+        texts = [f"{x:+.1f} ± {half:.1f} ({share})" for share, (x, half) in estimates.items()]
+        return listed(texts)
+
+    scratch = {share: gain.over_scratch for share, gain in gains.items()}
+    frozen = {share: gain.over_frozen for share, gain in gains.items()}
+    clear = [share for share, (step, half) in scratch.items() if abs(step) > half]
+    return (
+        f"**Fine-tuning**, with 1 %, 10 % or all of the labels (95 % intervals over {draws} draws "
+        f"of the labels; {count} networks, most of which share one start). In points, fine-tuned "
+        f"minus trained from scratch: {numbers(scratch)}. The interval excludes 0 for: "
+        f"{listed(clear or ['none'])}. The papers find most with few labels; so few draws cannot "
+        f"tell. Fine-tuned minus a linear probe of the frozen features: {numbers(frozen)}."
     )
-    found = trained(of_all(networks["finetune"], "fine-tuning 1.0", "gain"))
-    if "mae" in found:
-        best = max(found, key=found.get)
-        text += (
-            " MAE, which in its paper gains more by fine-tuning than contrastive methods do, gains "
-            f"{found['mae']:.1f} with all labels; most gains {best}, {found[best]:.1f}."
-        )
-    return text
 
 
-def several(words, ending=""):
-    """"1 %, 10 % and all of the labels" """
-    *first, last = words
-    text = f"{', '.join(first)} and {last}" if first else last
-    return f"{text} {ending}".strip()
+def mae(networks):
+    """Of which it is said that it gains most by fine-tuning."""
+    found = numbers_of(networks["finetune"], "fine-tuning 1.0", "gain")
+    methods = by_method(found)
+    if "mae" not in methods:
+        return None
+    rank = sorted(methods, key=methods.get, reverse=True).index("mae") + 1
+    before = found.get(start("mae", found))
+    beside = "" if before is None else f" (its network untrained {before:+.1f})"
+    return (
+        f"**MAE**, which in its paper gains more by fine-tuning than contrastive methods, is "
+        f"number {rank} of {len(methods)} here by what fine-tuning with all labels adds to the "
+        f"linear probe: {methods['mae']:+.1f} points{beside}; the most, {highest(methods)}."
+    )
 
 
 def corruptions(networks):
-    loss = of_all(networks["features"], "robustness", "relative_loss")
-    left = of_all(networks["features"], "robustness", "corrupted/mean")
-    of_methods = trained(loss)
-    least, most = [pick(of_methods, key=of_methods.get) for pick in (min, max)]
+    loss = numbers_of(networks["features"], "robustness", "relative_loss")
+    left = numbers_of(networks["features"], "robustness", "corrupted/mean")
+    methods = by_method(loss)
+    least, most = [pick(methods, key=methods.get) for pick in (min, max)]
     return (
-        f"**Corruptions.** Of the trained networks {least} loses least, {of_methods[least]:.1f} % "
-        f"of its accuracy, {most} most, {of_methods[most]:.1f} %; {beside(loss)}. The accuracy "
-        f"that is left is highest for {highest(trained(left))}; {beside(left)}."
+        f"**Corruptions.** Of the trained networks {least} loses least, {methods[least]:.1f} % of "
+        f"its accuracy, {most} most, {methods[most]:.1f} %; {baselines(loss)}. The accuracy that "
+        f"is left: the best, {highest(by_method(left))}; {baselines(left)}."
     )
 
 
 def scenes(networks):
-    """Rendered scenes: how many networks are better than the same ones untrained, and where one
-    answer for all pixels or boxes is better than every network."""
-    counts = {}  # (task, how): (better, all, mean of the untrained, mean of the trained)
-    beaten = {"frozen": [], "fine-tuned": []}  # tasks
+    """Rendered scenes: how many networks are better than the same ones untrained."""
+    found = {}
     for task in evaluations.SCENES:
-        measured, path, _ = list(evaluations.TABLES[task].values())[0]
-        sign = -1 if task in evaluations.ERRORS else 1
-        answer = mean(networks[task], "no network", measured, path)
-        for how in beaten:
-            pairs = evaluations.on_scenes(networks[task], task, how)
-            if not pairs:
-                return None
-            better = sum(a > b for a, b in pairs.values())
-            after, before = map(statistics.mean, zip(*pairs.values()))
-            counts[task, how] = f"{better} of {len(pairs)}", f"{before:.1f} to {after:.1f}"
-            best = max(sign * number for number, _ in pairs.values())
-            if answer is not None and sign * answer > best:
-                beaten[how].append(task)
+        for how in ("frozen", "fine-tuned"):
+            found[task, how] = evaluations.scene(networks, task, how)
+    if None in found.values():
+        return None
 
-    (a, iou), (b, ap) = [counts[task, "frozen"] for task in ("segmentation", "detection")]
+    def words(task, how):
+        it = found[task, how]
+        return f"{it.better} of {it.networks}", f"{it.untrained:.1f} to {it.trained:.1f}"
+
+    (a, iou), (b, ap) = [words(task, "frozen") for task in ("segmentation", "detection")]
     (c, tuned_iou), (d, tuned_ap) = [
-        counts[task, "fine-tuned"] for task in ("segmentation", "detection")
+        words(task, "fine-tuned") for task in ("segmentation", "detection")
     ]
     text = (
         f"**Dense tasks and detection.** Frozen, {a} networks segment better than the same "
         f"networks untrained (mean IoU from {iou}, on average) and {b} detect better (AP from "
-        f"{ap}). With all weights trained {c} segment better than from scratch (from {tuned_iou}) "
-        f"and {d} detect better (from {tuned_ap}). Most methods share one untrained network, so "
-        "these numbers are not independent."
+        f"{ap}). With all weights trained, {c} segment better than from scratch (from {tuned_iou}) "
+        f"and {d} detect better (from {tuned_ap}). Most methods share one untrained network."
     )
-    guesses = [
-        f"every {how} network for {several(tasks)}" for how, tasks in beaten.items() if tasks
-    ]
-    if guesses:
-        text += f" But one guess for all pixels or boxes is better than {several(guesses)}."
-    return text
+    guesses = []
+    for how in ("frozen", "fine-tuned"):
+        beaten = [task for task in evaluations.SCENES if found[task, how].constant_wins]
+        if beaten:
+            guesses.append(f"every {how} network for {listed(beaten)}")
+    return text + (f" A constant prediction beats {listed(guesses)}." if guesses else "")
 
 
 def fashion(networks):
     """How networks that learned from emoji do on fashion: the worst and the best."""
     words = []
     for measured, key, what in (
-        ("features", "linear", "By the linear probe (accuracy in percent)"),
-        ("svm", "svm", "By linear SVMs (mean average precision)"),
+        ("features", "linear", "By the linear probe, accuracy in percent"),
+        ("svm", "svm", "By linear SVMs, mean average precision in percent"),
     ):
-        found = of_all(networks["fashion"], measured, key)
-        ranked = sorted((number, name) for name, number in trained(found).items())
+        found = numbers_of(networks["fashion"], measured, key)
+        ranked = sorted((number, name) for name, number in by_method(found).items())
         if len(ranked) < 2:
             return None
         ends = [f"{number:.1f} ({name})" for number, name in (ranked[0], ranked[-1])]
         above = sum(number > found.get(RAW, 0) for number, _ in ranked)
         words.append(
-            f"{what}: from {' to '.join(ends)}; {beside(found)}. {above} of {len(ranked)} networks "
-            "are better than raw pixels."
+            f"{what}: from {' to '.join(ends)}; {baselines(found)}. {above} of {len(ranked)} "
+            "networks are better than raw pixels."
         )
     return (
         "**Other data.** Networks that learned from emoji, on the grey clothes of fashion (10,000 "
@@ -219,95 +232,106 @@ def fashion(networks):
 
 
 def cost(networks):
-    found = of_all(networks["features"], "cost", "flops")
+    found = numbers_of(networks["features"], "cost", "flops")
     millions = {name: number / 1e6 for name, number in found.items()}
     return (
-        f"**Cost.** An image costs the network that most methods share {millions[UNTRAINED]:.1f} "
-        "million additions and multiplications, the dearest one (of "
-        f"{highest(trained(millions))}), k-means features {millions[KMEANS]:.1f}."
+        "**Cost.** Additions and multiplications for an image, in millions: the network that most "
+        f"methods share {millions[UNTRAINED]:.1f}, the dearest, {highest(by_method(millions))}, "
+        f"k-means features {millions[KMEANS]:.1f}."
     )
 
 
-def baseline(networks, linear):
-    """linear: {method: the mean linear accuracy of its runs}."""
-    old = of_all(networks["features"], "features", "linear")[KMEANS]
-    by_svm = of_all(networks["features"], "svm", "svm")
-    elsewhere = of_all(networks["fashion"], "features", "linear")
+def baseline(networks, linear_of_results):
+    """linear_of_results: {method: the mean linear accuracy of its runs under Results}."""
+    old = numbers_of(networks["features"], "features", "linear")[KMEANS]
+    svm = numbers_of(networks["features"], "svm", "svm")
+    clothes = numbers_of(networks["fashion"], "features", "linear")
     return (
-        "**An old baseline.** K-means features of patches (Coates and Ng 2011), without a network, "
-        f"have {old:.1f} % by the linear probe (the best method, as a mean of its runs: "
-        f"{highest(linear)}), {by_svm[KMEANS]:.1f} mAP by SVMs ({highest(trained(by_svm))}), and "
-        f"by the linear probe on fashion {elsewhere[KMEANS]:.1f} ({highest(trained(elsewhere))}). "
-        "Minutes of training on 5,000 small images are very little."
+        "**An old baseline.** K-means features of image patches (Coates and Ng 2011), without a "
+        f"network. Linear probe: {old:.1f} % (the best method by the mean of its runs under "
+        f"Results, {highest(linear_of_results)}). SVMs: {svm[KMEANS]:.1f} mAP (the best, "
+        f"{highest(by_method(svm))}). Linear probe on fashion, patches of fashion: "
+        f"{clothes[KMEANS]:.1f} % (the best, {highest(by_method(clothes))}). Minutes of training "
+        "on 5,000 small images are very little."
     )
 
 
 def predictors(networks):
-    lines = evaluations.predictors(networks["features"])
-    lines = [line for line in lines if line[2] != "not measured" and line[1] == "no"]
-    clear = [line for line in lines if line[3][0] == line[3].split(" to ")[1][0]]
-    names = [f"the {name} ({rank}; {interval})" for name, _, rank, interval, *_ in clear]
-    rest = several([line[0] for line in lines if line not in clear])
+    found = evaluations.predictors(networks["features"])
+    found = {name: number for name, number in found.items() if number.rank is not None}
+    free = [name for name in found if name not in evaluations.WITH_LABELS]
+    clear = [name for name in free if found[name].low > 0 or found[name].high < 0]
+
+    def words(name):
+        it = found[name]
+        return f"the {name} {it.rank:+.2f} ({it.low:+.2f} to {it.high:+.2f})"
+
+    names = listed([words(name) for name in clear]) if clear else "none"
     return (
-        f"**What predicts linear accuracy without labels?** Over {max(line[4] for line in lines)} "
-        f"methods the interval of the rank correlation excludes 0 for {several(names or ['none'])}."
-        f" For {rest} so few methods cannot tell (RankMe's authors compare runs of one method)."
+        "**What predicts linear accuracy without labels?** Rank correlations over "
+        f"{max(found[name].methods for name in free)} methods, with 99.6 % intervals, of which "
+        f"twelve hold together with about 95 %. Intervals without 0: {names}. For "
+        f"{listed([name for name in free if name not in clear])} so few methods cannot tell "
+        "(RankMe's authors compare runs of one method). For comparison, kNN accuracy, which needs "
+        f"labels: {found['kNN accuracy'].rank:+.2f}."
     )
 
 
 def agreement(networks):
-    heads, lines = evaluations.agreement(networks)
-    if not lines:
+    pairs, count = evaluations.agreement(networks)
+    probe = "linear probe"
+    found = {a: rank for (a, b), rank in pairs.items() if b == probe and a != probe}
+    if not found:
         return None
-    probe = [line[0].split(" ", 1)[1] for line in lines].index("linear probe")
-    found = {}
-    for i, (name, *cells) in enumerate(lines):
-        if i != probe:
-            found[name.split(" ", 1)[1]] = float(cells[probe] if i > probe else lines[probe][i + 1])
     ranked = sorted(found, key=found.get)
-    words = [f"{name} ({found[name]:+.2f})" for name in (ranked[-1], ranked[-2], ranked[0])]
+    first, second, last = [f"{n} {found[n]:+.2f}" for n in (ranked[-1], ranked[-2], ranked[0])]
     return (
-        f"**Do the evaluations agree?** Over {heads[0]} the ranking by the linear probe is most "
-        f"like those of {words[0]} and {words[1]}, least like that of {words[2]} (rank "
-        "correlations). That of k-means clusters with the linear probe is "
-        f"{found['cluster accuracy']:+.2f}."
+        f"**Do the evaluations agree?** Over {count} methods the ranking by the linear probe is "
+        f"most like those by {first} and {second}, least like that by {last}: rank correlations, "
+        "of which those below about 0.5 may be chance. That of k-means clusters with the linear "
+        f"probe is {found['cluster accuracy']:+.2f}."
     )
 
 
 def seeds(networks):
-    heads, lines = evaluations.repeatability(networks)
-    lines = {line[0]: dict(zip(heads, line)) for line in lines}
-    probe = lines.get("linear probe")
-    if probe is None or probe["methods"] < 5:
+    found = evaluations.repeatability(networks)
+    probe = found.get("linear probe")
+    if probe is None or probe.methods < 5:
         return None
-    ranked = sorted(lines, key=lambda name: float(lines[name]["reliability"]))
-    words = [f"{name} ({lines[name]['reliability']})" for name in ranked]
-    return (
-        "**Seeds.** The linear accuracy of networks that were trained with other seeds deviates "
-        f"by {probe['over seeds']} points, that of {probe['methods']} methods with the same "
-        f"network by {probe['between methods']} beyond that. The ranking by single runs is most "
-        f"reliable for {words[-1]} and {words[-2]}, least for {words[0]} and {words[1]}."
+    clear = [name for name, it in found.items() if it.low > 0.75]
+    unclear = sum(it.low == 0 for it in found.values())
+    text = (
+        f"**Seeds.** Linear accuracy has a standard deviation of {probe.over_seeds:.1f} points "
+        f"over seeds and of {probe.between:.1f} between {probe.methods} methods with the same "
+        f"network: its reliability is {probe.value:.2f} ({probe.low:.2f} to {probe.high:.2f}), 1 "
+        "if one run of each method tells how they rank."
     )
+    if clear:
+        text += f" It is above 0.75 for certain for {listed(clear)}."
+    if unclear:
+        text += f" For {unclear} of {len(found)} measures it may be 0: so few runs cannot tell."
+    return text
 
 
-def blocks(families, videos, linear):
-    """{block of a page: its lines}. families: {kind of methods: the methods}; videos: those that
-    learn from films; linear: {method: the mean linear accuracy of its runs}."""
+def blocks(sides, videos, linear_of_results):
+    """{block of a page: its lines}. sides: {kind of methods: the methods}; videos: the methods that
+    learn from films; linear_of_results: {method: the mean linear accuracy of its runs}."""
     rows = evaluations.read_rows()
     networks = evaluations.networks_of(rows, videos)
     bullets = {
         "artist": artist(networks),
-        "depth": depth(networks, families),
+        "depth": depth(networks, sides),
         "few": few(networks),
-        "tuned": tuned(networks, evaluations.rows_of("finetune", rows, videos)),
+        "tuned": tuned(evaluations.rows_of("finetune", rows, videos)),
+        "mae": mae(networks),
         "corruptions": corruptions(networks),
-        "baseline": baseline(networks, linear),
-        "cost": cost(networks),
         "scenes": scenes(networks),
         "fashion": fashion(networks),
-        "seeds": seeds(networks),
-        "agreement": agreement(networks),
+        "cost": cost(networks),
+        "baseline": baseline(networks, linear_of_results),
         "predictors": predictors(networks),
+        "agreement": agreement(networks),
+        "seeds": seeds(networks),
     }
     return {"says": lines_of(bullets), "worth": lines_of({n: bullets[n] for n in ON_README})}
 
