@@ -546,6 +546,8 @@ def test_draws_of_one_run_and_runs_are_told_apart(report):
     assert evaluations.cell(runs["few"], "1/accuracies", ".1f") == "15.5 ± 6.4"
     runs = evaluations.collect(rows[:2])["**byol**"]
     assert evaluations.cell(runs["fine-tuning 0.1"], "tuned", ".1f") == "52.0 ± 2.8"
+    runs = evaluations.collect([rows[0], rows[0]])["**byol**"]  # they do not differ
+    assert evaluations.cell(runs["fine-tuning 0.1"], "tuned", ".1f") == "50.0"
     runs = evaluations.collect(rows[3:4])["**byol**"]
     assert evaluations.cell(runs["few"], "1/accuracies", ".2f") == "11.00 ± 1.41"
 

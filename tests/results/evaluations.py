@@ -352,7 +352,8 @@ def mean(networks, name, measured, path):
 
 def cell(runs, path, how):
     """The mean over the seeds of the training ± the deviation; of one seed, the deviation of its
-    draws, or the one that was recorded with their mean, as of k-means' seeds."""
+    draws, or the one that was recorded with their mean, as of k-means' seeds; none if the draws do
+    not differ, as with all labels."""
     found = numbers(runs, path)
     if not found:
         return ""
@@ -360,13 +361,17 @@ def cell(runs, path, how):
         return f"{statistics.mean(found) / 1e6:.1f}"
     text = f"{statistics.mean(found):{how}}"
     deviations = []
-    if len(found) == 1:
+    seeds = len(found)
+    if seeds == 1:
         results = [result for results in runs.values() for result in results]
         found = draws(results, path)
         deviations = draws(results, f"{path}_std")
     if len(found) > 1:
         deviations = [statistics.stdev(found)]
-    return text + (f" ± {deviations[0]:{how.strip('+')}}" if deviations else "")
+    deviation = f"{deviations[0]:{how.strip('+')}}" if deviations else ""
+    if not deviation or (seeds == 1 and float(deviation) == 0):
+        return text
+    return f"{text} ± {deviation}"
 
 
 def table(networks, columns):
