@@ -779,7 +779,9 @@ def draw_layers(path):
     panels = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.05, right=0.86, top=0.93, bottom=0.11, wspace=0.42)
     panels[0].set_ylabel("linear accuracy, %")
-    heights = [height for line in found.values() for height in line]
+    drawn = [f"**{method}**" for methods in sides().values() for method in methods]
+    drawn = [name for name in (*drawn, sentences.UNTRAINED) if name in found]
+    heights = [height for name in drawn for height in found[name]]
     panels[0].set_ylim(min(heights) - 0.5, max(heights) + 1.5)  # room for the legend
     for axes, (heading, methods) in zip(panels, sides().items()):
         axes.set_title(f"{heading[0].upper()}{heading[1:]}, emoji", fontsize=11)
