@@ -705,7 +705,7 @@ def features(network, split, size, device, workers=0):
     done = 0
     batches = split.images.whole(mine, size, workers)
     hidden = rank() > 0 or count < 5000
-    # A new line twice a second, or twice a minute where there is no terminal.
+    # The bar moves twice a second; where there is no terminal it is a line twice a minute.
     for images, broken in tqdm(
         batches, f"features of {count} images", unit=" batches", leave=False, disable=hidden,
         mininterval=0.5 if sys.stderr.isatty() else 30
