@@ -11,7 +11,8 @@ Coates, Lee, Ng, AISTATS 2011. https://proceedings.mlr.press/v15/coates11a.html
 
 So an image has 4 K = 1,024 features (resnet14: 768). Images of more than 32 pixels are averaged to
 32 first. (Paper: k-means of 400,000 patches at once, K up to 4,000. Here: scikit-learn's
-mini-batches.)
+mini-batches.) Rounding decides which patches go together: with seed 0 the linear probe on emoji has
+60.2 % if the fit runs in one thread, 59.4 in two.
 """
 
 import math

@@ -369,7 +369,8 @@ def cell(runs, path, how):
     if len(found) > 1:
         deviations = [statistics.stdev(found)]
     deviation = f"{deviations[0]:{how.strip('+')}}" if deviations else ""
-    if not deviation or (seeds == 1 and float(deviation) == 0):
+    constant = how == ",.0f"  # a count: of parameters
+    if not deviation or constant or (seeds == 1 and float(deviation) == 0):
         return text
     return f"{text} ± {deviation}"
 
