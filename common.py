@@ -781,8 +781,7 @@ def knn(bank, bank_labels, test, test_labels, k, temperature=0.07):
 
 def linear_probe(bank, bank_labels, test, test_labels, groups=None):
     """Accuracy in percent of linear_classifier. bank and test (N, D) are overwritten."""
-    classify = linear_classifier(bank, bank_labels, groups)
-    right = classify(test) == test_labels
+    right = linear_classifier(bank, bank_labels, groups)(test) == test_labels
     return 100 * right.double().mean().item()
 
 
@@ -790,8 +789,9 @@ def linear_classifier(bank, labels, groups=None):
     """Multinomial logistic regression on frozen standardised features, solved to convergence, as a
     function: features (n, D) -> labels (n,). Its weight decay, of 10, 3, 1, ... 1e-4, is the one
     with the least loss on a fifth of the BANK (whole groups if given, so that near copies stay
-    together); then all of the bank is fitted with it. Test images choose nothing. bank (N, D) and
-    what is classified are overwritten: a copy of the features may not fit."""
+    together; if there is a single one, the decay is 10); then all of the bank is fitted with it.
+    Test images choose nothing. bank (N, D) and what is classified are overwritten: a copy of the
+    features may not fit."""
     bank = bank.float()
     mean = bank.mean(0)
     std = bank.std(0) + 1e-6
@@ -801,10 +801,10 @@ def linear_classifier(bank, labels, groups=None):
     variance, rotation = principal_directions(bank)
     bank = rotate(bank, rotation)
 
-    # A fifth of the groups is held out.
+    # A fifth of the groups is held out, and at least one.
     groups = torch.arange(len(bank)) if groups is None else groups.cpu()
     names = np.random.default_rng(0).permutation(groups.unique())
-    names = torch.from_numpy(names[: len(names) // 5])
+    names = torch.from_numpy(names[: len(names) // 5 or 1])
     held = torch.isin(groups, names).to(bank.device)
     kept = (~held).nonzero()[:, 0]
 
@@ -904,14 +904,16 @@ def retrieval(x, emoji, drawing, k):
 
 def across_drawings(x, drawing, k, queries=None):
     """(N, k) indices of the images with the largest cosine among those of another drawing; for
-    some queries, indices (n,), only theirs, (n, k)."""
+    some queries, indices (n,), only theirs, (n, k). A k above the number of such images is that
+    number."""
     x = F.normalize(x.float(), dim=1)
+    k = min(k, len(x) - int(drawing.bincount().max()))
     queries = torch.arange(len(x), device=x.device) if queries is None else queries
     nearest = []
     for some in queries.split(512):
         same = drawing[some][:, None] == drawing
         s = (x[some] @ x.T).masked_fill_(same, -2)  # below every cosine
-        nearest.append(s.topk(min(k, len(x)), 1).indices)
+        nearest.append(s.topk(k, 1).indices)
     return torch.cat(nearest)
 
 
@@ -1215,11 +1217,11 @@ class Run:
             "settings": self.settings,
             "evaluated_on": {"bank": len(self.data.bank.images), "test": len(test)},
         }
-        share = self.args.batch // world()
         images = self.loader.reader
         print0(
             f"{self.folder}: {self.loader.count} {images.NOUN}, {self.args.epochs} epochs of "
-            f"{self.loader.steps} steps, {world()} x {share} {images.NOUN} per step on {device}"
+            f"{self.loader.steps} steps, {world()} x {self.args.batch // world()} {images.NOUN} "
+            f"per step on {device}"
         )
         if isinstance(images, InMemory) and images.pixels.shape[3] < self.args.size:
             print0(f"note: the images are smaller than --size {self.args.size} and are enlarged")
@@ -1237,8 +1239,9 @@ class Run:
             "pixels": pixels(self.args.size, len(self.data.bank.images)),
             "random_init": copy.deepcopy(self.model.backbone),
         }
-        untrained = torch.load(self.folder / "untrained.pt", weights_only=True)
-        networks["random_init"].load_state_dict(untrained)
+        networks["random_init"].load_state_dict(
+            torch.load(self.folder / "untrained.pt", weights_only=True)
+        )
         for name, network in networks.items():
             if name not in self.baselines:
                 print0(f"measuring the baselines: {name}")
@@ -1294,8 +1297,10 @@ class Run:
         for row, numbers in zip(rows, values):
             row |= dict(zip(self.columns, numbers)) | {"images_per_s": rate}
             if not math.isfinite(row["loss"]):
-                where = f"at step {row['step']}, learning rate {row['lr']:.3g}"
-                fail(f"the loss is {row['loss']} {where}: {DIVERGED} {self.last}")
+                fail(
+                    f"the loss is {row['loss']} at step {row['step']}, "
+                    f"learning rate {row['lr']:.3g}: {DIVERGED} {self.last}"
+                )
         self.rows += rows
 
     def flush(self, **extra):

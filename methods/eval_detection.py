@@ -9,7 +9,8 @@ is this the middle of an object, of which shape, and how far away are the four s
 is trained on the 1,000 rendered scenes of the data set `solids` and tested on 250 with other
 textures. Frozen, the trunk is that of a run and does not change; fine-tuned, all weights are
 trained. The untrained trunk is treated in the same way; to fine-tune it is to train from scratch.
-Raw pixels have no row: they were not tried.
+The baseline of raw pixels, which cannot be fine-tuned, has one map: the image, averaged to 32 x 32,
+with the colours of the 7 x 7 pixels around each place.
 
 Notation. The trunk's maps are those of ALL stages of a ResNet, or the patches of a ViT after four
 evenly spaced blocks. Each is standardised per channel, reduced to 64 channels by a 1x1 convolution,
@@ -190,6 +191,8 @@ class OneMap(nn.Module):
     def forward(self, x):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             found = maps(self.network, x)
+        if self.frozen and not all(stage.isfinite().all() for stage in found):
+            fail("some maps are infinite or not a number: leave this network out")
         return self.reduce(found)
 
 
@@ -321,14 +324,13 @@ def main(argv=None):
         fail(f"--size {args.size}: choose a multiple of {GRID}, the places of the detector's map")
     train = load_solids("train")
     test = load_solids("test")
-    trunks = [each for each in candidates(args) if list(each.network.parameters())]
     results = Results("eval_detection", args, device)
     numbers = [GRID, CHANNELS, CONVS, LOWEST_SCORE, MOST]
     truth = []
     for boxes, labels in zip(test.boxes, test.labels):
         truth.append({"boxes": boxes.numpy(), "labels": labels.numpy()})
     measured = {}
-    for trunk, mode in ways_to_use(trunks, args.finetune):
+    for trunk, mode in ways_to_use(candidates(args), args.finetune):
         settings = settings_of(args, mode, train, test, detector=numbers)
 
         def measure():

@@ -10,7 +10,8 @@ Idea. Accuracy tells what a network knows; geometry tells how it keeps it. Do im
 lie together although no label was shown? How many directions do the features use, and do they
 repeat each other? Do the features change smoothly when an image is turned, moved or darkened?
 Raw pixels and the networks before training show what training has changed. Labels are used only to
-judge the clusters and to colour the maps.
+judge the clusters and to colour the maps. K-means features, a baseline in eval_features.py, have
+no rows here.
 
 Notation. x (N, D) features of N test images (without labels: of the images); l_1 >= l_2 >= ... the
 eigenvalues of their covariance, the variances along their principal directions. The words on the
@@ -60,7 +61,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import functional as TF
 
@@ -389,11 +389,10 @@ def measure(candidate, split, measured, results):
     if not readable.all():
         fail(f"--data {candidate.data}: remove the images that cannot be read")
     # Of a collapsed network the measures would describe rounding errors: its features are made
-    # exactly equal, those of views and of paths as well.
+    # exactly equal, and for views and paths a network takes its place that answers 0 everywhere.
     if x.std(0).max() <= 1e-6 * x.abs().max():
         x = torch.ones_like(x)
-        for weight in network.parameters():
-            nn.init.zeros_(weight)
+        network = torch.nn.Threshold(math.inf, 0)
 
     def embed_views(count):
         """Features of random views, (count, n, D), on the CPU. A batch of images has 2,048 views at
@@ -431,7 +430,7 @@ def measure(candidate, split, measured, results):
 
 def table(results, columns):
     """{name: result} as text, one line per name."""
-    width = max(len(name) for name in results) + 2
+    width = max(map(len, results)) + 2
     lines = [" " * width + "".join(f"{column:>16}" for column in columns)]
     for name, result in results.items():
         words = [number(result[column], result.get(f"{column}_std")) for column in columns]
@@ -498,12 +497,15 @@ def draw_maps(path, results, numbers, names, word):
 def map_labels(data, split):
     """Yields the ways to colour a map: what a colour stands for, the number of each point's colour
     (N,), a name for each number."""
-    parts = ("category", split.labels, "categories"), ("artist", split.drawing, "drawings")
-    for word, numbers, part in parts:
+    for word, numbers, part in (
+        ("category", split.labels, "categories"),
+        ("artist", split.drawing, "drawings"),
+    ):
         if numbers is not None:
             names = range(int(numbers.max()) + 1)
             if data in EMBEDDED:
-                names = np.load(HERE / "tests" / "data" / f"{data}.npz")[part]
+                file = data.replace("tripod", "movers")  # whose clips it shows with another camera
+                names = np.load(HERE / f"tests/data/{file}.npz").get(part, names)
             yield word, numbers.cpu().numpy(), names
 
 
@@ -511,7 +513,7 @@ def main(argv=None):
     args = parse(__doc__, SETTINGS, argv, runs="folders of finished runs, or their backbone.pt")
     device = join_processes(args.seed)
     if world() > 1:
-        fail("this takes a minute per network on one process: start it with python, not torchrun")
+        fail("eval_geometry runs in one process: start it with python instead of torchrun")
     found = candidates(args)
     results = Results("eval_geometry", args, device)
     for name in dict.fromkeys(candidate.data for candidate in found):
@@ -530,7 +532,7 @@ def main(argv=None):
         if "spectrum" in protocols:
             draw_spectrum(folder / f"spectrum-{data.name}.png", measured["spectrum"])
         if "tsne" in protocols:
-            for word, numbers, names in map_labels(data.name, split):
+            for word, numbers, names in map_labels(name, split):
                 path = folder / f"tsne-{data.name}-{word}.png"
                 draw_maps(path, measured["tsne"], numbers, names, word)
     print0("")

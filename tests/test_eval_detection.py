@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from test_eval_dense import TEST, TRAIN, LastStep, relabelled
 from test_eval_features import write_run
 
-from common import Candidate, backbone, read_lines
+from common import Candidate, backbone, pixels, read_lines
 from methods import eval_detection
 from methods.eval_detection import (
     average_precision,
@@ -317,6 +317,27 @@ def test_a_detector_that_diverges_ends_in_one_sentence(steps, capsys, monkeypatc
     assert "--lr-head, --lr-trunk" in error
 
 
+def test_frozen_maps_that_are_not_finite_end_in_one_sentence(capsys):
+    """No learning rate would help, so none is named."""
+    network = backbone("vit_micro", 24).eval()
+    torch.nn.init.constant_(network.norm.weight, math.nan)
+    with pytest.raises(SystemExit):
+        find(network, True, steps=1)
+    error = capsys.readouterr().err
+    assert error.startswith("error: some maps are infinite or not a number: leave this network out")
+
+
+def test_maps_that_are_constant_and_raw_pixels_can_be_read():
+    """A detector on them has an answer for every image, and its scores are finite."""
+    network = backbone("vit_micro", 24).eval()
+    for weight in network.parameters():
+        torch.nn.init.zeros_(weight)
+    for trunk in (network, pixels(24)):
+        found = find(trunk, True, steps=1)
+        assert len(found) == len(TEST.images)
+        assert all(np.isfinite(image["scores"]).all() for image in found)
+
+
 def test_boxes_and_scores_that_are_not_finite_end_in_one_sentence(monkeypatch, capsys):
     """Though all weights are finite."""
     real = eval_detection.detector
@@ -389,9 +410,9 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
         run_script(*flags, train_and_test=stopping)
     found = run_script(*flags)
     assert found.code == 0, found.err
-    assert found.out.count("already measured") == 2
-    untrained = "untrained vit_micro, 24 px"
-    expected = [(name, mode) for mode in ("frozen", "fine-tuned") for name in (untrained, "a")]
+    assert found.out.count("already measured") == 3
+    names = ["raw pixels, 24 px", "untrained vit_micro, 24 px", "a"]
+    expected = [(name, "frozen") for name in names] + [(name, "fine-tuned") for name in names[1:]]
     assert [(row["network"], row["protocol"].split(", ")[1]) for row in found.rows] == expected
     row = found.rows[-1]
     settings = {"steps": 1, "lr_head": 2e-3, "lr_trunk": 1e-3, "batch": 4, "head_seed": 0}
@@ -402,7 +423,7 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     lines = found.out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split() == ["ap", "ap50", "ap75"])
     assert lines[head - 1] == "after 1 training steps"
-    assert lines[head + 4].startswith("a, fine-tuned ") and "raw pixels" not in found.out
+    assert lines[head + 5].startswith("a, fine-tuned ")
     assert (tmp_path / "out" / "boxes.png").stat().st_size > 5000
 
     def never(*args):
@@ -411,16 +432,16 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     drawn = {}
     patches = {"train_and_test": never, "draw_boxes": lambda path, shown, *_: drawn.update(shown)}
     again = run_script(*flags, **patches)
-    assert again.rows == found.rows and again.out.count("already measured") == 4
-    assert drawn["a, fine-tuned"] == row["result"]["shown"] and len(drawn) == 4
+    assert again.rows == found.rows and again.out.count("already measured") == 5
+    assert drawn["a, fine-tuned"] == row["result"]["shown"] and len(drawn) == 5
     more = run_script(*flags, "--no-finetune", **patches)
-    assert more.out.count("already measured") == 2
+    assert more.out.count("already measured") == 3
 
     # the rate of a trunk matters where it is trained, the sizes of the detector for all
     more = run_script(*flags, "--lr-trunk", 0.1)
-    assert more.out.count("already measured") == 2 and len(more.rows) == 6
+    assert more.out.count("already measured") == 3 and len(more.rows) == 7
     more = run_script(*flags, "--no-finetune", CONVS=1)
-    assert more.out.count("already measured") == 0 and len(more.rows) == 8
+    assert more.out.count("already measured") == 0 and len(more.rows) == 10
 
 
 def test_the_picture_says_what_its_colours_are(tmp_path, monkeypatch):

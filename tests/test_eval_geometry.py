@@ -1,6 +1,7 @@
 """methods/eval_geometry.py: its numbers against closed forms, scikit-learn and values by hand; what
 is not defined is not a number; the script continues, and leaves networks as they were."""
 
+import copy
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main, noise, tiny_data
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn import metrics
 from sklearn.cluster import KMeans
@@ -24,10 +26,13 @@ from methods.eval_geometry import (
     choose_protocols,
     clusters,
     correlation,
+    draw_maps,
+    draw_spectrum,
     eigenvalues,
     exponent,
     largest_singular_value,
     lidar,
+    map_labels,
     participation,
     path_lengths,
     paths,
@@ -664,14 +669,25 @@ def test_a_network_that_has_collapsed(tmp_path, monkeypatch):
     monkeypatch.setattr(methods.simclr, "backbone", lambda arch, size: Scaled(arch, size))
     write_run(tmp_path / "a", Scaled("vit_micro", 8))
     out = tmp_path / "out"
-    found = run_script(tmp_path / "a", "--out", out, "--only", "spectrum")
+    looked_at = []
+
+    def watch(args):
+        found = common.candidates(args)
+        looked_at.append((found[2].network, copy.deepcopy(found[2].network.state_dict())))
+        return found
+
+    found = run_script(tmp_path / "a", "--out", out, "--only", "spectrum", candidates=watch)
     # Nor do rounding errors around the one answer count as features.
     monkeypatch.setattr(Scaled, "factor", 1e-7)
     for name in ("lidar", "smoothness"):
-        alone = run_script(tmp_path / "a", "--out", tmp_path / name, "--only", name)
+        flags = [tmp_path / "a", "--out", tmp_path / name, "--only", name]
+        alone = run_script(*flags, candidates=watch)
         for column, value in alone.rows[-1]["result"].items():
             assert value is None or column == "singular_value" and value == 0
     monkeypatch.setattr(Scaled, "factor", 0.0)
+    for network, before in looked_at:  # it, too, is left as it was
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert len(looked_at) == 3
     assert found.code == 0, found.err
     text = (out / "results.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
@@ -683,6 +699,65 @@ def test_a_network_that_has_collapsed(tmp_path, monkeypatch):
     (line,) = [line for line in found.out.splitlines() if line.startswith("a  ")]
     assert line.split().count("-") == 4
     assert (out / "spectrum-tiny.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "count"),
+    [
+        ("emoji", "category", 9),
+        ("emoji", "artist", 4),
+        ("tripod", "category", 9),  # its clips are those of movers
+        ("bunny", "category", 4),  # numbers: its file names no categories
+        ("folder/emoji", "category", 4),  # a user's own images: numbers
+    ],
+)
+def test_a_map_has_one_colour_per_label(name, word, count, tmp_path, monkeypatch):
+    """And its points have those of the labels that the legend names."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
+    part = split([0, 1, 2, 3] * 3)._replace(drawing=torch.tensor([3, 0, 2] * 4))
+    ways = {word: rest for word, *rest in map_labels(name, part)}
+    numbers, names = ways[word]
+    assert len(names) == count
+    points = [[float(i), 0.0] for i in range(12)]
+    draw_maps(tmp_path / "x.png", {"a": {"points": points}}, numbers, names, word)
+    (figure,) = drawn
+    assert f"one colour per {word}" in figure.get_suptitle()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [str(name) for name in names]
+    colours = [tuple(handle.get_facecolor()[0]) for handle in legend.legend_handles]
+    expected = part.drawing if word == "artist" else part.labels
+    shown = figure.axes[0].collections[0].get_facecolors()
+    assert [tuple(colour) for colour in shown] == [colours[i] for i in expected]
+
+
+def test_the_spectrum_is_drawn_on_logarithmic_axes(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
+    shares = [0.5, 0.25, 0.25]
+    draw_spectrum(tmp_path / "x.png", {"a": {"shares": shares, "exponent": 1.23456}})
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.lines[0].get_xdata().tolist() == [1, 2, 3]
+    assert axes.lines[0].get_ydata().tolist() == shares
+    assert axes.lines[0].get_label() == "a: 1.235"
+
+
+def test_films_and_images_without_labels_go_through_the_whole_script(tmp_path):
+    """Of a film the labels have names in another file; without labels there are no clusters."""
+    write_run(tmp_path / "a")
+    flags = [tmp_path / "a", "--data", "tripod", "--out", tmp_path / "film"]
+    film = run_script(*flags, "--only", "tsne")
+    assert film.code == 0, film.err
+    assert (tmp_path / "film" / "tsne-tiny-category.png").stat().st_size > 5000
+
+    unlabelled = DATA._replace(test=None, bank=DATA.bank._replace(labels=None))
+    flags = [tmp_path / "a", "--views", 2, "--probes", 4, "--workers", 0, "--out", tmp_path / "b"]
+    found = call_main("eval_geometry", *flags, data=unlabelled, draw_spectrum=skip)
+    assert found.code == 0, found.err
+    assert "left out: clusters and tsne" in found.out
+    rows = read_lines(tmp_path / "b" / "results.jsonl")
+    assert {row["protocol"] for row in rows} == {"spectrum", "lidar", "smoothness"}
 
 
 def test_features_that_are_not_numbers_are_refused(tmp_path, monkeypatch):
@@ -722,7 +797,7 @@ def test_a_resnet_stays_as_it_was_and_a_kill_costs_one_measurement(tmp_path):
 def test_several_processes_are_refused(tmp_path):
     write_run(tmp_path / "a")
     found = run_script(tmp_path / "a", "--out", tmp_path / "out", world=lambda: 2)
-    assert found.code == 1 and "start it with python, not torchrun" in found.err
+    assert found.code == 1 and "start it with python instead of torchrun" in found.err
 
 
 def test_table():

@@ -19,6 +19,7 @@ from common import (
     Data,
     InMemory,
     Split,
+    across_drawings,
     backbone,
     collapse_panel,
     evaluate,
@@ -303,6 +304,16 @@ def test_retrieval_across_drawings():
     assert retrieval(normal(1200, 32, 2), emoji, drawing, 1) < 1
 
 
+def test_retrieval_from_fewer_images_than_asked_for():
+    """An image is no neighbour of itself, and none by its own artist is one, though k is larger."""
+    x = at_angles(0.0, 10.0, 50.0, 90.0)
+    drawing = torch.tensor([0, 1, 2, 2])
+    assert across_drawings(x, drawing, 5).tolist() == [[1, 2], [0, 2], [1, 0], [1, 0]]
+    assert retrieval(x, torch.arange(4), drawing, 5) == 0
+    assert retrieval(x, torch.tensor([0, 0, 1, 1]), drawing, 5) == 50
+    assert across_drawings(x, torch.zeros(4, dtype=torch.long), 5).shape == (4, 0)
+
+
 def test_rankme():
     def rankme(x):
         return collapse_panel(x, x[:5], x[:5])["rankme"]
@@ -452,7 +463,7 @@ def blobs(count, seed, dim=6, classes=3):
 
 @pytest.mark.parametrize("case", ["constant", "one class", "four images", "float16"])
 def test_classifier_of_degenerate_features(case):
-    """The most frequent label, the only label, a fit without images to choose the decay, halves."""
+    """The most frequent label, the only label, one image that chooses the decay, halves."""
     bank, labels = blobs(30, 1)
     test, truth = blobs(50, 2)
     if case == "constant":
@@ -472,6 +483,22 @@ def test_classifier_of_degenerate_features(case):
     elif case == "float16":
         assert 0.4 < right < 1
     assert set(found.tolist()) <= set(labels.tolist())
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (4, 1), (5, 1), (9, 1), (10, 2)])
+def test_the_decay_is_chosen_on_a_fifth_of_the_images_at_least_one(count, held, monkeypatch):
+    calls = recorded_fits(monkeypatch)
+    linear_classifier(*blobs(count, 1))
+    sizes = [len(labels) for _, labels in calls]
+    assert sizes[:-1] == [count - held] * (len(sizes) - 1) and sizes[-1] == count
+    assert len(sizes) > 2  # the loss was a number: the search did not end with the first decay
+
+
+def test_classifier_of_a_single_group_takes_the_strongest_decay(monkeypatch):
+    calls = recorded_fits(monkeypatch)
+    bank, labels = blobs(6, 1)
+    answer = linear_classifier(bank, labels, groups=torch.zeros(6))(blobs(8, 2)[0])
+    assert calls[-1][0] == 10 and set(answer.tolist()) <= {0, 1, 2}
 
 
 def test_classifier_of_fewer_images_than_features():

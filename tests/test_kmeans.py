@@ -2,8 +2,10 @@
 
 import numpy as np
 import torch
-from conftest import noise
+from conftest import CPU, noise
+from threadpoolctl import threadpool_limits
 
+from common import load_data
 from kernels.kmeans import KMeansFeatures, fit_kmeans, normalized_patches, triangle, whitening
 from kernels.views import normalize
 
@@ -91,6 +93,21 @@ def test_fit_finds_kinds_of_patches_and_depends_on_its_seed_alone():
     nearest = torch.cdist(white, centroids).min(1).values
     spread = (white - white.mean(0)).norm(dim=1)
     assert nearest.square().mean() < 0.5 * spread.square().mean()
+
+
+def test_fit_does_not_depend_on_the_number_of_threads():
+    """Of drawings with even backgrounds, many of whose patches are equal."""
+    images = load_data("emoji", "data", CPU).bank.images.part(torch.arange(0, 3000, 30)).pixels
+    vectors = normalize(images.float() / 255).flatten(1)
+    threads = torch.get_num_threads()
+    fits = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with threadpool_limits(count):
+            fits.append(fit_kmeans(vectors, 0))
+    torch.set_num_threads(threads)
+    for one, two in zip(*fits):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
 def test_fewer_patches_than_centroids():
