@@ -39,9 +39,9 @@ Run.
     python methods/eval_detection.py runs/*-emoji-* --no-finetune
     python methods/eval_detection.py runs/*-emoji-* --steps 2000
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
-results.jsonl is not measured again. A run that diverges ends the script; the others are kept. A
-default ResNet takes about three minutes of one CPU core; a ViT six times as long, so choose --size
-48 for it.
+results.jsonl is not measured again. A run that diverges ends the script; the others are kept.
+Most default runs take about three minutes of one CPU core, networks with larger maps (jigsaw,
+counting, context_prediction) seven; a ViT six times as long, so choose --size 48 for it.
 
 Differs from the papers. (This file | FCOS.)
     1. One map with 64 channels for all sizes of objects, two convolutions | five of 256, four.

@@ -36,8 +36,9 @@ Run.
 It writes results.jsonl and finetune.png (accuracy against labels) into --out, by default
 runs/eval_finetune. What is in results.jsonl is not measured again, so a command that was stopped
 continues. On emoji, with two cores of an Intel Xeon, the first run takes six minutes with all that
-stands beside it, another one three; cpc's network, which sees 25 patches of an image, and mae's, a
-transformer, take about ten times as long. --draws 1 or fewer --steps make it quicker.
+stands beside it, another one three; networks that see several tiles of an image (jigsaw, cpc,
+context_prediction) and mae's, a transformer, take six to ten times as long. --draws 1 or fewer
+--steps make it quicker.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with

@@ -30,8 +30,8 @@ Run.
     torchrun --nproc_per_node 8 methods/eval_robustness.py runs/simclr-imagenet-0
 It writes results.jsonl, robustness.png (accuracy against strength) and corruptions.png (what the
 corruptions do to an image) into --out, by default runs/eval_robustness. What is in results.jsonl is
-not measured again, so a command that was stopped continues. One emoji run takes about 40 seconds on
-one CPU core, raw pixels take one minute, k-means features about two.
+not measured again, so a command that was stopped continues. Most emoji runs take about 30 seconds
+of one CPU core, raw pixels one minute, k-means features two, jigsaw and mae four.
 
 Differs from the paper. (This file | the paper.)
     1. The part of the clean accuracy that is lost | the error, divided by AlexNet's (mCE), or the

@@ -395,6 +395,16 @@ def answer(pipe):
         return "failed", "the process has died"
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of matplotlib that a test draws, in place of their files."""
+    from matplotlib.figure import Figure  # here, because few tests draw
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
+    return figures
+
+
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     """processes(world, function, *args): calls a module-level function in `world` gloo processes

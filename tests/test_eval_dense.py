@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import CPU, call_main, noise
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from test_eval_features import write_run
 
 import common
@@ -698,9 +697,7 @@ def test_flags_choose_task_and_mode(tmp_path):
     assert (tmp_path / "out" / "scenes.png").stat().st_size > 5000
 
 
-def test_the_picture_says_what_its_colours_are(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
+def test_the_picture_says_what_its_colours_are(tmp_path, drawn):
     for tasks in (list(eval_dense.TASKS), ["depth"]):
         eval_dense.draw_scenes(tmp_path / "scenes.png", tasks, {}, TEST, 7)
     everything, depth = drawn
@@ -710,6 +707,17 @@ def test_the_picture_says_what_its_colours_are(tmp_path, monkeypatch):
     assert colours == list(colormaps["tab10"].colors[:9])
     assert depth.legends == []
     assert all("after 7 training steps" in figure.get_suptitle() for figure in drawn)
+
+
+def test_the_picture_of_keypoints_has_the_curves_of_all_networks(tmp_path, drawn):
+    curves = {"a, frozen": list(range(21)), "a, fine-tuned": list(range(1, 22))}
+    results = {name: {"pck": curve} for name, curve in curves.items()}
+    eval_dense.draw_pck(tmp_path / "pck.png", results | {"a, frozen, depth": {"rmse": 1.0}})
+    (axes,) = drawn[0].axes
+    for line, (name, curve) in zip(axes.lines, curves.items(), strict=True):
+        assert line.get_label() == name and list(line.get_ydata()) == curve
+        assert list(line.get_xdata()) == pytest.approx([i / 100 for i in range(21)])
+        assert line.get_linestyle() == ("--" if name.endswith("frozen") else "-")
 
 
 class Stop(Exception):

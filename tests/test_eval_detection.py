@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main
-from matplotlib.figure import Figure
 from test_eval_dense import TEST, TRAIN, LastStep, relabelled
 from test_eval_features import write_run
 
@@ -444,9 +443,7 @@ def test_a_line_per_network_and_mode_and_nothing_is_measured_twice(tmp_path):
     assert more.out.count("already measured") == 0 and len(more.rows) == 10
 
 
-def test_the_picture_says_what_its_colours_are(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
+def test_the_picture_says_what_its_colours_are(tmp_path, drawn):
     eval_detection.draw_boxes(tmp_path / "boxes.png", {}, TEST, 7)
     (figure,) = drawn
     (legend,) = figure.legends

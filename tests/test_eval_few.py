@@ -90,6 +90,26 @@ def test_a_set_with_one_image_per_class_is_drawn(tmp_path):
     assert (tmp_path / "few.png").stat().st_size > 5000
 
 
+def test_the_picture_shows_mean_and_deviation_against_labels(tmp_path, drawn):
+    """Solid: labels per class; dashed: parts of all labels."""
+    images = (9, 18, 45, 90, 180, 50, 500)
+    found = {
+        name: {"images": count, "mean": 30.0 + count / 10, "deviation": 1.5}
+        for name, count in zip(BUDGETS, images)
+    }
+    eval_few.draw_few(tmp_path / "few.png", {"small": {"a": found}})
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == "log"
+    solid, dashed = [bars[0] for bars in axes.containers]
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    assert [*solid.get_xdata(), *dashed.get_xdata()] == list(images)
+    expected = [30.0 + count / 10 for count in images]
+    assert [*solid.get_ydata(), *dashed.get_ydata()] == expected
+    for bars, heights in zip(axes.containers, (expected[:5], expected[5:])):
+        ends = [line[:, 1].tolist() for line in bars[2][0].get_segments()]
+        assert ends == [[height - 1.5, height + 1.5] for height in heights]
+
+
 def test_test_labels_choose_nothing(monkeypatch):
     """Other test images, and other labels of them, leave all weights as they are."""
     fits = []

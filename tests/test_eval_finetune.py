@@ -417,6 +417,32 @@ def test_continues_after_a_kill(tmp_path):
     assert {name for name, _, _ in other.calls} == {"raw pixels, 8 px", "untrained vit_micro, 8 px"}
 
 
+def test_the_picture_has_three_lines_against_labels(tmp_path, drawn):
+    """Fine-tuned, from scratch, and the frozen probe of the trained network, not of the other."""
+
+    def found(tuned, frozen):
+        return {
+            part: {"labels": labels, "tuned": (tuned + labels, 2.0), "frozen": (frozen, math.nan)}
+            for part, labels in zip(PARTS, (10, 100, 1000))
+        }
+
+    summaries = {"a": found(20, 40), "untrained": found(10, 30)}
+    eval_finetune.draw_curves(tmp_path / "x.png", summaries, {"a": "untrained"}, 3)
+    (figure,) = drawn
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log" and "over 3 draws" in figure.get_suptitle()
+    lines = {bars.get_label(): bars for bars in axes.containers}
+    heights = {name: list(bars[0].get_ydata()) for name, bars in lines.items()}
+    assert heights == {
+        "fine-tuned": [30, 120, 1020],
+        "from scratch": [20, 110, 1010],
+        "frozen, linear probe": [40, 40, 40],
+    }
+    assert all(list(bars[0].get_xdata()) == [10, 100, 1000] for bars in axes.containers)
+    ends = lines["fine-tuned"][2][0].get_segments()[0]
+    assert ends[:, 1].tolist() == [28, 32]
+
+
 def test_run_folder_stays_as_it_is(tmp_path):
     """The whole script with real measurements, of one draw."""
     write_run(tmp_path / "a")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, call_main, noise, tiny_data
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn import metrics
 from sklearn.cluster import KMeans
@@ -711,10 +710,8 @@ def test_a_network_that_has_collapsed(tmp_path, monkeypatch):
         ("folder/emoji", "category", 4),  # a user's own images: numbers
     ],
 )
-def test_a_map_has_one_colour_per_label(name, word, count, tmp_path, monkeypatch):
+def test_a_map_has_one_colour_per_label(name, word, count, tmp_path, drawn):
     """And its points have those of the labels that the legend names."""
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
     part = split([0, 1, 2, 3] * 3)._replace(drawing=torch.tensor([3, 0, 2] * 4))
     ways = {word: rest for word, *rest in map_labels(name, part)}
     numbers, names = ways[word]
@@ -731,9 +728,7 @@ def test_a_map_has_one_colour_per_label(name, word, count, tmp_path, monkeypatch
     assert [tuple(colour) for colour in shown] == [colours[i] for i in expected]
 
 
-def test_the_spectrum_is_drawn_on_logarithmic_axes(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.append(figure))
+def test_the_spectrum_is_drawn_on_logarithmic_axes(tmp_path, drawn):
     shares = [0.5, 0.25, 0.25]
     draw_spectrum(tmp_path / "x.png", {"a": {"shares": shares, "exponent": 1.23456}})
     (axes,) = drawn[0].axes

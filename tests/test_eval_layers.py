@@ -20,7 +20,7 @@ from common import (
     read_lines,
 )
 from methods import cpc
-from methods.eval_layers import Layer, average, layers, probe
+from methods.eval_layers import Layer, average, draw_layers, layers, probe
 
 DATA = tiny_data(40, 16)
 
@@ -216,6 +216,22 @@ def test_unlabelled_images_are_refused(tmp_path):
     unlabelled = DATA._replace(train=DATA.train._replace(labels=None), test=None)
     found = run_script(tmp_path / "a", "--out", tmp_path / "out", data=unlabelled)
     assert found.code == 1 and found.err.startswith("error: emoji has no labels")
+
+
+def test_the_picture_has_the_layers_in_the_order_of_depth(tmp_path, drawn):
+    """One panel per kind of network; untrained ones are dashed, raw pixels dotted."""
+    resnet = {"stem": 50.0, "layer1": 52.0, "layer2": 51.0}
+    vit = {"block1": 40.0, "block2": 41.0}
+    results = {"raw pixels": {"pixels": 45.0}, "untrained a": resnet, "b": resnet, "c": vit}
+    draw_layers(tmp_path / "layers.png", {"small": results})
+    first, second = drawn[0].axes
+    for axes, known in ((first, resnet), (second, vit)):
+        assert [text.get_text() for text in axes.get_xticklabels()] == list(known)
+        raw, *others = axes.lines
+        assert list(raw.get_ydata()) == [45.0, 45.0] and raw.get_linestyle() == ":"
+        assert all(list(line.get_ydata()) == list(known.values()) for line in others)
+    assert [line.get_linestyle() for line in first.lines] == [":", "--", "-"]
+    assert [line.get_linestyle() for line in second.lines] == [":", "-"]
 
 
 def of_two_processes(folder, out):

@@ -344,6 +344,24 @@ def test_the_picture_of_a_folder_shows_the_images_that_were_evaluated(tmp_path, 
     assert asked == [side] and Image.open(tmp_path / "corruptions.png").size == pixels
 
 
+def test_the_picture_has_a_line_per_network_from_clean_to_strong(tmp_path, drawn):
+    found = {
+        name: {
+            "clean": 60.0 + i,
+            "corrupted": {word: [50.0 + i, 40.0, 30.0 + j] for j, word in enumerate(CORRUPTIONS)},
+        }
+        for i, name in enumerate(("raw pixels", "untrained x", "a"))
+    }
+    eval_robustness.draw_curves(tmp_path / "x.png", found)
+    for j, (axes, word) in enumerate(zip(drawn[0].axes, CORRUPTIONS, strict=True)):
+        assert axes.get_title() == word
+        assert axes.get_xticklabels()[0].get_text() == "clean"
+        for i, (line, name) in enumerate(zip(axes.lines, found, strict=True)):
+            assert line.get_label() == name
+            assert list(line.get_ydata()) == [60.0 + i, 50.0 + i, 40.0, 30.0 + j]
+            assert line.get_linestyle() == ("-" if name == "a" else "--")
+
+
 def test_continues_and_keeps_seeds_apart(tmp_path, monkeypatch):
     few(monkeypatch)
     write_run(tmp_path / "a")

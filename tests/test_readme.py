@@ -5,10 +5,12 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -303,24 +305,41 @@ def test_captions_of_the_evaluations(report, measured):
 
 
 def test_the_same_commands_measure_everything(tmp_path):
-    """README.md and EVALUATIONS.md have one block of commands. In a folder with one run on emoji
-    and one on a film every script gets the runs that it can measure."""
-    (commands,), other = [
-        re.findall(r"```bash\n(shopt .*?)```", text, re.DOTALL) for text in (README, PAGE)
+    """README.md and EVALUATIONS.md have one command. In a folder with runs on emoji and one on a
+    film every script gets the runs that it can measure. One that fails, here eval_few.py, does not
+    keep the others from running."""
+    (command,), other = [
+        re.findall(r"```bash\n(bash .*battery.sh.*)\n```", text) for text in (README, PAGE)
     ]
-    assert other == [commands]
-    for name in ("simclr-emoji-0", "multitask-movers-0"):
+    assert other == [command]
+    for name in ("simclr-emoji-0", "mae-emoji-0", "multitask-movers-0", "eval_features"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    script = f'python() {{ echo "$@"; }}\n{commands}'
-    run = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
-    lines = subprocess.run(["bash", "-c", script], **run).stdout.splitlines()
-    calls = [line.replace("methods/", "").replace("runs/", "").split() for line in lines]
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$@"\n[[ $1 != *eval_few.py ]]\n')
+    python.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = command.replace("tests/", f"{ROOT}/tests/")
+    run = {"cwd": tmp_path, "capture_output": True, "text": True, "env": env}
+    done = subprocess.run(["bash", "-c", command], **run)
+    assert done.returncode == 1 and not done.stderr
+    calls = [line.replace("runs/", "").split() for line in done.stdout.splitlines()]
+    assert all(Path(name).is_file() for name, *_ in calls)
+    images = ["mae-emoji-0", "simclr-emoji-0"]
+    expected = [[f"eval_{name}.py", *images] for name in
+                ("features", "few", "layers", "finetune", "geometry", "robustness")]
+    expected.append(["eval_features.py", *images, "--data", "fashion"])
+    for name in ("eval_dense.py", "eval_detection.py"):
+        expected.append([name, "simclr-emoji-0"])
+        expected.append([name, "mae-emoji-0", "--size", "48"])
+    expected.append(["eval_video.py", "multitask-movers-0"])
+    for data in ("emoji", "fashion"):
+        expected.append(["eval_features.py", "multitask-movers-0", "--data", data])
+    assert [[Path(name).name, *words] for name, *words in calls] == expected
     names = [name for name in SCRIPTS if kind_of(name) == "evaluation"]
-    assert {words[0] for words in calls} == {f"{name}.py" for name in names}
-    for name, *words in calls:
-        film = name == "eval_video.py" or words[-2:] == ["--data", "emoji"]
-        assert words[0] == ("multitask-movers-0" if film else "simclr-emoji-0"), name
-        assert len(words) == 1 or words[1] == "--data"
+    assert {words[0] for words in expected} == {f"{name}.py" for name in names}
+
+    python.write_text("#!/bin/bash\n")
+    assert subprocess.run(["bash", "-c", command], **run).returncode == 0
 
 
 # Their rows are older than the evaluations, for which the same commands were run once more.
@@ -550,6 +569,15 @@ def test_draws_of_one_run_and_runs_are_told_apart(report):
     assert evaluations.cell(runs["fine-tuning 0.1"], "tuned", ".1f") == "50.0"
     runs = evaluations.collect(rows[3:4])["**byol**"]
     assert evaluations.cell(runs["few"], "1/accuracies", ".2f") == "11.00 ± 1.41"
+
+    # two trainings with one seed: their difference is no deviation over draws
+    twice = [rows[0], rows[1], copy.deepcopy(rows[0])]
+    twice[2]["weights"] = "other"
+    twice[2]["result"]["tuned"] = 90.0
+    runs = evaluations.collect(twice)["**byol**"]
+    assert evaluations.cell(runs["fine-tuning 0.1"], "tuned", ".1f") == "71.0 ± 2.8"
+    runs = evaluations.collect(twice[1:])["**byol**"]
+    assert evaluations.cell(runs["fine-tuning 0.1"], "tuned", ".1f") == "72.0"
 
     # k-means' own deviation over its seeds, until there are two runs
     both = [row_of("byol", "clusters", {"nmi": 3.0 + i, "nmi_std": 0.4}, seed=i) for i in (0, 1)]
@@ -841,7 +869,7 @@ def test_the_sentence_about_depth(report):
     ]
     families = {"pretext tasks": ["rotnet", "jigsaw"], "methods that compare views": ["byol"]}
     text = report.sentences.depth(known(report, rows), families)
-    assert "**Depth.** 1 of 2 trained ResNets are best after layer1 or layer2" in text
+    assert "Here 1 of 2 trained ResNets are best after layer1 or layer2" in text
     words = "falls by 4.0 points (1 pretext tasks) and 1.0 points (1 methods that compare views) on"
     assert f"{words} average, in the same networks untrained by 6.0 and 6.0." in text
     words = "Training adds 10.0 and 10.0 points at the first stage, 12.0 and 13.0 at the last."
@@ -924,7 +952,9 @@ def test_the_sentence_about_agreement(report):
     assert lines[0][:3] == ["2 linear probe", "-1.00", ""]
     text = report.sentences.agreement(known(report, rows))
     assert "Over 5 methods the ranking by the linear probe is most like" in text
-    assert text.endswith(f"with the linear probe is {pairs['cluster accuracy', probe]:+.2f}.")
+    rank = pairs["cluster accuracy", probe]
+    words = f"of the two is {rank:+.2f} (99.6 % interval -1.00 to +1.00): so few methods cannot"
+    assert text.endswith(f"{words} tell.")
     assert report.sentences.agreement(known(report, rows[:30])) is None
 
 

@@ -353,7 +353,7 @@ def mean(networks, name, measured, path):
 def cell(runs, path, how):
     """The mean over the seeds of the training ± the deviation; of one seed, the deviation of its
     draws, or the one that was recorded with their mean, as of k-means' seeds; none if the draws do
-    not differ, as with all labels."""
+    not differ, as with all labels. Of two trainings with that seed, of the one with more draws."""
     found = numbers(runs, path)
     if not found:
         return ""
@@ -363,7 +363,7 @@ def cell(runs, path, how):
     deviations = []
     seeds = len(found)
     if seeds == 1:
-        results = [result for results in runs.values() for result in results]
+        results = max(runs.values(), key=lambda results: len(draws(results, path)))
         found = draws(results, path)
         deviations = draws(results, f"{path}_std")
     if len(found) > 1:
