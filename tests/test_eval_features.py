@@ -281,6 +281,42 @@ def test_files_that_cannot_be_read_are_left_out(tmp_path):
     assert {row["protocol"] for row in found.rows} == {"features", "svm", "cost"}
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "pictures"),
+    [
+        ("eval_few", [], ["few.png"]),
+        ("eval_layers", [], ["layers.png"]),
+        ("eval_finetune", ["--steps", 2, "--draws", 1], ["finetune.png"]),
+        (
+            "eval_geometry",
+            ["--views", 2, "--probes", 3],
+            ["spectrum-images.png", "tsne-images-category.png"],
+        ),
+    ],
+)
+def test_the_other_scripts_take_any_folder(script, flags, pictures, tmp_path):
+    """Here of red, green and blue images that are larger than the network's."""
+    for half, count in (("train", 6), ("val", 5)):
+        for label in range(3):
+            folder = tmp_path / "images" / half / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = np.random.default_rng([i, label, count]).integers(0, 99, (20, 24, 3))
+                image[..., label] += 120
+                Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
+    write_run(tmp_path / "a")
+    out = tmp_path / "out"
+    data = load_data(str(tmp_path / "images"), "", CPU)
+    flags = [tmp_path / "a", "--data", tmp_path / "images", "--out", out, "--workers", 0, *flags]
+    found = call_main(script, *flags, data=data)
+    assert found.code == 0, found.err
+    assert all((out / name).stat().st_size > 5000 for name in pictures)
+    rows = read_lines(out / "results.jsonl")
+    networks = {row["network"] for row in rows}
+    assert {"a", "raw pixels, 8 px", "untrained vit_micro, 8 px"} <= networks
+    assert {row["data"] for row in rows} == {str(tmp_path / "images")}
+
+
 def test_two_folders_of_one_name(tmp_path):
     write_run(tmp_path / "here" / "a")
     write_run(tmp_path / "there" / "a", seed=4)
