@@ -904,8 +904,8 @@ def retrieval(x, emoji, drawing, k):
 
 def across_drawings(x, drawing, k, queries=None):
     """(N, k) indices of the images with the largest cosine among those of another drawing; for
-    some queries, indices (n,), only theirs, (n, k). A k above the number of such images is that
-    number."""
+    some queries, indices (n,), only theirs, (n, k). k is at most the number of images that are not
+    of the most frequent drawing."""
     x = F.normalize(x.float(), dim=1)
     k = min(k, len(x) - int(drawing.bincount().max()))
     queries = torch.arange(len(x), device=x.device) if queries is None else queries
@@ -1567,7 +1567,7 @@ def draw_views(path, run):
 
 
 def draw_neighbours(path, run):
-    """Twelve test images and the eight nearest to each (drawings: by other artists), framed green
+    """Twelve test images and up to eight nearest to each (drawings: by other artists), framed green
     if they show the same emoji or have the same label."""
     split = run.data.test or run.data.bank
     args = run.args

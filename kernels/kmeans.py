@@ -28,7 +28,10 @@ PATCH = 6  # side, pixels
 PER_IMAGE = 50  # patches for the fit
 CENTROIDS = 256
 # In results.jsonl, in place of a hash of the weights.
-ABOUT = f"{CENTROIDS} centroids of {PER_IMAGE} patches of 1,000 images, {PATCH}x{PATCH} pixels"
+ABOUT = (
+    f"{CENTROIDS} centroids of {PER_IMAGE} patches of each of up to 1,000 images, equal ones once, "
+    f"{PATCH}x{PATCH} pixels"
+)
 
 
 def normalized_patches(x):
@@ -62,9 +65,9 @@ def fit_kmeans(x, seed):
     patches = torch.cat(patches)
 
     mean, matrix = whitening(patches)
-    # Equal patches, as of an even background, count once: only rounding would tell apart two
-    # centroids at their place.
-    white = (patches.unique(dim=0) - mean) @ matrix
+    # Patches that are equal but for rounding, as of an even background, count once: only rounding
+    # would tell apart two centroids at their place.
+    white = (patches.round(decimals=4).unique(dim=0) - mean) @ matrix
     kmeans = MiniBatchKMeans(min(CENTROIDS, len(white)), random_state=seed, n_init=1)
     centroids = torch.from_numpy(kmeans.fit(white.numpy()).cluster_centers_)
     return mean.float(), matrix.float(), centroids.float()

@@ -46,8 +46,8 @@ Run.
     python methods/eval_dense.py runs/*-emoji-* --only normals --no-finetune
 It writes results.jsonl, scenes.png, pck.png and, to draw them from, outputs/ into --out, by default
 runs/eval_dense. What is in results.jsonl is not measured again. Most default runs take two or three
-minutes of one CPU core, networks with larger maps (jigsaw, counting, context_prediction) eight; a
-ViT six times as long, so choose --size 48 for it.
+minutes of one CPU core, networks with larger maps (jigsaw, counting, context_prediction) eight, a
+ViT fifteen, so choose --size 48 for it.
 
 Differs from the papers. (This file | the paper.)
     1. Keypoints: without names, paired by least distance, their number known | named joints.

@@ -9,8 +9,8 @@ is this the middle of an object, of which shape, and how far away are the four s
 is trained on the 1,000 rendered scenes of the data set `solids` and tested on 250 with other
 textures. Frozen, the trunk is that of a run and does not change; fine-tuned, all weights are
 trained. The untrained trunk is treated in the same way; to fine-tune it is to train from scratch.
-The baseline of raw pixels, which cannot be fine-tuned, has one map: the image, averaged to 32 x 32,
-with the colours of the 7 x 7 pixels around each place.
+The baseline of raw pixels, which cannot be fine-tuned, has one map: the image, averaged to at most
+32 x 32, with the colours of the 7 x 7 pixels around each place.
 
 Notation. The trunk's maps are those of ALL stages of a ResNet, or the patches of a ViT after four
 evenly spaced blocks. Each is standardised per channel, reduced to 64 channels by a 1x1 convolution,
@@ -41,7 +41,7 @@ Run.
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
 results.jsonl is not measured again. A run that diverges ends the script; the others are kept.
 Most default runs take about three minutes of one CPU core, networks with larger maps (jigsaw,
-counting, context_prediction) seven; a ViT six times as long, so choose --size 48 for it.
+counting, context_prediction) seven, a ViT twenty, so choose --size 48 for it.
 
 Differs from the papers. (This file | FCOS.)
     1. One map with 64 channels for all sizes of objects, two convolutions | five of 256, four.
@@ -191,8 +191,8 @@ class OneMap(nn.Module):
     def forward(self, x):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             found = maps(self.network, x)
-        if self.frozen and not all(stage.isfinite().all() for stage in found):
-            fail("some maps are infinite or not a number: leave this network out")
+        if self.frozen and not torch.stack([stage.isfinite().all() for stage in found]).all():
+            fail("some maps of this network are infinite or not a number: leave it out")
         return self.reduce(found)
 
 

@@ -203,7 +203,7 @@ def with_kmeans(found, sets, args, device):  # copy of: methods/eval_features.py
             print0(f"no k-means features: {size} pixels are less than a patch of {PATCH}")
             continue
         images = sets[name].bank.images
-        # 1: a stream of its own, or these images would be those that other draws begin with.
+        # Another stream than that of eval_few.py's draws: they would label these very images.
         some = np.random.default_rng([args.seed, 1]).permutation(len(images))[:1000]
         some = Split(images.part(torch.from_numpy(some)))
         x, readable = features(pixels(size), some, size, device, args.workers)

@@ -37,8 +37,8 @@ It writes results.jsonl and finetune.png (accuracy against labels) into --out, b
 runs/eval_finetune. What is in results.jsonl is not measured again, so a command that was stopped
 continues. On emoji, with two cores of an Intel Xeon, the first run takes six minutes with all that
 stands beside it, another one three; networks that see several tiles of an image (jigsaw, cpc,
-context_prediction) and mae's, a transformer, take six to ten times as long. --draws 1 or fewer
---steps make it quicker.
+context_prediction) take six to ten times as long and mae's, a transformer, sixteen times. --draws 1
+or fewer --steps make it quicker.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with
@@ -313,7 +313,7 @@ def with_kmeans(found, sets, args, device):  # copy of: methods/eval_features.py
             print0(f"no k-means features: {size} pixels are less than a patch of {PATCH}")
             continue
         images = sets[name].bank.images
-        # 1: a stream of its own, or these images would be those that other draws begin with.
+        # Another stream than that of eval_few.py's draws: they would label these very images.
         some = np.random.default_rng([args.seed, 1]).permutation(len(images))[:1000]
         some = Split(images.part(torch.from_numpy(some)))
         x, readable = features(pixels(size), some, size, device, args.workers)

@@ -41,9 +41,10 @@ Run.
     python methods/eval_geometry.py runs/simclr-emoji-0 runs/rotnet-emoji-0
     python methods/eval_geometry.py runs/*-emoji-* --only smoothness
     python methods/eval_geometry.py runs/*-emoji-* --data fashion --out runs/geometry-fashion
-It writes results.jsonl, spectrum-DATA.png and tsne-DATA-category.png into --out, by default
-runs/eval_geometry. A "-" stands for a number that is not defined. What is in results.jsonl is not
-measured again. An image that cannot be read ends the script.
+It writes results.jsonl, spectrum-DATA.png, tsne-DATA-category.png and, of drawings,
+tsne-DATA-artist.png into --out, by default runs/eval_geometry. A "-" stands for a number that is
+not defined. What is in results.jsonl is not measured again. An image that cannot be read ends the
+script.
 
 Differs from the papers. (This file | the paper.)
     1. LiDAR: the noise of the views, W / q, is subtracted from B | it counts as information.
@@ -61,6 +62,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import functional as TF
 
@@ -392,7 +394,7 @@ def measure(candidate, split, measured, results):
     # exactly equal, and for views and paths a network takes its place that answers 0 everywhere.
     if x.std(0).max() <= 1e-6 * x.abs().max():
         x = torch.ones_like(x)
-        network = torch.nn.Threshold(math.inf, 0)
+        network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Hardshrink(math.inf))
 
     def embed_views(count):
         """Features of random views, (count, n, D), on the CPU. A batch of images has 2,048 views at
@@ -504,8 +506,10 @@ def map_labels(data, split):
         if numbers is not None:
             names = range(int(numbers.max()) + 1)
             if data in EMBEDDED:
-                file = data.replace("tripod", "movers")  # whose clips it shows with another camera
-                names = np.load(HERE / f"tests/data/{file}.npz").get(part, names)
+                # tripod shows the clips of movers, with another camera.
+                names = np.load(
+                    HERE / f"tests/data/{data.replace('tripod', 'movers')}.npz"
+                ).get(part, names)
             yield word, numbers.cpu().numpy(), names
 
 

@@ -397,7 +397,7 @@ def answer(pipe):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures of matplotlib that a test draws, in place of their files."""
+    """The figures that a test draws with matplotlib, which are not saved."""
     from matplotlib.figure import Figure  # here, because few tests draw
 
     figures = []

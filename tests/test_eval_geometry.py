@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, call_main, noise, tiny_data
+from conftest import CPU, call_main, noise, tiny_clips, tiny_data
 from PIL import Image
 from sklearn import metrics
 from sklearn.cluster import KMeans
@@ -706,7 +706,7 @@ def test_a_network_that_has_collapsed(tmp_path, monkeypatch):
         ("emoji", "category", 9),
         ("emoji", "artist", 4),
         ("tripod", "category", 9),  # its clips are those of movers
-        ("bunny", "category", 4),  # numbers: its file names no categories
+        ("bunny", "category", 4),  # numbers: it has subjects, not categories
         ("folder/emoji", "category", 4),  # a user's own images: numbers
     ],
 )
@@ -738,14 +738,19 @@ def test_the_spectrum_is_drawn_on_logarithmic_axes(tmp_path, drawn):
     assert axes.lines[0].get_label() == "a: 1.235"
 
 
-def test_films_and_images_without_labels_go_through_the_whole_script(tmp_path):
-    """Of a film the labels have names in another file; without labels there are no clusters."""
+def test_films_go_through_the_script(tmp_path):
+    """Clips as tripod has them: the names of their labels are in another file."""
     write_run(tmp_path / "a")
-    flags = [tmp_path / "a", "--data", "tripod", "--out", tmp_path / "film"]
-    film = run_script(*flags, "--only", "tsne")
-    assert film.code == 0, film.err
+    flags = [tmp_path / "a", "--data", "tripod", "--views", 2, "--probes", 4, "--workers", 0]
+    found = call_main("eval_geometry", *flags, "--out", tmp_path / "film", data=tiny_clips(60, 60))
+    assert found.code == 0, found.err
+    rows = read_lines(tmp_path / "film" / "results.jsonl")
+    assert {row["protocol"] for row in rows} == set(PROTOCOLS)
     assert (tmp_path / "film" / "tsne-tiny-category.png").stat().st_size > 5000
 
+
+def test_images_without_labels_have_no_clusters(tmp_path):
+    write_run(tmp_path / "a")
     unlabelled = DATA._replace(test=None, bank=DATA.bank._replace(labels=None))
     flags = [tmp_path / "a", "--views", 2, "--probes", 4, "--workers", 0, "--out", tmp_path / "b"]
     found = call_main("eval_geometry", *flags, data=unlabelled, draw_spectrum=skip)

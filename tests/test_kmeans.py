@@ -1,8 +1,13 @@
 """K-means features (Coates, Lee, Ng 2011) against plain loops, closed forms and a toy data set."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 import torch
-from conftest import CPU, noise
+from conftest import CPU, ROOT, noise
 
 from common import load_data
 from kernels.kmeans import KMeansFeatures, fit_kmeans, normalized_patches, triangle, whitening
@@ -94,17 +99,30 @@ def test_fit_finds_kinds_of_patches_and_depends_on_its_seed_alone():
     assert nearest.square().mean() < 0.5 * spread.square().mean()
 
 
-def test_fit_does_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("colour", [(0.0, 0.0, 0.0), (0.3, 0.5, 0.7), (1.0, 1.0, 1.0)])
+def test_equal_patches_count_once(colour):
+    """All patches of even images of one colour are equal, but for rounding."""
+    x = torch.tensor(colour).view(1, 3, 1, 1).expand(4, 3, 32, 32)
+    assert fit_kmeans(normalize(x).flatten(1), 0)[2].shape == (1, 108)
+
+
+def fit_drawings(path):
     """Of drawings with even backgrounds, many of whose patches are equal."""
     images = load_data("emoji", "data", CPU).bank.images.part(torch.arange(0, 3000, 30)).pixels
-    vectors = normalize(images.float() / 255).flatten(1)
-    threads = torch.get_num_threads()
+    torch.save(fit_kmeans(normalize(images.float() / 255).flatten(1), 0), path)
+
+
+@pytest.mark.thorough
+def test_fit_does_not_depend_on_the_number_of_threads(tmp_path):
+    """Of torch, of NumPy's products of matrices, and of scikit-learn, each with its own threads."""
+    code = "import sys, test_kmeans; test_kmeans.fit_drawings(sys.argv[1])"
     fits = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        fits.append(fit_kmeans(vectors, 0))
-    torch.set_num_threads(threads)
-    for one, two in zip(*fits):
+    for count in ("1", "2"):
+        env = os.environ | {"OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+        command = [sys.executable, "-c", code, str(tmp_path / f"{count}.pt")]
+        subprocess.run(command, env=env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, check=True)
+        fits.append(torch.load(tmp_path / f"{count}.pt"))
+    for one, two in zip(*fits, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 

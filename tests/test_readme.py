@@ -312,34 +312,41 @@ def test_the_same_commands_measure_everything(tmp_path):
         re.findall(r"```bash\n(bash .*battery.sh.*)\n```", text) for text in (README, PAGE)
     ]
     assert other == [command]
-    for name in ("simclr-emoji-0", "mae-emoji-0", "multitask-movers-0", "eval_features"):
+    runs = ("sim clr-emoji-0", "mae-emoji-0", "multitask-movers-0", "eval_features")
+    for name in runs:
         (tmp_path / "runs" / name).mkdir(parents=True)
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\necho "$@"\n[[ $1 != *eval_few.py ]]\n')
+    python.write_text('#!/bin/bash\n(IFS="|"; echo "$*")\n[[ $1 != *eval_few.py ]]\n')
     python.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = command.replace("tests/", f"{ROOT}/tests/")
-    run = {"cwd": tmp_path, "capture_output": True, "text": True, "env": env}
-    done = subprocess.run(["bash", "-c", command], **run)
+    command = command.replace("tests/results/battery.sh", f"'{ROOT}/tests/results/battery.sh'")
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": env}
+    done = subprocess.run(["bash", "-c", command], **options)
     assert done.returncode == 1 and not done.stderr
-    calls = [line.replace("runs/", "").split() for line in done.stdout.splitlines()]
+    calls = [line.replace("runs/", "").split("|") for line in done.stdout.splitlines()]
     assert all(Path(name).is_file() for name, *_ in calls)
-    images = ["mae-emoji-0", "simclr-emoji-0"]
-    expected = [[f"eval_{name}.py", *images] for name in
-                ("features", "few", "layers", "finetune", "geometry", "robustness")]
-    expected.append(["eval_features.py", *images, "--data", "fashion"])
+    images = ["mae-emoji-0", "sim clr-emoji-0"]
+    expected = [
+        ["eval_video.py", "multitask-movers-0"],
+        ["eval_features.py", "multitask-movers-0", "--data", "fashion"],
+        ["eval_features.py", "multitask-movers-0", "--data", "emoji"],
+        ["eval_features.py", *images, "--data", "fashion"],
+    ]
+    for name in ("features", "few", "layers", "finetune", "geometry", "robustness"):
+        expected.append([f"eval_{name}.py", *images])
     for name in ("eval_dense.py", "eval_detection.py"):
-        expected.append([name, "simclr-emoji-0"])
         expected.append([name, "mae-emoji-0", "--size", "48"])
-    expected.append(["eval_video.py", "multitask-movers-0"])
-    for data in ("emoji", "fashion"):
-        expected.append(["eval_features.py", "multitask-movers-0", "--data", data])
+        expected.append([name, "sim clr-emoji-0"])
     assert [[Path(name).name, *words] for name, *words in calls] == expected
     names = [name for name in SCRIPTS if kind_of(name) == "evaluation"]
     assert {words[0] for words in expected} == {f"{name}.py" for name in names}
 
     python.write_text("#!/bin/bash\n")
-    assert subprocess.run(["bash", "-c", command], **run).returncode == 0
+    assert subprocess.run(["bash", "-c", command], **options).returncode == 0
+    for name in runs:
+        (tmp_path / "runs" / name).rmdir()
+    done = subprocess.run(["bash", "-c", command], **options)
+    assert done.returncode == 2 and done.stderr.startswith("give the folders of finished runs")
 
 
 # Their rows are older than the evaluations, for which the same commands were run once more.
@@ -953,8 +960,21 @@ def test_the_sentence_about_agreement(report):
     text = report.sentences.agreement(known(report, rows))
     assert "Over 5 methods the ranking by the linear probe is most like" in text
     rank = pairs["cluster accuracy", probe]
-    words = f"of the two is {rank:+.2f} (99.6 % interval -1.00 to +1.00): so few methods cannot"
-    assert text.endswith(f"{words} tell.")
+    words = f"Over 5 methods the rank correlation is {rank:+.2f} (99.6 % interval -1.00 to +1.00)"
+    assert text.endswith(f"{words}: so few methods cannot tell.")
+
+    def told(low, high):
+        found = evaluations.Predictor(0.4, low, high, 5, None, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluations, "predictors", lambda _: {"cluster accuracy": found})
+            return report.sentences.agreement(known(report, rows))
+
+    assert told(0.1, 0.9).endswith("(99.6 % interval +0.10 to +0.90): here they rank partly alike.")
+    assert told(-0.9, -0.1).endswith("-0.10): they do not.")
+    found = evaluations.Predictor(*[None] * 3, 4, None, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluations, "predictors", lambda _: {"cluster accuracy": found})
+        assert report.sentences.agreement(known(report, rows)).endswith("may be chance.")
     assert report.sentences.agreement(known(report, rows[:30])) is None
 
 

@@ -4,15 +4,20 @@
 # If it is stopped, the same command continues. A script that fails does not keep the others from
 # running; the exit status is then 1.
 
+if [ ! -e "$1" ]; then
+    echo "give the folders of finished runs: bash tests/results/battery.sh runs/*-*-*" >&2
+    exit 2
+fi
+
 methods=$(dirname "$0")/../../methods
 images=()
 films=()
-large=()  # networks for the scenes at their usual size
-small=()
+small=()  # networks that see the scenes at 48 pixels: mae's, which is slow on large images
+large=()  # those that see them at the usual size
 for run in "$@"; do
-    case $(basename "$run") in
+    case $run in
         *-movers-* | *-tripod-* | *-bunny-*) films+=("$run") ;;
-        mae-*) images+=("$run") small+=("$run") ;;  # a vision transformer, slow on large images
+        *mae-*) images+=("$run") small+=("$run") ;;
         *) images+=("$run") large+=("$run") ;;
     esac
 done
@@ -22,23 +27,24 @@ evaluate() {  # name of the script, runs and flags
     python "$methods/eval_$1.py" "${@:2}" || status=1
 }
 
-if [ ${#images[@]} -gt 0 ]; then
-    for script in features few layers finetune geometry robustness; do
-        evaluate $script "${images[@]}"
-    done
-    evaluate features "${images[@]}" --data fashion
-fi
-for script in dense detection; do
-    if [ ${#large[@]} -gt 0 ]; then
-        evaluate $script "${large[@]}"
-    fi
-    if [ ${#small[@]} -gt 0 ]; then
-        evaluate $script "${small[@]}" --size 48
-    fi
-done
+# Of two calls of a script the second draws the pictures that stay: the more usual one.
 if [ ${#films[@]} -gt 0 ]; then
     evaluate video "${films[@]}"
-    evaluate features "${films[@]}" --data emoji
     evaluate features "${films[@]}" --data fashion
+    evaluate features "${films[@]}" --data emoji
 fi
+if [ ${#images[@]} -gt 0 ]; then
+    evaluate features "${images[@]}" --data fashion
+    for script in features few layers finetune geometry robustness; do
+        evaluate "$script" "${images[@]}"
+    done
+fi
+for script in dense detection; do
+    if [ ${#small[@]} -gt 0 ]; then
+        evaluate "$script" "${small[@]}" --size 48
+    fi
+    if [ ${#large[@]} -gt 0 ]; then
+        evaluate "$script" "${large[@]}"
+    fi
+done
 exit $status

@@ -353,7 +353,8 @@ def mean(networks, name, measured, path):
 def cell(runs, path, how):
     """The mean over the seeds of the training ± the deviation; of one seed, the deviation of its
     draws, or the one that was recorded with their mean, as of k-means' seeds; none if the draws do
-    not differ, as with all labels. Of two trainings with that seed, of the one with more draws."""
+    not differ, as with all labels. Of two trainings with that seed it is that of the one with more
+    draws; the mean is of both."""
     found = numbers(runs, path)
     if not found:
         return ""

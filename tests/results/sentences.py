@@ -96,8 +96,8 @@ def depth(networks, sides):
             step = [found[name][stage] - found[start(name, found)][stage] for name in names]
             steps.append(f"{statistics.mean(step):.1f}")
     text = (
-        "**Depth.** The literature says that after pretext tasks the last layers serve worse than "
-        "the middle ones, and that after methods that compare views they do not. Here "
+        "**Depth.** Several papers find that after pretext tasks the last layers do worse than the "
+        "middle ones, and that after methods that compare views they do not. Here "
         f"{early} of {len(best)} trained ResNets are best after layer1 or layer2 of the "
         f"four (chosen on the test images). From the best stage to the last, accuracy falls by "
         f"{listed(words)} on average, in the same networks untrained by "
@@ -287,15 +287,22 @@ def agreement(networks):
         return None
     ranked = sorted(found, key=found.get)
     first, second, last = [f"{n} {found[n]:+.2f}" for n in (ranked[-1], ranked[-2], ranked[0])]
-    clusters = evaluations.predictors(networks["features"])["cluster accuracy"]
-    alike = "they rank partly alike" if clusters.low > 0 else "so few methods cannot tell"
-    return (
+    text = (
         f"**Do the evaluations agree?** Over {count} methods the ranking by the linear probe is "
         f"most like those by {first} and {second}, least like that by {last}: rank correlations, "
-        "of which those below about 0.5 may be chance. The literature says that clusters do not "
-        "rank methods as a linear probe does. Here the rank correlation of the two is "
-        f"{clusters.rank:+.2f} (99.6 % interval {clusters.low:+.2f} to {clusters.high:+.2f}): "
-        f"{alike}."
+        "of which those below about 0.5 may be chance."
+    )
+    clusters = evaluations.predictors(networks["features"])["cluster accuracy"]
+    if clusters.rank is None:
+        return text
+    if clusters.low > 0:
+        verdict = "here they rank partly alike"
+    else:
+        verdict = "they do not" if clusters.high < 0 else "so few methods cannot tell"
+    return (
+        f"{text} Do clusters rank methods as the linear probe does? Several papers find that they "
+        f"do not. Over {clusters.methods} methods the rank correlation is {clusters.rank:+.2f} "
+        f"(99.6 % interval {clusters.low:+.2f} to {clusters.high:+.2f}): {verdict}."
     )
 
 
