@@ -13,11 +13,12 @@ this is to train from scratch.
 
 Notation. The maps are those of ALL stages of a ResNet (its first layer, then layer1 to layer4), or
 the patches of a ViT after four evenly spaced blocks. For raw pixels the map is the image, averaged
-to 32 x 32, with the colours of the 7 x 7 pixels around each place. The head standardises each map
-per channel (batch-norm without scale and offset), resizes what it reads off each to the 48 x 48
-pixels of a scene, and adds it. Scenes are enlarged so that the maps have places enough; this size
-is new to most networks, trained or not. Scores are over all pixels of all test scenes together; sky
-has no normal and no depth.
+to 32 x 32, with the colours of the 7 x 7 pixels around each place; k-means features, which are sums
+over quarters of the image, have none. The head standardises each map per channel (batch-norm
+without scale and offset), resizes what it reads off each to the 48 x 48 pixels of a scene, and adds
+it. Scenes are enlarged so that the maps have places enough; this size is new to most networks,
+trained or not. Scores are over all pixels of all test scenes together; sky has no normal and no
+depth.
 
     segmentation  The shape at a pixel, one of 8, or the background. miou: intersection / union,
                   percent, the mean of these 9 classes; object_iou: that of objects of any shape.
