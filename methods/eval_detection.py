@@ -39,7 +39,8 @@ Run.
     python methods/eval_detection.py runs/*-emoji-* --no-finetune
     python methods/eval_detection.py runs/*-emoji-* --steps 2000
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
-results.jsonl is not measured again. A run that diverges ends the script; the others are kept.
+results.jsonl is not measured again. A training that diverges ends the script without a table; the
+command continues with lower rates, or without that run.
 Most default runs take about three minutes of one CPU core, networks with larger maps (jigsaw,
 counting, context_prediction) seven, a ViT twenty, so choose --size 48 for it.
 

@@ -27,7 +27,8 @@ Accuracies are in percent, on plain test images, which choose nothing.
 Limits. The trunk's rates were chosen on SimCLR's network and on one from scratch, with half of the
 steps (see SETTINGS), so they favour SimCLR and ResNets. With all labels of emoji 300 steps are 7.6
 epochs, after which nothing has converged: "tuned" then measures how fast a network learns as well.
-The frozen probe chooses its weight decay on a fifth of the labelled images, badly if there are few.
+The frozen probe chooses its weight decay on a fifth of the labelled images: with few labels that is
+a noisy choice.
 
 Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 runs/rotnet-emoji-0

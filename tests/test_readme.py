@@ -274,7 +274,7 @@ def test_captions_of_the_evaluations(report, measured):
             best, other = [evaluations.draws(*place) for place in both]
             more.append(statistics.mean(best) - statistics.mean(other))
     assert statistics.median(more) > 1 and round(max(more)) == 8
-    assert "it has most often more, up to eight points," in page
+    assert "most often better than a fixed one, by up to eight points." in page
     assert f"300 steps of 128 images are {300 * 128 / count:.1f} epochs with all labels" in page
     losses = [evaluations.mean(networks, name, "fine-tuning 1.0", "loss") for name in networks]
     least = min(loss for loss in losses if loss is not None)
@@ -309,7 +309,7 @@ def test_the_same_commands_measure_everything(tmp_path):
     film every script gets the runs that it can measure. One that fails, here eval_few.py, does not
     keep the others from running."""
     (command,), other = [
-        re.findall(r"```bash\n(bash .*battery.sh.*)\n```", text) for text in (README, PAGE)
+        re.findall(r"```bash\n(bash .*battery.sh.*)\n", text) for text in (README, PAGE)
     ]
     assert other == [command]
     runs = ("sim clr-emoji-0", "mae-emoji-0", "multitask-movers-0", "eval_features")
@@ -347,6 +347,28 @@ def test_the_same_commands_measure_everything(tmp_path):
         (tmp_path / "runs" / name).rmdir()
     done = subprocess.run(["bash", "-c", command], **options)
     assert done.returncode == 2 and done.stderr.startswith("give the folders of finished runs")
+
+
+def test_the_minutes_of_the_evaluations(report):
+    """Of most runs on emoji: the median over the networks at their defaults, on one core."""
+    kinds = {"fine-tuning": "fine", "detection": "detection", "segmentation": "dense"}
+    kinds |= {"normals": "dense", "depth": "dense", "keypoints": "dense"}
+    seconds = {}
+    for row in report.evaluations.read_rows():
+        usual = row["data"] in ("emoji", "solids") and not row.get("variant")
+        if "method" in row and usual and row["device"].endswith(report.ONE_CORE):
+            kind = kinds.get(row["protocol"].split(",")[0], "rest")
+            if row["settings"].get("draw", 0) == 0:
+                of_kind = seconds.setdefault(kind, {})
+                of_kind[row["network"]] = of_kind.get(row["network"], 0) + row["seconds"]
+    minutes = {kind: statistics.median(found.values()) / 60 for kind, found in seconds.items()}
+    minutes["fine"] *= 3  # draws
+    text = " ".join(README.split())
+    words = "need four for fine-tuning, three each for detection and for the dense tasks, two for"
+    assert f"{words} all the rest" in text
+    expected = {"fine": 4, "detection": 3, "dense": 3, "rest": 2}
+    for kind, number in expected.items():
+        assert minutes[kind] == pytest.approx(number, abs=0.75), kind
 
 
 # Their rows are older than the evaluations, for which the same commands were run once more.
@@ -410,13 +432,14 @@ def test_sentences_about_videos(report, measured, section):
         motion[f"multitask** `--tasks position,{more}`"] for more in ("motion", "colour,exemplar")
     ]
     position = motion["multitask** `--tasks position`"]
-    words = f"task motion raises motion from {position:.1f} to {pair:.1f} % and category from "
     categories = [
         evaluations.mean(networks, f"**multitask** `--tasks {tasks}`", "category", "category")
         for tasks in ("position", "position,motion")
     ]
-    assert f"{words}{categories[0]:.1f} to {categories[1]:.1f}; without it" in section
-    assert f"all others together have {three:.1f} by motion" in section
+    words = f"position alone tells {position:.1f} % of the motions (and {categories[0]:.1f} % of "
+    words += f"the categories), on position and motion {pair:.1f} ({categories[1]:.1f}), on all "
+    words += f"four tasks, its default, {motion['multitask']:.1f}, on all but motion {three:.1f} "
+    assert words in section
     assert f"arrow_of_time ({motion['arrow_of_time']:.1f})" in section
     assert three < motion["multitask"] < pair
     runs = report.at_home(report.read_rows())["tracking_triplet"]
@@ -667,8 +690,8 @@ def test_a_predictor_that_was_not_measured_says_so(report):
         spectrum = {"rankme": float(i % 2), "exponent": 3.0 + i}
         rows.append(row | {"protocol": "spectrum", "result": spectrum})
     text = report.sentences.predictors({"features": evaluations.collect(rows)})
-    assert "Intervals without 0: the exponent of the spectrum +1.00 (+1.00 to +1.00)." in text
-    assert "For RankMe so few" in text and text.endswith("which needs labels: +1.00.")
+    assert "5 methods: the exponent of the spectrum +1.00 (+1.00 to +1.00). Of RankMe the" in text
+    assert "With labels, for comparison: the kNN accuracy +1.00 (+1.00 to +1.00)." in text
 
 
 def test_the_size_of_an_evaluation_stands_in_the_name_if_there_are_several(report):
@@ -768,26 +791,31 @@ def test_the_sentence_about_fine_tuning_and_its_table(report):
     assert "over 3 draws of the labels; 2 networks, " in text(rows)
     words = "from scratch: -0.5 ± 0.0 (1 %) and -0.5 ± 0.0 (10 %). The interval excludes 0 for: 1 %"
     assert f"{words} and 10 %." in text(rows)
-    assert text(rows).endswith("frozen features: -1.0 ± 0.0 (1 %) and -1.0 ± 0.0 (10 %).")
+    words = "frozen features: -1.0 ± 0.0 (1 %) and -1.0 ± 0.0 (10 %); the same of networks from "
+    words += "scratch and their untrained features: +10.0 ± 0.0 (1 %) and +10.0 ± 0.0 (10 %)."
+    assert text(rows).endswith(words) and "so few draws" not in text(rows)
     heads, (one_percent, ten_percent) = evaluations.gain_table(rows)
-    expected = ["-0.5 ± 0.0", "-1.0 ± 0.0", 2]
+    expected = ["-0.5 ± 0.0", "-1.0 ± 0.0", "+10.0 ± 0.0", 2]
     assert one_percent == ["1 %", *expected] and ten_percent == ["10 %", *expected]
     assert len(heads) == len(one_percent)
     with_all = [row | {"settings": row["settings"] | {"part": 1.0}} for row in rows]
     networks = {"finetune": evaluations.collect(evaluations.rows_of("finetune", with_all, ()))}
     words = "number 2 of 2 here by what fine-tuning with all labels adds to the linear probe: -4.0 "
-    words += "points (its network untrained +10.0); the most, swav 2.0."
+    words += "points (from scratch and untrained +10.0); the most, swav 2.0."
     assert report.sentences.mae(networks).endswith(words)
+    assert "0 for: all. With all labels it is too narrow, because" in text(with_all)
 
     # One draw in which the network from scratch is better.
     rows[0]["result"]["tuned"] += 5
-    assert "The interval excludes 0 for: 10 %." in text(rows)
+    assert "The interval excludes 0 for: 10 %. The papers find most with few labels;" in text(rows)
+    assert "too narrow" not in text(rows)
     step, error = -0.5 - 5 / 3, 4.303 * 5 / 3
     assert evaluations.gain_table(rows)[1][0][1] == f"{step:+.1f} ± {error:.1f}"
     # A network with one draw is left out, if others have three.
     rows = fine_tuning({None: (30.0, 40.0), "mae": (45.0, 41.0)}, 3)
     rows += fine_tuning({"swav": (36.0, 90.0)}, 1)
-    assert evaluations.gain_table(rows)[1][0] == ["1 %", "+1.0 ± 0.0", "-4.0 ± 0.0", 1]
+    expected = ["1 %", "+1.0 ± 0.0", "-4.0 ± 0.0", "+10.0 ± 0.0", 1]
+    assert evaluations.gain_table(rows)[1][0] == expected
     one = fine_tuning(values, 1)
     assert text(one) is None and evaluations.gain_table(one)[1] == []
 

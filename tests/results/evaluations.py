@@ -568,7 +568,7 @@ def multitask(networks):
         name = plain_name({"method": "multitask", "variant": flags, "data": "movers"})
         for line in table({name: networks.get(name, {})}, columns):
             lines.append([tasks, *line[1:]])
-    return ["task set", "runs", *columns], lines
+    return ["task set", "seeds", *columns], lines
 
 
 def learned_from(row, videos):
@@ -679,10 +679,12 @@ def tuned_pairs(rows):
 
 class Gain(NamedTuple):
     """Mean accuracy after fine-tuning, less that of the same networks from scratch, and less that
-    of a linear probe of the frozen features: two of difference(). How many networks."""
+    of a linear probe of the frozen features; the second for the networks from scratch, whose frozen
+    features are those of the untrained network: three of difference(). How many networks."""
 
     over_scratch: tuple
     over_frozen: tuple
+    scratch_over_frozen: tuple
     networks: int
 
 
@@ -696,17 +698,19 @@ def gains(rows):
             own = mean_by_draw(tuned, pairs)
             scratch = mean_by_draw(tuned, pairs.values())
             probe = mean_by_draw(frozen, pairs)
-            steps[share] = Gain(difference(own, scratch), difference(own, probe), len(pairs))
+            untrained = mean_by_draw(frozen, pairs.values())
+            differences = (own, scratch), (own, probe), (scratch, untrained)
+            steps[share] = Gain(*[difference(*pair) for pair in differences], len(pairs))
     return steps, draws
 
 
 def gain_table(rows):
     lines = []
     for share, gain in gains(rows)[0].items():
-        steps = [f"{step:+.1f} ± {half:.1f}" for step, half in gain[:2]]
+        steps = [f"{step:+.1f} ± {half:.1f}" for step, half in gain[:3]]
         lines.append([share, *steps, gain.networks])
     heads = ["labels", "fine-tuned minus from scratch", "fine-tuned minus linear probe"]
-    return [*heads, "networks"], lines
+    return [*heads, "from scratch minus linear probe of the untrained", "networks"], lines
 
 
 def mean_by_draw(found, names):
@@ -782,7 +786,7 @@ def scene_table(networks):
                     f"{found.better} of {found.networks}",
                     f"{found.highest:{form}}, {found.best}",
                 ])  # fmt: skip
-    heads = ["task", "weights", "constant", "shared untrained network"]
+    heads = ["task", "weights", "no network", "shared untrained network"]
     heads += ["untrained, mean", "trained, mean", "better than untrained", "best"]
     return heads, lines
 
@@ -810,7 +814,7 @@ def blocks(markdown, videos):
     networks = networks_of(rows, videos)
     tables = {}
     for name, columns in TABLES.items():
-        tables[name] = ["network", "runs", *columns], table(networks[name], columns)
+        tables[name] = ["network", "seeds", *columns], table(networks[name], columns)
     tables["predictors"] = predictor_table(networks["features"])
     tables["agreement"] = agreement_table(networks)
     tables["multitask"] = multitask(networks["video"])

@@ -907,9 +907,11 @@ def about_films(files, best):
             words = [f"{mean(usual[0], 'pixels', 'linear'):.1f}"]
             for some in runs:
                 if some not in usual:
-                    words.append(f"{some[0]['method']}: {mean(some, 'pixels', 'linear'):.1f}")
-            parts.append(f"of `{film}` for {', '.join(names)} (raw pixels: {'; '.join(words)})")
-    text = f"Numbers of single frames, {'; '.join(parts)}."
+                    pixels = mean(some, "pixels", "linear")
+                    words.append(f"at the size of {some[0]['method']} {pixels:.1f}")
+            parts.append(f"of `{film}` for {', '.join(names)} (raw pixels {'; '.join(words)})")
+    text = "These learn from films. Their accuracy is that of telling what a single frame shows, "
+    text += f"{'; '.join(parts)}."
     return [*textwrap.wrap(text, 100), ""] if parts else []
 
 

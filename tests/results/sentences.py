@@ -141,13 +141,22 @@ def tuned(rows):
 
     scratch = {share: gain.over_scratch for share, gain in gains.items()}
     frozen = {share: gain.over_frozen for share, gain in gains.items()}
+    untrained = {share: gain.scratch_over_frozen for share, gain in gains.items()}
     clear = [share for share, (step, half) in scratch.items() if abs(step) > half]
+    words = f"The interval excludes 0 for: {listed(clear or ['none'])}."
+    if "all" in clear:
+        words += (
+            " With all labels it is too narrow, because the draws have the same images, and the "
+            "training is short: perhaps pretrained networks learn faster and end no better."
+        )
+    if "1 %" not in clear:
+        words += " The papers find most with few labels; so few draws cannot tell."
     return (
         f"**Fine-tuning**, with 1 %, 10 % or all of the labels (95 % intervals over {draws} draws "
-        f"of the labels; {count} networks, most of which share one start). In points, fine-tuned "
-        f"minus trained from scratch: {numbers(scratch)}. The interval excludes 0 for: "
-        f"{listed(clear or ['none'])}. The papers find most with few labels; so few draws cannot "
-        f"tell. Fine-tuned minus a linear probe of the frozen features: {numbers(frozen)}."
+        f"of the labels; {count} networks, most of which start from the same weights). In points, "
+        f"fine-tuned minus trained from scratch: {numbers(scratch)}. {words} Fine-tuned minus a "
+        f"linear probe of the frozen features: {numbers(frozen)}; the same of networks from "
+        f"scratch and their untrained features: {numbers(untrained)}."
     )
 
 
@@ -159,7 +168,7 @@ def mae(networks):
         return None
     rank = sorted(methods, key=methods.get, reverse=True).index("mae") + 1
     before = found.get(start("mae", found))
-    beside = "" if before is None else f" (its network untrained {before:+.1f})"
+    beside = "" if before is None else f" (from scratch and untrained {before:+.1f})"
     return (
         f"**MAE**, which in its paper gains more by fine-tuning than contrastive methods, is "
         f"number {rank} of {len(methods)} here by what fine-tuning with all labels adds to the "
@@ -200,14 +209,16 @@ def scenes(networks):
         f"**Dense tasks and detection.** Frozen, {a} networks segment better than the same "
         f"networks untrained (mean IoU from {iou}, on average) and {b} detect better (AP from "
         f"{ap}). With all weights trained, {c} segment better than from scratch (from {tuned_iou}) "
-        f"and {d} detect better (from {tuned_ap}). Most methods share one untrained network."
+        f"and {d} detect better (from {tuned_ap}). Most of these comparisons are with the same "
+        "untrained network, so they are not independent. mae's network saw the scenes at 48 "
+        "pixels, all others at 96."
     )
     guesses = []
     for how in ("frozen", "fine-tuned"):
         beaten = [task for task in evaluations.SCENES if found[task, how].constant_wins]
         if beaten:
             guesses.append(f"every {how} network for {listed(beaten)}")
-    return text + (f" A constant prediction beats {listed(guesses)}." if guesses else "")
+    return text + (f" One answer for all images beats {listed(guesses)}." if guesses else "")
 
 
 def fashion(networks):
@@ -252,8 +263,9 @@ def baseline(networks, linear_of_results):
         "**An old baseline.** K-means features of image patches (Coates and Ng 2011), without a "
         f"network. Linear probe: {old:.1f} % (the best method by the mean of its runs under "
         f"Results, {highest(linear_of_results)}). SVMs: {svm[KMEANS]:.1f} mAP (the best, "
-        f"{highest(by_method(svm))}). Linear probe on fashion, patches of fashion: "
-        f"{clothes[KMEANS]:.1f} % (the best, {highest(by_method(clothes))}). Minutes of training "
+        f"{highest(by_method(svm))}). On fashion k-means of its own patches has "
+        f"{clothes[KMEANS]:.1f} % by the linear probe, raw pixels {clothes[RAW]:.1f}, the best of "
+        f"the networks that learned from emoji, {highest(by_method(clothes))}. Minutes of training "
         "on 5,000 small images are very little."
     )
 
@@ -268,14 +280,17 @@ def predictors(networks):
         it = found[name]
         return f"the {name} {it.rank:+.2f} ({it.low:+.2f} to {it.high:+.2f})"
 
-    names = listed([words(name) for name in clear]) if clear else "none"
+    unclear = listed([name for name in free if name not in clear])
+    text = "**What predicts linear accuracy without labels?** By rank correlation over "
+    text += f"{max(found[name].methods for name in free)} methods: "
+    if clear:
+        text += f"{listed([words(name) for name in clear])}. Of {unclear} the interval contains 0"
+    else:
+        text += f"nothing for certain. The intervals of {unclear} all contain 0"
     return (
-        "**What predicts linear accuracy without labels?** Rank correlations over "
-        f"{max(found[name].methods for name in free)} methods, with 99.6 % intervals, of which "
-        f"twelve hold together with about 95 %. Intervals without 0: {names}. For "
-        f"{listed([name for name in free if name not in clear])} so few methods cannot tell "
-        "(RankMe's authors compare runs of one method). For comparison, kNN accuracy, which needs "
-        f"labels: {found['kNN accuracy'].rank:+.2f}."
+        f"{text} (RankMe's authors compare runs of one method). With labels, for comparison: "
+        f"{words('kNN accuracy')}. The intervals are of 99.6 %, so that all twelve hold at once "
+        "with about 95 %; so few methods make them wide."
     )
 
 
