@@ -20,6 +20,7 @@ from conftest import CPU, ROOT, SCRIPTS, arguments, call_main, kind_of, light, s
 from PIL import Image
 
 import common
+from kernels import kmeans
 
 README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "tests/results/EVALUATIONS.md").read_text()
@@ -347,6 +348,12 @@ def test_the_same_commands_measure_everything(tmp_path):
         (tmp_path / "runs" / name).rmdir()
     done = subprocess.run(["bash", "-c", command], **options)
     assert done.returncode == 2 and done.stderr.startswith("give the folders of finished runs")
+
+
+def test_rows_of_kmeans_features_are_of_the_fit_that_is_described(report):
+    """Not of an earlier one: both would be averaged."""
+    rows = [row for row in report.evaluations.read_rows() if row["network"].startswith("k-means")]
+    assert len(rows) > 40 and {row["weights"] for row in rows} == {kmeans.ABOUT}
 
 
 def test_the_minutes_of_the_evaluations(report):
