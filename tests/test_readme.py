@@ -350,6 +350,31 @@ def test_the_same_commands_measure_everything(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("give the folders of finished runs")
 
 
+def test_the_readme_has_six_sentences_whose_numbers_are_those_of_the_page():
+    short = README.split("<!-- worth -->")[1].split("<!-- /worth -->")[0]
+    says = " ".join(PAGE.split("<!-- says -->")[1].split("<!-- /says -->")[0].split())
+    sentences = [" ".join(text.split()) for text in short.split("\n- ")[1:]]
+    assert len(sentences) == 6
+    for text in sentences:
+        assert text.endswith(".") and ". " not in text
+        for number in re.findall(r"[+-]?\d+\.\d+(?: ± \d+\.\d+)?", text):
+            assert number in says, (number, text)
+    depth, _, mae, scenes, _, _ = sentences
+    early, count = re.search(r"(\d+) of (\d+) trained ResNets", depth).groups()
+    assert f"Here {early} of {count} trained ResNets are best after layer1 or layer2" in says
+    place = re.search(r"number \d+ of \d+ here", mae)[0]
+    assert place in says
+    count, *better = re.findall(r"\d+", scenes)
+    parts = (
+        "networks segment better than the same",
+        "detect better (AP",
+        "segment better than from scratch",
+        "detect better (from",
+    )
+    for number, words in zip(better, parts, strict=True):
+        assert f"{number} of {count} {words}" in says
+
+
 def test_rows_of_kmeans_features_are_of_the_fit_that_is_described(report):
     """Not of an earlier one: both would be averaged."""
     rows = [row for row in report.evaluations.read_rows() if row["network"].startswith("k-means")]
@@ -809,7 +834,7 @@ def test_the_sentence_about_fine_tuning_and_its_table(report):
     networks = {"finetune": evaluations.collect(evaluations.rows_of("finetune", with_all, ()))}
     words = "number 2 of 2 here by what fine-tuning with all labels adds to the linear probe: -4.0 "
     words += "points (from scratch and untrained +10.0); the most, swav 2.0."
-    assert report.sentences.mae(networks).endswith(words)
+    assert words in report.sentences.mae(networks)
     assert "0 for: all. With all labels it is too narrow, because" in text(with_all)
 
     # One draw in which the network from scratch is better.

@@ -1,12 +1,13 @@
-"""What the evaluations show, in sentences: those of tests/results/EVALUATIONS.md and, of these, the
-ones in ON_README for README.md. Their numbers are those of the tables.
+"""What the evaluations show, in words: a paragraph per topic for tests/results/EVALUATIONS.md and,
+by short(), a sentence each of six topics for README.md. Their numbers are those of the tables.
 
-report.py calls blocks(). Each function below makes one sentence from the networks that were
-measured, {table: {network: ...}}, see evaluations.collect(); None leaves it out.
+report.py calls blocks(). The functions below make words from the networks that were measured,
+{table: {network: ...}}, see evaluations.collect(); None leaves them out.
 """
 
 import statistics
 import textwrap
+from typing import NamedTuple
 
 import evaluations
 from evaluations import at_defaults, mean
@@ -15,7 +16,6 @@ UNTRAINED = "untrained resnet14, 32 px"
 RAW = "raw pixels, 32 px"
 KMEANS = "k-means, 32 px"
 BASELINES = {"the untrained network": UNTRAINED, "raw pixels": RAW, "k-means features": KMEANS}
-ON_README = ("depth", "tuned", "mae", "scenes", "agreement", "predictors", "baseline")
 
 
 def start(name, networks):
@@ -75,37 +75,59 @@ def fall(accuracies):
     return max(accuracies) - accuracies[-1]
 
 
-def depth(networks, sides):
-    """sides: {"pretext tasks" or the like: its methods}."""
-    found = evaluations.stage_accuracies(networks["features"])
+def best_early(found):
+    """How many of the trained ResNets are best after layer1 or layer2, and how many there are.
+    found: {network: its accuracy after each stage}"""
     best = []  # stage of each trained ResNet
     for name, accuracies in found.items():
         if at_defaults(name) and len(accuracies) == len(evaluations.LAYERS):
             best.append(evaluations.LAYERS[accuracies.index(max(accuracies))])
-    early = sum(stage in ("layer1", "layer2") for stage in best)
-    after = []  # falls
-    before = []
-    added = [[], []]  # by training, at the first and at the last stage
-    words = []
+    return sum(stage in ("layer1", "layer2") for stage in best), len(best)
+
+
+class Falls(NamedTuple):
+    """Of one kind of methods: its networks, how many points their accuracy falls from the best
+    stage to the last, on average, and how many that of the same networks untrained."""
+
+    names: list
+    trained: float
+    untrained: float
+
+
+def falls(found, sides):
+    """{kind of methods: Falls}. sides: {"pretext tasks" or the like: its methods}."""
+    result = {}
     for kind, methods in sides.items():
         names = [f"**{method}**" for method in methods if f"**{method}**" in found]
-        after.append(statistics.mean(fall(found[name]) for name in names))
-        before.append(statistics.mean(fall(found[start(name, found)]) for name in names))
-        words.append(f"{after[-1]:.1f} points ({len(names)} {kind})")
+        trained = statistics.mean(fall(found[name]) for name in names)
+        untrained = statistics.mean(fall(found[start(name, found)]) for name in names)
+        result[kind] = Falls(names, trained, untrained)
+    return result
+
+
+def depth(networks, sides):
+    """sides: those of falls()."""
+    found = evaluations.stage_accuracies(networks["features"])
+    early, count = best_early(found)
+    kinds = falls(found, sides)
+    added = [[], []]  # by training, at the first and at the last stage
+    words = []
+    for kind, (names, trained, _) in kinds.items():
+        words.append(f"{trained:.1f} points ({len(names)} {kind})")
         for stage, steps in zip((0, -1), added):
             step = [found[name][stage] - found[start(name, found)][stage] for name in names]
             steps.append(f"{statistics.mean(step):.1f}")
     text = (
         "**Depth.** Several papers find that after pretext tasks the last layers do worse than the "
         "middle ones, and that after methods that compare views they do not. Here "
-        f"{early} of {len(best)} trained ResNets are best after layer1 or layer2 of the "
+        f"{early} of {count} trained ResNets are best after layer1 or layer2 of the "
         f"four (chosen on the test images). From the best stage to the last, accuracy falls by "
         f"{listed(words)} on average, in the same networks untrained by "
-        f"{listed([f'{number:.1f}' for number in before])}."
+        f"{listed([f'{it.untrained:.1f}' for it in kinds.values()])}."
     )
     first, last = map(listed, added)
     text += f" Training adds {first} points at the first stage, {last} at the last."
-    if all(untrained > trained for trained, untrained in zip(after, before)):
+    if all(it.untrained > it.trained for it in kinds.values()):
         text += (
             " The usual explanation is that the last layers specialise in the task of the "
             "training. But untrained networks fall more, so the fall is no evidence of this."
@@ -122,8 +144,9 @@ def few(networks):
         steps.append(f"{over_untrained(found):.1f}")
     return (
         "**Few labels.** Accuracy in percent of a logistic regression with C = 1 (the linear "
-        f"probe, which tunes its weight decay, is better with 1 %). {' '.join(words)} The methods "
-        f"have on average {listed(steps)} points more than the same networks untrained."
+        "probe, which tunes its weight decay, is most often better with 1 %). "
+        f"{' '.join(words)} The methods have on average {listed(steps)} points more than the same "
+        "networks untrained."
     )
 
 
@@ -160,19 +183,29 @@ def tuned(rows):
     )
 
 
-def mae(networks):
-    """Of which it is said that it gains most by fine-tuning."""
-    found = numbers_of(networks["finetune"], "fine-tuning 1.0", "gain")
-    methods = by_method(found)
+def place_of_mae(networks):
+    """The place of mae among the methods by what fine-tuning with all labels adds to the linear
+    probe, and {method: these points}; None if mae was not measured."""
+    methods = by_method(numbers_of(networks["finetune"], "fine-tuning 1.0", "gain"))
     if "mae" not in methods:
         return None
-    rank = sorted(methods, key=methods.get, reverse=True).index("mae") + 1
+    return sorted(methods, key=methods.get, reverse=True).index("mae") + 1, methods
+
+
+def mae(networks):
+    """Of which it is said that it gains most by fine-tuning."""
+    place = place_of_mae(networks)
+    if place is None:
+        return None
+    rank, methods = place
+    found = numbers_of(networks["finetune"], "fine-tuning 1.0", "gain")
     before = found.get(start("mae", found))
     beside = "" if before is None else f" (from scratch and untrained {before:+.1f})"
     return (
         f"**MAE**, which in its paper gains more by fine-tuning than contrastive methods, is "
         f"number {rank} of {len(methods)} here by what fine-tuning with all labels adds to the "
-        f"linear probe: {methods['mae']:+.1f} points{beside}; the most, {highest(methods)}."
+        f"linear probe: {methods['mae']:+.1f} points{beside}; the most, {highest(methods)}. Most "
+        "are of one run, and runs of one method differ by points, so its place is not certain."
     )
 
 
@@ -346,27 +379,77 @@ def blocks(sides, videos, linear_of_results):
     learn from films; linear_of_results: {method: the mean linear accuracy of its runs}."""
     rows = evaluations.read_rows()
     networks = evaluations.networks_of(rows, videos)
-    bullets = {
-        "artist": artist(networks),
-        "depth": depth(networks, sides),
-        "few": few(networks),
-        "tuned": tuned(evaluations.rows_of("finetune", rows, videos)),
-        "mae": mae(networks),
-        "corruptions": corruptions(networks),
-        "scenes": scenes(networks),
-        "fashion": fashion(networks),
-        "cost": cost(networks),
-        "baseline": baseline(networks, linear_of_results),
-        "predictors": predictors(networks),
-        "agreement": agreement(networks),
-        "seeds": seeds(networks),
-    }
-    return {"says": lines_of(bullets), "worth": lines_of({n: bullets[n] for n in ON_README})}
+    tuned_rows = evaluations.rows_of("finetune", rows, videos)
+    paragraphs = [
+        artist(networks),
+        depth(networks, sides),
+        few(networks),
+        tuned(tuned_rows),
+        mae(networks),
+        corruptions(networks),
+        scenes(networks),
+        fashion(networks),
+        cost(networks),
+        baseline(networks, linear_of_results),
+        predictors(networks),
+        agreement(networks),
+        seeds(networks),
+    ]
+    six = short(networks, tuned_rows, sides, linear_of_results)
+    return {"says": lines_of(paragraphs), "worth": lines_of(six)}
 
 
-def lines_of(bullets):
+def short(networks, rows, sides, linear_of_results):
+    """One sentence for each of six topics. rows: of fine-tuning."""
+    found = evaluations.stage_accuracies(networks["features"])
+    early, count = best_early(found)
+    kinds = falls(found, sides)
+    lost = [f"{kind} lose {it.trained:.1f}" for kind, it in kinds.items()]
+    lost_before = [f"{it.untrained:.1f}" for it in kinds.values()]
+    gains, draws = evaluations.gains(rows)
+    steps = []
+    for share, gain in gains.items():
+        step, half = gain.over_scratch
+        steps.append(f"{step:+.1f} ± {half:.1f} with {share}")
+    rank, methods = place_of_mae(networks)
+    segment, detect, segment_tuned, detect_tuned = [
+        f"{evaluations.scene(networks, task, how).better}"
+        for how in ("frozen", "fine-tuned")
+        for task in ("segmentation", "detection")
+    ]
+    scenes = evaluations.scene(networks, "segmentation", "frozen").networks
+    predictors = evaluations.predictors(networks["features"])
+    clusters = predictors.pop("cluster accuracy")
+    clear = [
+        name
+        for name, it in predictors.items()
+        if name not in evaluations.WITH_LABELS and (it.low > 0 or it.high < 0)
+    ]
+    predicts = f"only {listed(clear)} predicts" if clear else "nothing predicts"
+    old = numbers_of(networks["features"], "features", "linear")[KMEANS]
+    return [
+        f"**Depth**: {early} of {count} trained ResNets are best after layer1 or layer2 of four; "
+        f"from the best stage to the last {listed(lost)} points, the same networks untrained "
+        f"{listed(lost_before)}.",
+        f"**Fine-tuning** minus training from scratch is, in points, {listed(steps)} of the labels "
+        f"(95 % intervals over {draws} draws of them), while the papers find most with few labels.",
+        "**MAE**, which in its paper gains more by fine-tuning than contrastive methods, is number "
+        f"{rank} of {len(methods)} here, a place that another seed may change.",
+        f"**Scenes**: of {scenes} trained networks {segment} segment and {detect} detect better "
+        f"than the same ones untrained if they are frozen, {segment_tuned} and {detect_tuned} if "
+        "all weights are trained.",
+        "**Rankings**: of the methods those by clusters and by the linear probe have a rank "
+        f"correlation of {clusters.rank:+.2f} (99.6 % interval {clusters.low:+.2f} to "
+        f"{clusters.high:+.2f}), and without labels {predicts} linear accuracy for certain.",
+        "**An old baseline**: k-means features of image patches (Coates and Ng 2011) have "
+        f"{old:.1f} % by the linear probe, the best method, {highest(linear_of_results)}: "
+        "minutes of training on 5,000 small images are very little.",
+    ]
+
+
+def lines_of(texts):
     lines = []
-    for text in bullets.values():
+    for text in texts:
         if text:
             lines += textwrap.wrap(f"- {text}", 100, subsequent_indent="  ", break_on_hyphens=False)
     return lines
