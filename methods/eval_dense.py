@@ -17,8 +17,7 @@ to 32 x 32, with the colours of the 7 x 7 pixels around each place; k-means feat
 over quarters of the image, have none. The head standardises each map per channel (batch-norm
 without scale and offset), resizes what it reads off each to the 48 x 48 pixels of a scene, and adds
 it. Scenes are enlarged so that the maps have places enough; this size is new to most networks,
-trained or not. Scores are over all pixels of all test scenes together; sky has no normal and no
-depth.
+trained or not. Scores are over all pixels of all test scenes; sky has no normal and no depth.
 
     segmentation  The shape at a pixel, one of 8, or the background. miou: intersection / union,
                   percent, the mean of these 9 classes; object_iou: that of objects of any shape.
@@ -31,10 +30,9 @@ depth.
     keypoints     Corners and tips of solids, by a heat map. For each object its box and the number
                   n of its visible points are given. The n highest peaks in and around this box are
                   the answer, paired with the points so that the sum of distances is least. The
-                  error of a pair is its distance / the longer side of the box. pck: the percentage
-                  of points whose error is at most a fraction; pck_0.1: that of the fraction 0.1;
-                  auc: the mean over the fractions from 0 to 0.2. The true heat maps have pck_0.1
-                  94.0 and auc 89.0, since boxes overlap.
+                  error of a pair is its distance / the longer side of the box. pck_0.1: percentage
+                  of points whose error is at most 0.1; auc: its mean over limits from 0 to 0.2.
+                  The true heat maps have pck_0.1 94.0 and auc 89.0, since boxes overlap.
 
 The row "no network" gives one answer for all pixels that is good for the training scenes: for miou
 background, for object_iou any shape; for all_ the mean normal, for object_ that of objects; for

@@ -192,7 +192,7 @@ class OneMap(nn.Module):
     def forward(self, x):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             found = maps(self.network, x)
-        if self.frozen and not torch.stack([stage.isfinite().all() for stage in found]).all():
+        if self.frozen and not all(stage.isfinite().all() for stage in found):
             fail("some maps of this network are infinite or not a number: leave it out")
         return self.reduce(found)
 

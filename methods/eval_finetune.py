@@ -27,8 +27,7 @@ Accuracies are in percent, on plain test images, which choose nothing.
 Limits. The trunk's rates were chosen on SimCLR's network and on one from scratch, with half of the
 steps (see SETTINGS), so they favour SimCLR and ResNets. With all labels of emoji 300 steps are 7.6
 epochs, after which nothing has converged: "tuned" then measures how fast a network learns as well.
-The frozen probe chooses its weight decay on a fifth of the labelled images: with few labels that is
-a noisy choice.
+The frozen probe chooses its weight decay on a fifth of the labelled images: noisy if they are few.
 
 Run.
     python methods/eval_finetune.py runs/simclr-emoji-0 runs/rotnet-emoji-0
@@ -38,8 +37,7 @@ It writes results.jsonl and finetune.png (accuracy against labels) into --out, b
 runs/eval_finetune. What is in results.jsonl is not measured again, so a command that was stopped
 continues. On emoji, with two cores of an Intel Xeon, the first run takes six minutes with all that
 stands beside it, another one three; networks that see several tiles of an image (jigsaw, cpc,
-context_prediction) take six to ten times as long and mae's, a transformer, sixteen times. --draws 1
-or fewer --steps make it quicker.
+context_prediction) take six to ten times as long and mae's, a transformer, sixteen times.
 
 Differs from the papers. (This file | SimCLR, SwAV.)
     1. AdamW without weight decay, which trains ResNets and vision transformers alike | SGD with

@@ -10,8 +10,7 @@ Idea. Accuracy tells what a network knows; geometry tells how it keeps it. Do im
 lie together although no label was shown? How many directions do the features use, and do they
 repeat each other? Do the features change smoothly when an image is turned, moved or darkened?
 Raw pixels and the networks before training show what training has changed. Labels are used only to
-judge the clusters and to colour the maps. K-means features, a baseline of accuracy (see
-eval_features.py), have no rows here.
+judge the clusters and to colour the maps. K-means features have no rows here.
 
 Notation. x (N, D) features of N test images (without labels: of the images); l_1 >= l_2 >= ... the
 eigenvalues of their covariance, the variances along their principal directions. The words on the
@@ -42,9 +41,8 @@ Run.
     python methods/eval_geometry.py runs/*-emoji-* --only smoothness
     python methods/eval_geometry.py runs/*-emoji-* --data fashion --out runs/geometry-fashion
 It writes results.jsonl, spectrum-DATA.png, tsne-DATA-category.png and, of drawings,
-tsne-DATA-artist.png into --out, by default runs/eval_geometry. A "-" stands for a number that is
-not defined. What is in results.jsonl is not measured again. An image that cannot be read ends the
-script.
+tsne-DATA-artist.png into --out, by default runs/eval_geometry. A "-" is a number that is not
+defined. What is in results.jsonl is not measured again. An unreadable image ends the script.
 
 Differs from the papers. (This file | the paper.)
     1. LiDAR: the noise of the views, W / q, is subtracted from B | it counts as information.
