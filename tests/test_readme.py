@@ -313,7 +313,7 @@ def test_the_same_commands_measure_everything(tmp_path):
         re.findall(r"```bash\n(bash .*battery.sh.*)\n", text) for text in (README, PAGE)
     ]
     assert other == [command]
-    runs = ("sim clr-emoji-0", "mae-emoji-0", "multitask-movers-0", "eval_features")
+    runs = ("sim clr-mae-0", "mae-emoji-0", "multitask-movers-0", "eval_features")
     for name in runs:
         (tmp_path / "runs" / name).mkdir(parents=True)
     python = tmp_path / "python"
@@ -326,7 +326,7 @@ def test_the_same_commands_measure_everything(tmp_path):
     assert done.returncode == 1 and not done.stderr
     calls = [line.replace("runs/", "").split("|") for line in done.stdout.splitlines()]
     assert all(Path(name).is_file() for name, *_ in calls)
-    images = ["mae-emoji-0", "sim clr-emoji-0"]
+    images = ["mae-emoji-0", "sim clr-mae-0"]
     expected = [
         ["eval_video.py", "multitask-movers-0"],
         ["eval_features.py", "multitask-movers-0", "--data", "fashion"],
@@ -337,7 +337,7 @@ def test_the_same_commands_measure_everything(tmp_path):
         expected.append([f"eval_{name}.py", *images])
     for name in ("eval_dense.py", "eval_detection.py"):
         expected.append([name, "mae-emoji-0", "--size", "48"])
-        expected.append([name, "sim clr-emoji-0"])
+        expected.append([name, "sim clr-mae-0"])
     assert [[Path(name).name, *words] for name, *words in calls] == expected
     names = [name for name in SCRIPTS if kind_of(name) == "evaluation"]
     assert {words[0] for words in expected} == {f"{name}.py" for name in names}

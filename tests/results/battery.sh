@@ -15,9 +15,9 @@ films=()
 small=()  # networks that see the scenes at 48 pixels: mae's, which is slow on large images
 large=()  # those that see them at the usual size
 for run in "$@"; do
-    case $run in
+    case $(basename "$run") in
         *-movers-* | *-tripod-* | *-bunny-*) films+=("$run") ;;
-        *mae-*) images+=("$run") small+=("$run") ;;
+        mae-*) images+=("$run") small+=("$run") ;;
         *) images+=("$run") large+=("$run") ;;
     esac
 done
