@@ -1059,7 +1059,8 @@ def compiled_kernels(arch):
             yield spec_of("grad_kernel", kind, D, tiles, arch, pointers, sizes, **options)
 
 
-@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("arch", [90, 80])
 def test_machine_code(arch):
     """No register is spilled, the shared memory can be had, products run on tensor cores, and a
     logit costs one power of two: the online maximum adds none."""

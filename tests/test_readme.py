@@ -665,9 +665,9 @@ def test_a_predictor_stands_beside_the_accuracy_of_the_same_weights(report):
         "spectrum": {("a", 0): [{"rankme": 30.0}]},
     }
     beside = report.evaluations.beside_linear
-    assert beside(protocols, "lidar", "lidar") == [100.0, 51.0]
-    assert beside(protocols, "spectrum", "rankme") == [30.0, 60.0]
-    assert beside(protocols, "smoothness", "lipschitz") == []
+    assert beside(protocols, "lidar", "lidar") == (100.0, 51.0)
+    assert beside(protocols, "spectrum", "rankme") == (30.0, 60.0)
+    assert beside(protocols, "smoothness", "lipschitz") == ()
 
 
 def test_what_a_seed_changes(report):

@@ -680,12 +680,12 @@ def test_what_is_a_folder_of_images(tmp_path, capsys, other):
 
 
 def test_a_method_learns_from_a_folder_of_videos(tmp_path):
-    """Stopped in its second epoch and continued, with two worker processes: it ends as a run that
-    was not."""
+    """Stopped in its second epoch and continued, with a worker process: it ends as a run that was
+    not."""
     for i in range(12):
         animate(tmp_path / "videos" / "ab"[i % 2] / f"{i}.gif")
     flags = ["--data", tmp_path / "videos", "--size", 16, "--frames", 8, "--batch", 5]
-    flags += ["--epochs", 2, "--hidden", 16, "--workers", 2, "--out"]
+    flags += ["--epochs", 2, "--hidden", 16, "--workers", 1, "--out"]
 
     def life(folder, after=None):
         name = "shuffle_and_learn"

@@ -4,6 +4,7 @@ evaluations.jsonl has one line per measurement, as the results.jsonl of the eval
 them, without what is only drawn. report.py calls add() and blocks().
 """
 
+import functools
 import json
 import math
 import re
@@ -268,11 +269,11 @@ def value(result, path):
     None if there is none."""
     for name in path.split("/"):
         if isinstance(result, list) and name == "mean":
-            result = statistics.mean(result)
+            result = statistics.fmean(result)
         elif isinstance(result, dict) and name == "mean" and "mean" not in result:
             parts = result.values()
             parts = [value(part, "mean") if isinstance(part, list) else part for part in parts]
-            result = statistics.mean(parts)
+            result = statistics.fmean(parts)
         else:
             result = result.get(name) if isinstance(result, dict) else None
     return result
@@ -297,7 +298,7 @@ def full_names(rows):
         name = plain_name(row)
         for setting, number in row["settings"].items():
             if setting not in REPEATS:
-                text = json.dumps(number)
+                text = str(number)
                 seen.setdefault((name, protocol(row), setting), set()).add(text)
                 counts.setdefault((name, setting), Counter())[text] += 1
     several = {(name, setting) for (name, _, setting), texts in seen.items() if len(texts) > 1}
@@ -307,7 +308,7 @@ def full_names(rows):
     for row in rows:
         name = plain = plain_name(row)
         for setting, number in row["settings"].items():
-            text = json.dumps(number)
+            text = str(number)
             if text != usual.get((plain, setting), text):
                 name += f", {text} px" if setting == "size" else f", {setting} {text}"
         names.append(name)
@@ -340,14 +341,14 @@ def numbers(runs, path):
     for (_, seed), results in runs.items():
         found = draws(results, path)
         if found:
-            seeds.setdefault(seed, []).append(statistics.mean(found))
-    return [statistics.mean(found) for found in seeds.values()]
+            seeds.setdefault(seed, []).append(statistics.fmean(found))
+    return [statistics.fmean(found) for found in seeds.values()]
 
 
 def mean(networks, name, measured, path):
     """The mean over the runs of a network, None if it was not measured."""
     found = numbers(networks.get(name, {}).get(measured, {}), path)
-    return statistics.mean(found) if found else None
+    return statistics.fmean(found) if found else None
 
 
 def cell(runs, path, how):
@@ -359,8 +360,8 @@ def cell(runs, path, how):
     if not found:
         return ""
     if how == "M":
-        return f"{statistics.mean(found) / 1e6:.1f}"
-    text = f"{statistics.mean(found):{how}}"
+        return f"{statistics.fmean(found) / 1e6:.1f}"
+    text = f"{statistics.fmean(found):{how}}"
     deviations = []
     seeds = len(found)
     if seeds == 1:
@@ -390,8 +391,8 @@ def table(networks, columns):
 
 def beside_linear(protocols, measured, path):
     """A measure and the linear accuracy, means over the runs of a network of which both are known:
-    two trainings by the same command differ. The probe is that of "features" or, with all labels,
-    that beside fine-tuning, which is the same."""
+    two trainings by the same command differ; () if there is no such run. The probe is that of
+    "features" or, with all labels, that beside fine-tuning, which is the same."""
     pairs = []
     for run, results in protocols.get(measured, {}).items():
         accuracy = draws(protocols.get("features", {}).get(run, []), "linear")
@@ -399,8 +400,8 @@ def beside_linear(protocols, measured, path):
             accuracy = draws(protocols.get("fine-tuning 1.0", {}).get(run, []), "frozen")
         known = draws(results, path)
         if known and accuracy:
-            pairs.append((statistics.mean(known), statistics.mean(accuracy)))
-    return [statistics.mean(numbers) for numbers in zip(*pairs)]
+            pairs.append((statistics.fmean(known), statistics.fmean(accuracy)))
+    return tuple(statistics.fmean(numbers) for numbers in zip(*pairs))
 
 
 class Predictor(NamedTuple):
@@ -415,13 +416,29 @@ class Predictor(NamedTuple):
     of_same: int
 
 
-def predictors(networks):
-    """{measure: Predictor} over the methods at their defaults. The interval is of the bootstrap
-    over methods: together, all intervals hold with about 95 % (Bonferroni)."""
+@functools.cache  # three pages ask for the same
+def bootstrap(pairs):
+    """Spearman's rank correlation of the methods' pairs of numbers, and its interval over 20,000
+    draws of as many methods: together, the intervals of all PREDICTORS hold with about 95 %
+    (Bonferroni)."""
     import numpy as np
     from scipy.stats import rankdata, spearmanr, zscore
 
     outside = 100 * 0.05 / len(PREDICTORS)  # percent of the draws, for one predictor
+    pairs = np.array(pairs)
+    rng = np.random.default_rng(0)
+    drawn = pairs[rng.integers(len(pairs), size=(20_000, len(pairs)))]  # (20000, methods, 2)
+    drawn = drawn[np.ptp(drawn, axis=1).min(1) > 0]
+    x, y = np.moveaxis(zscore(rankdata(drawn, axis=1), axis=1), 2, 0)
+    several = (x * y).mean(1)  # the correlation of the ranks
+    low, high = np.percentile(several, [outside / 2, 100 - outside / 2])
+    return spearmanr(*pairs.T).statistic, low, high
+
+
+def predictors(networks):
+    """{measure: Predictor} over the methods at their defaults."""
+    from scipy.stats import spearmanr
+
     found = {}
     for name, place in PREDICTORS.items():
         pairs = {n: beside_linear(networks[n], *place) for n in networks if at_defaults(n)}
@@ -430,14 +447,7 @@ def predictors(networks):
         if len(pairs) < 5:
             found[name] = Predictor(None, None, None, len(pairs), None, len(alike))
             continue
-        pairs = np.array(list(pairs.values()))
-        rng = np.random.default_rng(0)
-        drawn = pairs[rng.integers(len(pairs), size=(20_000, len(pairs)))]  # (20000, methods, 2)
-        drawn = drawn[np.ptp(drawn, axis=1).min(1) > 0]
-        x, y = np.moveaxis(zscore(rankdata(drawn, axis=1), axis=1), 2, 0)
-        several = (x * y).mean(1)  # Spearman's: the correlation of the ranks
-        low, high = np.percentile(several, [outside / 2, 100 - outside / 2])
-        rank = spearmanr(*pairs.T).statistic
+        rank, low, high = bootstrap(tuple(pairs.values()))
         same = spearmanr(*zip(*alike)).statistic if len(alike) > 4 else None
         found[name] = Predictor(rank, low, high, len(pairs), same, len(alike))
     return found
@@ -531,8 +541,8 @@ def repeatability(networks):
             continue
         runs = [number for group in groups for number in group]
         free = len(groups) - 1, len(runs) - len(groups)  # degrees of freedom
-        of_all = statistics.mean(runs)
-        means = [statistics.mean(group) for group in groups]
+        of_all = statistics.fmean(runs)
+        means = [statistics.fmean(group) for group in groups]
         within = sum((x - m) ** 2 for group, m in zip(groups, means) for x in group) / free[1]
         between = sum(len(g) * (m - of_all) ** 2 for g, m in zip(groups, means)) / free[0]
         each = (len(runs) - sum(len(g) ** 2 for g in groups) / len(runs)) / free[0]  # runs
@@ -633,7 +643,7 @@ def by_draw(rows, part, kind):
             draws = found.setdefault(name, {})
             draws.setdefault(row["settings"]["draw"], []).append(number)
     return {
-        name: {draw: statistics.mean(numbers) for draw, numbers in draws.items()}
+        name: {draw: statistics.fmean(numbers) for draw, numbers in draws.items()}
         for name, draws in found.items()
     }
 
@@ -645,9 +655,9 @@ def difference(a, b):
 
     steps = [a[draw] - b[draw] for draw in a if draw in b]
     if len(steps) < 3:
-        return statistics.mean(steps), math.inf
+        return statistics.fmean(steps), math.inf
     error = statistics.stdev(steps) / len(steps) ** 0.5
-    return statistics.mean(steps), t.ppf(0.975, len(steps) - 1) * error
+    return statistics.fmean(steps), t.ppf(0.975, len(steps) - 1) * error
 
 
 def tuned_pairs(rows):
@@ -717,7 +727,7 @@ def mean_by_draw(found, names):
     """{draw: the mean over the networks that are named} of the draws that all of them have. found:
     {network: {draw: accuracy}}"""
     common = set.intersection(*(set(found[name]) for name in names))
-    return {draw: statistics.mean(found[name][draw] for name in names) for draw in sorted(common)}
+    return {draw: statistics.fmean(found[name][draw] for name in names) for draw in sorted(common)}
 
 
 def on_scenes(networks, task, how):
