@@ -693,11 +693,11 @@ def features(network, split, size, device, workers=0):
     """Frozen features (N, D) of one plain view per image, in the order of the split: of an image in
     memory the whole, of a file the centre; and (N,) bool, False for files that cannot be read. Each
     process computes its share; process 0 gets all, the others None. Matrices of more than 2^27
-    numbers (0.5 GB in float32) are kept in float16. Exits with a one-line message if a feature is
-    not finite: some rules would fail, others give an ordinary number."""
+    numbers (0.5 GB in float32) are kept in float16. Exits with a one-line message if no image can
+    be read or a feature is not finite: some rules would fail, others give an ordinary number."""
     count = len(split.images)
     share = -(-count // world())
-    mine = torch.arange(rank() * share, (rank() + 1) * share)
+    mine = rank() * share + torch.arange(share)
     mine.clamp_(max=count - 1)  # equal shares; the surplus is cut off below
     readable = torch.ones(count, device=device)
     finite = torch.tensor(True, device=device)
@@ -724,6 +724,8 @@ def features(network, split, size, device, workers=0):
         done += len(h)
         readable[broken] = 0
     readable = gather(readable[mine.to(device)])[:count] > 0
+    if not readable.any():
+        fail(f"none of {count} images for the evaluation can be read: replace these files")
     if all_reduce_sum(1.0 - finite.float()) > 0:
         fail(
             "some features are infinite or not a number: leave this network out, or train it anew "
@@ -1731,13 +1733,13 @@ def baselines(run, seed):
 def labelled_features(network, data, size, device, workers):
     """Features of the bank, labels, features of the test images, labels, and groups of the bank or
     None; without images that cannot be read. Every process must call it; process 0 gets them.
-    Exits with a one-line message if there is one image to learn from, or none."""
+    Exits with a one-line message if there is only one image to learn from."""
     bank, readable = features(network, data.bank, size, device, workers)
     test, test_readable = features(network, data.test, size, device, workers)
     if rank() > 0:
         return [None] * 5
-    if readable.sum() < 2 or not test_readable.any():
-        fail(f"{data.name}: two training images with labels and a test image are needed")
+    if readable.sum() < 2:
+        fail(f"{data.name}: two training images with labels are needed")
     groups = data.bank.emoji
     return (
         only(bank, readable),

@@ -8,23 +8,23 @@ Idea. Features of a whole image tell what is seen, but not where. Four tasks ask
 every pixel of rendered scenes, the data set `solids`: 1,000 to train on, 250 with other textures to
 test. A linear head that looks at one place (a 1x1 convolution) reads the answer off the maps of a
 network, its features before they are pooled. Frozen, the network does not change, so the maps
-themselves must hold the answer. Fine-tuned, all weights are trained; with the untrained network
-this is to train from scratch.
+themselves must hold the answer. Fine-tuned, all its weights and the statistics of its batch-norm
+do; the untrained network then starts from scratch.
 
 Notation. The maps are those of ALL stages of a ResNet (its first layer, then layer1 to layer4), or
-the patches of a ViT after four evenly spaced blocks. For raw pixels the map is the image, averaged
-to 32 x 32, with the colours of the 7 x 7 pixels around each place; k-means features, which are sums
-over quarters of the image, have none. The head standardises each map per channel (batch-norm
+the patches of a ViT after four evenly spaced blocks. Networks of patches (cpc) have one map. For
+raw pixels it is the image, averaged to at most 32 x 32, with the colours of the 7 x 7 pixels around
+each place; k-means features have no maps. The head standardises each map per channel (batch-norm
 without scale and offset), resizes what it reads off each to the 48 x 48 pixels of a scene, and adds
-it. Scenes are enlarged so that the maps have places enough; this size is new to most networks,
-trained or not. Scores are over all pixels of all test scenes; sky has no normal and no depth.
+it. Scenes are enlarged so that the maps have places enough; most networks were made for smaller
+images. Scores are over all pixels of all test scenes; sky has no normal and no depth.
 
     segmentation  The shape at a pixel, one of 8, or the background. miou: intersection / union,
                   percent, the mean of these 9 classes; object_iou: that of objects of any shape.
     normals       The direction of the surface, a unit vector n. The error is arccos(n . n_true).
                   angle: its mean in degrees; median; 11.25, 22.5, 30: the percentage of pixels with
-                  at most this error. object_ is over the pixels of objects, all_ over all: the flat
-                  floor covers 78 % of the pixels and decides all_, so compare networks by object_.
+                  at most this error. object_ is over the pixels of objects, all_ over all. The flat
+                  floor, 78 % of the pixels, decides all_, the losses and depth: compare by object_.
     depth         The depth d along the optical axis, where objects are about 1 wide.
                   rmse = sqrt(mean (d - d_true)^2); abs_rel = mean |d - d_true| / d_true.
     keypoints     Corners and tips of solids, by a heat map. For each object its box and the number
@@ -32,7 +32,7 @@ trained or not. Scores are over all pixels of all test scenes; sky has no normal
                   the answer, paired with the points so that the sum of distances is least. The
                   error of a pair is its distance / the longer side of the box. pck_0.1: percentage
                   of points whose error is at most 0.1; auc: its mean over limits from 0 to 0.2.
-                  The true heat maps have pck_0.1 94.0 and auc 89.0, since boxes overlap.
+                  The true maps, merged per scene, have pck_0.1 94.0 and auc 89.0: boxes overlap.
 
 The row "no network" gives one answer for all pixels that is good for the training scenes: for miou
 background, for object_iou any shape; for all_ the mean normal, for object_ that of objects; for
@@ -201,7 +201,7 @@ COLUMNS = ("miou", "object_iou", "all_angle", "all_median", "object_angle", "obj
            "object_11.25", "object_22.5", "object_30", "rmse", "abs_rel", "pck_0.1", "auc")
 SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
-    "seed": (0, "seed of the untrained network, of the head, and of the order of scenes"),
+    "seed": (0, "seed of the untrained network and of the order of scenes"),
     "data": ("solids", "the scenes", ("solids",)),
     "size": (96, "side to which the scenes are resized for the network, pixels", "[1, inf)"),
     "only": ("all", "which task", ("all", *TASKS)),
@@ -246,7 +246,7 @@ def constant(task, target):
         return torch.zeros(TASKS[task])
     if task == "segmentation":
         # A class with n pixels and weight n^-1/2 pulls like n^1/2 pixels, so the best logit is
-        # log(n)/2. + 1: a shape may be missing.
+        # log(n)/2; n + 1, since a shape may be missing.
         counts = target.flatten().bincount(minlength=TASKS[task])
         return (counts + 1).log() / 2
     return target.sum((0, 2, 3)) / target.any(1).sum()  # over the pixels that are valid
@@ -323,7 +323,6 @@ def train_and_test(candidate, task, frozen, train, test, settings, device):
     source = map_source(frozen, network, train.images, candidate.size, device)
     widths = [x.shape[1] for x in source([0])]  # still in eval mode: no statistics change
 
-    torch.manual_seed(settings["head_seed"])
     head = MapHead(widths, len(start), side, start).to(device)
     trunk = [] if frozen else network.train().parameters()
 

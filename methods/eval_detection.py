@@ -7,8 +7,8 @@ Idea. A detector is a network that finds objects. It is built upon the maps of a
 trunk: the trunk's features before they are pooled. Torchvision's FCOS asks of each place of a map:
 is this the middle of an object, of which shape, and how far away are the four sides of its box? It
 is trained on the 1,000 rendered scenes of the data set `solids` and tested on 250 with other
-textures. Frozen, the trunk is that of a run and does not change; fine-tuned, all weights are
-trained. The untrained trunk is treated in the same way; to fine-tune it is to train from scratch.
+textures. Frozen, a trunk does not change; fine-tuned, all its weights and the statistics of its
+batch-norm do. The untrained trunk is treated in the same way; fine-tuned, it starts from scratch.
 The baseline of raw pixels, which cannot be fine-tuned, has one map: the image, averaged to at most
 32 x 32, with the colours of the 7 x 7 pixels around each place.
 
@@ -32,21 +32,21 @@ Then it is right. If there is no such box, it is wrong. Over all images, again t
     ap50, ap75  AP(0.5) and AP(0.75), averaged over the shapes, in percent
     ap          the mean over t = 0.5, 0.55, ..., 0.95
 
-The learning rates were not tuned; --lr-trunk is that of eval_finetune.py.
-
 Run.
     python methods/eval_detection.py runs/simclr-emoji-0
     python methods/eval_detection.py runs/*-emoji-* --no-finetune
     python methods/eval_detection.py runs/*-emoji-* --steps 2000
 It writes results.jsonl and boxes.png into --out, by default runs/eval_detection. What is in
-results.jsonl is not measured again. A training that diverges ends the script without a table; the
-command continues with lower rates, or without that run.
+results.jsonl is not measured again. A training that diverges ends the script without a table: give
+the other runs alone to continue, or lower rates to measure anew.
 Most default runs take about three minutes of one CPU core, networks with larger maps (jigsaw,
 counting, context_prediction) seven, a ViT twenty, so choose --size 48 for it.
 
 Differs from the papers. (This file | FCOS.)
-    1. One map with 64 channels for all sizes of objects, two convolutions | five of 256, four.
-    2. Adam, trained for 500 steps of 16 scenes | SGD, 90,000 steps of 16 photographs.
+    1. One map of 64 channels, two convolutions in a branch | five maps of 256 channels, four.
+    2. Adam, 500 steps of 16 scenes, rates not tuned | SGD, 90,000 steps of 16 photographs.
+    3. Torchvision's: distances from the corner of a place, generalised IoU, places near the middle
+       of an object, the root of the score | from its middle, IoU, all places in a box, no root.
 """
 
 import copy
@@ -71,7 +71,7 @@ from kernels.views import MEAN, STD
 KIND = "evaluation"  # the tests ask for what is due to each kind
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MOST = 100  # boxes in one image that count: of each shape, and that the detector gives
+MOST = 100  # boxes of one image: of each shape in the measure, of all from the detector
 
 # The measure.
 
@@ -119,7 +119,7 @@ def coco_scores(found, truth, shapes):
     """found: per image a dict of arrays: boxes (n, 4), scores (n,), labels (n,); truth: the same
     without scores. labels: 1 to shapes. Returns ap, ap50, ap75 in percent, and the ap of each
     shape, -1 and not in the means if the truth has none of it. Exits with a one-line message if no
-    image has a true box. COCO's code, too, has numbers of 64 bits."""
+    image has a true box."""
     ap = np.full((shapes, len(THRESHOLDS)), np.nan)
     for label in range(1, shapes + 1):
         scores = []
@@ -127,6 +127,7 @@ def coco_scores(found, truth, shapes):
         count = 0
         for image, true in zip(found, truth):
             mine = image["labels"] == label
+            # Numbers of 64 bits, as in COCO's code.
             boxes = image["boxes"][mine].astype(float)
             true_boxes = true["boxes"][true["labels"] == label].astype(float)
             ordered, of_image = right_boxes(boxes, image["scores"][mine], true_boxes)
@@ -154,7 +155,7 @@ SETTINGS = {
     "recipe": ("default", "which column gives the defaults"),
     "seed": (0, "seed of the untrained network, of the detector, and of the order of scenes"),
     "data": ("solids", "the scenes", ("solids",)),
-    "size": (96, "side to which the scenes are resized for the network, pixels", "[12, inf)"),
+    "size": (96, "side to which the scenes are resized for the network, pixels", "[24, inf)"),
     "finetune": (True, "also train all weights"),
     "batch": (16, "scenes per step", "[1, 1000]"),
     "steps": (500, "training steps of the detector", "[1, inf)"),
@@ -164,7 +165,7 @@ SETTINGS = {
 GRID = 12  # places of the detector's map along a side
 CHANNELS = 64  # of this map
 CONVS = 2  # in each of the detector's branches
-LOWEST_SCORE = 0.01  # of a box that is kept
+LOWEST_SCORE = 0.01  # of a box that is kept: in AP weak ones count, too
 SHOWN = 6  # test scenes in the picture
 DIVERGED = "are infinite or not a number: choose lower rates (--lr-head, --lr-trunk)"
 
@@ -210,7 +211,8 @@ def detector(network, size, frozen, shapes):
         image_mean=MEAN,
         image_std=STD,
         size_divisible=1,
-        # It has no anchors: this is the side of a place, the unit in which it measures distances.
+        # It has no anchors: this is the side of a place, the unit of distances. Torchvision rounds
+        # half of it, so it must be even.
         anchor_generator=AnchorGenerator(((size // GRID,),), ((1.0,),)),
         head=FCOSHead(CHANNELS, 1, classes, num_convs=CONVS),
         score_thresh=LOWEST_SCORE,
@@ -242,6 +244,7 @@ def train_and_test(candidate, frozen, train, test, settings, device):
     fit(loss, head, trunk, len(images), settings)
 
     model.eval()
+    # A box whose score is not a number would be left out in silence.
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         fail(f"some weights of the detector {DIVERGED}")
     found = []
@@ -321,8 +324,8 @@ def main(argv=None):
     device = join_processes(args.seed)
     if world() > 1:
         fail("this script runs in one process: start it with python, not with torchrun")
-    if args.size % GRID:
-        fail(f"--size {args.size}: choose a multiple of {GRID}, the places of the detector's map")
+    if args.size % (2 * GRID):
+        fail(f"--size {args.size}: choose a multiple of {2 * GRID}, twice the places of its map")
     train = load_solids("train")
     test = load_solids("test")
     results = Results("eval_detection", args, device)

@@ -574,6 +574,20 @@ def test_unreadable_file_is_left_out_of_the_evaluation(hundreds, capsys):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("empty", ["bank", "test"])
+def test_nothing_that_can_be_read_stops_the_evaluation(hundreds, capsys, empty):
+    """One sentence instead of an accuracy of no images."""
+    paths, break_ = hundreds
+    labels = torch.arange(4) % 2
+    broken = BrokenFiles(1000)  # of which fewer than one in 100 are broken
+    good, bad = [Split(Files(part, broken), labels) for part in (paths[:4], paths[4:8])]
+    data = Data("some", good, bad if empty == "bank" else good, bad if empty == "test" else good)
+    for index in range(4, 8):
+        break_(index)
+    error = error_of(capsys, lambda: evaluate(pixels(8), data, 8, CPU))
+    assert error.endswith("none of 4 images for the evaluation can be read: replace these files")
+
+
 @pytest.mark.parametrize("only_knn", [True, False])
 def test_more_than_one_in_a_hundred_stops_the_evaluation(hundreds, capsys, only_knn):
     paths, break_ = hundreds

@@ -303,7 +303,7 @@ def test_what_can_be_reached_in_the_embedded_scenes():
     assert f"pck_0.1 {found['pck_0.1']:.1f} and auc {found['auc']:.1f}" in text
 
     floor = (test.classes == 0)[test.depth > 0].double().mean()
-    assert f"floor covers {100 * floor:.0f} % of the pixels" in text
+    assert f"floor, {100 * floor:.0f} % of the pixels" in text
 
 
 def test_without_visible_points_there_are_no_numbers():

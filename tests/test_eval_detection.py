@@ -362,6 +362,15 @@ def test_boxes_and_scores_that_are_not_finite_end_in_one_sentence(monkeypatch, c
     assert error.startswith("error: some boxes or scores are infinite or not a number")
 
 
+@pytest.mark.parametrize("size", [24, 72, 96])
+def test_the_unit_of_distances_is_the_side_of_a_place(size):
+    """Torchvision rounds half of a side, so of the odd ones it takes others: 4 for 3 and 5."""
+    model = eval_detection.detector(backbone("resnet14", 16).eval(), size, True, 8)
+    model.anchor_generator.set_cell_anchors(torch.float32, CPU)
+    (box,) = model.anchor_generator.cell_anchors[0].tolist()
+    assert box[2] - box[0] == box[3] - box[1] == size / 12
+
+
 @pytest.mark.thorough
 def test_the_detector_learns_scenes_whose_colours_tell_the_shape():
     torch.manual_seed(0)
@@ -463,7 +472,7 @@ def test_refusals(tmp_path):
     write_run(tmp_path / "a", arch="vit_micro", size=24)
     for flags, words in (
         (["--data", "emoji"], "--data"),
-        (["--size", 30], "--size 30: choose a multiple of 12"),
+        (["--size", 36], "--size 36: choose a multiple of 24"),
         (["--steps", 0], "--steps 0: choose at least 1"),
         (["--batch", 1001], "--batch 1001: choose"),
     ):

@@ -257,7 +257,7 @@ def test_one_image_is_too_few(tmp_path):
     alone = tiny_data(1, 16)
     found = run_script(tmp_path / "a", "--out", tmp_path / "out", data=alone, with_kmeans=as_given)
     assert found.code == 1 and found.err.count("\n") == 1
-    assert found.err.startswith("error: tiny: two training images with labels and a test")
+    assert found.err.startswith("error: tiny: two training images with labels are needed")
 
 
 def test_no_test_image_that_can_be_read(tmp_path):
@@ -275,7 +275,7 @@ def test_no_test_image_that_can_be_read(tmp_path):
     flags = [tmp_path / "a", "--out", tmp_path / "out"]
     found = run_script(*flags, data=data, with_kmeans=as_given)
     assert found.code == 1 and not found.rows
-    words = "images: two training images with labels and a test image are needed"
+    words = "none of 6 images for the evaluation can be read: replace these files"
     assert found.err.endswith(f"error: {words}\n")
 
 

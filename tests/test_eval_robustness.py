@@ -484,7 +484,7 @@ def test_one_training_image_is_too_few(tmp_path, monkeypatch):
     flags = [tmp_path / "a", "--out", tmp_path / "out"]
     found = run_script(*flags, data=tiny_data(1, 16), candidates=only_the_run)
     assert found.code == 1 and found.err.count("\n") == 1 and not found.rows
-    assert found.err.startswith("error: tiny: two training images with labels and a test")
+    assert found.err.startswith("error: tiny: two training images with labels are needed")
 
 
 def test_images_that_cannot_be_read_are_left_out_everywhere():
