@@ -146,7 +146,8 @@ SHARE_IT = (
     "arrow_of_time",
 )  # fmt: skip
 SHARED_START = rf" of ({'|'.join(SHARE_IT)})\b"
-SCENE_START = "untrained resnet14 made for 32, 96 px"
+SCENE_SIZE = ", 96 px"  # at which nearly all networks see the scenes; only these are compared
+SCENE_START = f"untrained resnet14 made for 32{SCENE_SIZE}"
 DATA = {  # table: the data sets of its rows, where that is not emoji
     "fashion": ("fashion",),
     **dict.fromkeys(SCENES, ("solids",)),
@@ -345,10 +346,26 @@ def numbers(runs, path):
     return [statistics.fmean(found) for found in seeds.values()]
 
 
-def mean(networks, name, measured, path):
-    """The mean over the runs of a network, None if it was not measured."""
-    found = numbers(networks.get(name, {}).get(measured, {}), path)
+def mean(networks, name, measured, path, seeds=()):
+    """The mean over the runs of a network, None if it was not measured; over those with some seeds
+    alone, if there are any."""
+    runs = networks.get(name, {}).get(measured, {})
+    some = {run: results for run, results in runs.items() if run[1] in seeds}
+    found = numbers(some or runs, path)
     return statistics.fmean(found) if found else None
+
+
+def seeds_of(networks, name, measured):
+    """The seeds with which a network was trained, of the runs that were measured."""
+    return {seed for _, seed in networks[name].get(measured, {})}
+
+
+def beside_start(networks, name, start, measured, path):
+    """The number of a trained network and that of the same one untrained, with the same seeds if
+    they were measured; None if one of the two is not known."""
+    seeds = seeds_of(networks, name, measured)
+    pair = mean(networks, name, measured, path), mean(networks, start, measured, path, seeds)
+    return None if None in pair else pair
 
 
 def cell(runs, path, how):
@@ -477,8 +494,8 @@ def agreement(networks):
         values = []
         for measure in AGREE:
             block, measured, path, _ = REPEATED[measure]
-            sizes = [name, *[f"{name}, {pixels} px" for pixels in (96, 48)]]  # of the scenes
-            known = [mean(networks[block], sized, measured, path) for sized in sizes]
+            names = name, name + SCENE_SIZE
+            known = [mean(networks[block], sized, measured, path) for sized in names]
             known = [number for number in known if number is not None]
             if known:
                 values.append(-known[0] if block in ERRORS else known[0])
@@ -662,10 +679,12 @@ def difference(a, b):
 
 def tuned_pairs(rows):
     """{share of the labels: ({network: {draw: tuned}}, {network: {draw: frozen}}, {network: the
-    same one untrained})} of fine-tuning, and how many draws all the networks have. If some networks
-    have three draws or more, these alone."""
+    same one untrained})} of fine-tuning, and how many draws all the networks have: of those that
+    share the most frequent untrained network, and if some have three draws or more, these alone."""
     networks = collect(rows)
     starts = {plain_name(row): start_of(row, networks) for row in rows if "method" in row}
+    shared = Counter(starts.values()).most_common(1)
+    starts = {name: start for name, start in starts.items() if start == shared[0][0]}
     found = {}
     counts = {}  # network: draws with all shares of the labels
     for share, part in SHARES.items():
@@ -714,6 +733,18 @@ def gains(rows):
     return steps, draws
 
 
+def few_minus_all(rows):
+    """By how much fine-tuning is better than training from scratch with 1 % of the labels, less
+    that with all of them: of difference()."""
+    found, _ = tuned_pairs(rows)
+    steps = []
+    for share in ("1 %", "all"):
+        tuned, _, pairs = found[share]
+        own, scratch = mean_by_draw(tuned, pairs), mean_by_draw(tuned, pairs.values())
+        steps.append({draw: own[draw] - scratch[draw] for draw in own if draw in scratch})
+    return difference(*steps)
+
+
 def gain_table(rows):
     lines = []
     for share, gain in gains(rows)[0].items():
@@ -731,15 +762,16 @@ def mean_by_draw(found, names):
 
 
 def on_scenes(networks, task, how):
-    """The first measure of a task on rendered scenes of every network at its defaults and of the
-    same one untrained: {network: (trained, untrained)}. how: "frozen" or "fine-tuned"."""
+    """The first measure of a task on rendered scenes of every network at its defaults that saw them
+    at SCENE_SIZE and of the same one untrained: {network: (trained, untrained)}. how: "frozen" or
+    "fine-tuned"."""
     measured, path, _ = list(TABLES[task].values())[0]
     measured = measured.replace("frozen", how)
     found = {}
     for name in networks:
-        places = name, own_start(name, networks) or SCENE_START
-        pair = tuple(mean(networks, place, measured, path) for place in places)
-        if at_defaults(name) and None not in pair:
+        start = own_start(name, networks) or SCENE_START
+        pair = beside_start(networks, name, start, measured, path)
+        if at_defaults(name) and name.endswith(SCENE_SIZE) and pair:
             found[name.split("**")[1]] = pair
     return found
 
@@ -801,16 +833,20 @@ def scene_table(networks):
     return heads, lines
 
 
+def accuracies_of_stages(networks, name, seeds=()):
+    """Linear accuracy after each stage or block, None if it was not measured. seeds: of mean()."""
+    for layers in (LAYERS, BLOCKS):
+        places = [f"linear probe of {layer}" for layer in layers]
+        found = [mean(networks, name, place, "linear", seeds) for place in places]
+        if None not in found:
+            return found
+    return None
+
+
 def stage_accuracies(networks):
     """{network: its linear accuracy after each stage or block}, of those that were measured."""
-    found = {}
-    for layers in (LAYERS, BLOCKS):
-        for name in networks:
-            places = [f"linear probe of {layer}" for layer in layers]
-            accuracies = [mean(networks, name, place, "linear") for place in places]
-            if None not in accuracies:
-                found[name] = accuracies
-    return found
+    found = {name: accuracies_of_stages(networks, name) for name in networks}
+    return {name: accuracies for name, accuracies in found.items() if accuracies}
 
 
 def networks_of(rows, videos):

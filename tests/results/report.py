@@ -773,7 +773,8 @@ def draw_layers(path):
 
     stages = evaluations.LAYERS
     rows = evaluations.rows_of("features", evaluations.read_rows(), FAMILIES["Video"])
-    found = evaluations.stage_accuracies(evaluations.collect(rows))
+    networks = evaluations.collect(rows)
+    found = evaluations.stage_accuracies(networks)
     found = {name: line for name, line in found.items() if len(line) == len(stages)}
     figure = Figure((13, 5.5), dpi=90)
     panels = figure.subplots(1, 2, sharey=True)
@@ -781,6 +782,7 @@ def draw_layers(path):
     panels[0].set_ylabel("linear accuracy, %")
     drawn = [f"**{method}**" for methods in sides().values() for method in methods]
     drawn = [name for name in (*drawn, sentences.UNTRAINED) if name in found]
+    before = sentences.untrained_stages(networks, found)
     heights = [height for name in drawn for height in found[name]]
     panels[0].set_ylim(min(heights) - 0.5, max(heights) + 1.5)  # room for the legend
     for axes, (heading, methods) in zip(panels, sides().items()):
@@ -788,17 +790,16 @@ def draw_layers(path):
         axes.set_xlabel("after stage, averaged to about 800 features")
         axes.tick_params(labelleft=True)
         names = [f"**{method}**" for method in methods if f"**{method}**" in found]
-        starts = [sentences.start(name, found) for name in names]
         ends = []
         for name in names:
             axes.plot(stages, found[name], color="0.75", linewidth=1)
             ends.append((len(stages) - 1, found[name][-1], name.strip("*"), "0.45"))
         groups = (
-            ("trained, mean", names, "tab:blue", "o-"),
-            ("the same networks untrained, mean", starts, "black", "s--"),
+            ("trained, mean", found, "tab:blue", "o-"),
+            ("the same networks untrained, mean", before, "black", "s--"),
         )
-        for label, group, color, style in groups:
-            means = [statistics.mean(column) for column in zip(*[found[n] for n in group])]
+        for label, lines, color, style in groups:
+            means = [statistics.mean(column) for column in zip(*[lines[n] for n in names])]
             axes.plot(stages, means, style, color=color, linewidth=2, markersize=5, label=label)
         axes.legend(loc="upper right", fontsize=9)
         name_points(axes, ends)

@@ -34,13 +34,15 @@ def by_method(by_network):
     return {n.split("**")[1]: number for n, number in by_network.items() if at_defaults(n)}
 
 
-def over_untrained(by_network):
+def over_untrained(networks, *place):
     """By how much the mean of the methods is above that of the same networks untrained."""
-    steps = []
-    for name, number in by_network.items():
-        if at_defaults(name) and start(name, by_network) in by_network:
-            steps.append(number - by_network[start(name, by_network)])
-    return statistics.mean(steps)
+    known = numbers_of(networks, *place)
+    pairs = [
+        evaluations.beside_start(networks, name, start(name, known), *place)
+        for name in known
+        if at_defaults(name)
+    ]
+    return statistics.mean(trained - untrained for trained, untrained in filter(None, pairs))
 
 
 def highest(numbers):
@@ -61,11 +63,12 @@ def listed(words):
 
 
 def artist(networks):
-    found = numbers_of(networks["features"], "robustness", "artist_new/mean")
+    place = networks["features"], "robustness", "artist_new/mean"
+    found = numbers_of(*place)
     return (
         "**A new artist.** A probe learns from three artists and is tested on the fourth. Its "
         f"accuracy in percent: the best, {highest(by_method(found))}; {baselines(found)}. The "
-        f"methods have on average {over_untrained(found):.1f} points more than the same networks "
+        f"methods have on average {over_untrained(*place):.1f} points more than the same networks "
         "untrained. The probe has never seen the fourth style; the networks have, without labels."
     )
 
@@ -87,21 +90,36 @@ def best_early(found):
 
 class Falls(NamedTuple):
     """Of one kind of methods: its networks, how many points their accuracy falls from the best
-    stage to the last, on average, and how many that of the same networks untrained."""
+    stage to the last, on average, the standard error of this mean over the methods (None: of one),
+    and how many points that of the same networks untrained falls."""
 
     names: list
     trained: float
+    error: float | None
     untrained: float
 
 
-def falls(found, sides):
+def untrained_stages(networks, found):
+    """{trained ResNet: the accuracies of the same network untrained, with the same seeds}"""
+    result = {}
+    for name in found:
+        if at_defaults(name) and len(found[name]) == len(evaluations.LAYERS):
+            seeds = evaluations.seeds_of(networks, name, "linear probe of stem")
+            place = start(name, found), seeds
+            result[name] = evaluations.accuracies_of_stages(networks, *place)
+    return result
+
+
+def falls(networks, found, sides):
     """{kind of methods: Falls}. sides: {"pretext tasks" or the like: its methods}."""
+    before = untrained_stages(networks, found)
     result = {}
     for kind, methods in sides.items():
         names = [f"**{method}**" for method in methods if f"**{method}**" in found]
-        trained = statistics.mean(fall(found[name]) for name in names)
-        untrained = statistics.mean(fall(found[start(name, found)]) for name in names)
-        result[kind] = Falls(names, trained, untrained)
+        trained = [fall(found[name]) for name in names]
+        error = statistics.stdev(trained) / len(names) ** 0.5 if len(names) > 1 else None
+        untrained = statistics.mean(fall(before[name]) for name in names)
+        result[kind] = Falls(names, statistics.mean(trained), error, untrained)
     return result
 
 
@@ -109,24 +127,27 @@ def depth(networks, sides):
     """sides: those of falls()."""
     found = evaluations.stage_accuracies(networks["features"])
     early, count = best_early(found)
-    kinds = falls(found, sides)
+    kinds = falls(networks["features"], found, sides)
+    before = untrained_stages(networks["features"], found)
     added = [[], []]  # by training, at the first and at the last stage
     words = []
-    for kind, (names, trained, _) in kinds.items():
-        words.append(f"{trained:.1f} points ({len(names)} {kind})")
+    for kind, (names, trained, error, _) in kinds.items():
+        spread = "" if error is None else f" ± {error:.1f}"
+        words.append(f"{trained:.1f}{spread} points ({len(names)} {kind})")
         for stage, steps in zip((0, -1), added):
-            step = [found[name][stage] - found[start(name, found)][stage] for name in names]
+            step = [found[name][stage] - before[name][stage] for name in names]
             steps.append(f"{statistics.mean(step):.1f}")
     text = (
         "**Depth.** Several papers find that after pretext tasks the last layers do worse than the "
         "middle ones, and that after methods that compare views they do not. Here "
         f"{early} of {count} trained ResNets are best after layer1 or layer2 of the "
         f"four (chosen on the test images). From the best stage to the last, accuracy falls by "
-        f"{listed(words)} on average, in the same networks untrained by "
-        f"{listed([f'{it.untrained:.1f}' for it in kinds.values()])}."
+        f"{listed(words)} on average (± standard error over the methods), in the same networks "
+        f"untrained by {listed([f'{it.untrained:.1f}' for it in kinds.values()])}."
     )
     first, last = map(listed, added)
-    text += f" Training adds {first} points at the first stage, {last} at the last."
+    text += f" In the same order, training adds {first} points at the first stage, {last} at the "
+    text += "last."
     if all(it.untrained > it.trained for it in kinds.values()):
         text += (
             " The usual explanation is that the last layers specialise in the task of the "
@@ -139,9 +160,10 @@ def few(networks):
     words = []
     steps = []
     for share in ("1 %", "10 %"):
-        found = numbers_of(networks["features"], "few", f"{share}/accuracies")
+        place = networks["features"], "few", f"{share}/accuracies"
+        found = numbers_of(*place)
         words.append(f"With {share}: the best, {highest(by_method(found))}; {baselines(found)}.")
-        steps.append(f"{over_untrained(found):.1f}")
+        steps.append(f"{over_untrained(*place):.1f}")
     return (
         "**Few labels.** Accuracy in percent of a logistic regression with C = 1 (the linear "
         "probe, which tunes its weight decay, is most often better with 1 %). "
@@ -165,47 +187,38 @@ def tuned(rows):
     scratch = {share: gain.over_scratch for share, gain in gains.items()}
     frozen = {share: gain.over_frozen for share, gain in gains.items()}
     untrained = {share: gain.scratch_over_frozen for share, gain in gains.items()}
-    clear = [share for share, (step, half) in scratch.items() if abs(step) > half]
-    words = f"The interval excludes 0 for: {listed(clear or ['none'])}."
-    if "all" in clear:
-        words += (
-            " With all labels it is too narrow, because the draws have the same images, and the "
-            "training is short: perhaps pretrained networks learn faster and end no better."
+    words = ""
+    if "all" in gains:
+        step, half = evaluations.few_minus_all(rows)
+        words = (
+            " The papers find most with few labels; here the gain with 1 % minus that with all is "
+            f"{step:+.1f} ± {half:.1f}. With all labels the interval is too narrow, because the "
+            "draws have the same images, and the training is short: perhaps pretrained networks "
+            "learn faster and end no better."
         )
-    if "1 %" not in clear:
-        words += " The papers find most with few labels; so few draws cannot tell."
     return (
         f"**Fine-tuning**, with 1 %, 10 % or all of the labels (95 % intervals over {draws} draws "
-        f"of the labels; {count} networks, most of which start from the same weights). In points, "
-        f"fine-tuned minus trained from scratch: {numbers(scratch)}. {words} Fine-tuned minus a "
+        f"of labels, order and initial weights; {count} methods with the same network). In points, "
+        f"fine-tuned minus trained from scratch: {numbers(scratch)}.{words} Fine-tuned minus a "
         f"linear probe of the frozen features: {numbers(frozen)}; the same of networks from "
         f"scratch and their untrained features: {numbers(untrained)}."
     )
 
 
-def place_of_mae(networks):
-    """The place of mae among the methods by what fine-tuning with all labels adds to the linear
-    probe, and {method: these points}; None if mae was not measured."""
-    methods = by_method(numbers_of(networks["finetune"], "fine-tuning 1.0", "gain"))
-    if "mae" not in methods:
-        return None
-    return sorted(methods, key=methods.get, reverse=True).index("mae") + 1, methods
-
-
-def mae(networks):
-    """Of which it is said that it gains most by fine-tuning."""
-    place = place_of_mae(networks)
-    if place is None:
-        return None
-    rank, methods = place
+def mae(networks, sides):
+    """Of which it is said that it gains most by fine-tuning. None if this was not measured."""
     found = numbers_of(networks["finetune"], "fine-tuning 1.0", "gain")
-    before = found.get(start("mae", found))
-    beside = "" if before is None else f" (from scratch and untrained {before:+.1f})"
+    methods = by_method(found)
+    views = [methods[name] for name in sides["methods that compare views"] if name in methods]
+    if "mae" not in methods or not views:
+        return None
+    runs = evaluations.numbers(networks["finetune"]["**mae**"]["fine-tuning 1.0"], "gain")
+    spread = f" ± {statistics.stdev(runs):.1f} ({len(runs)} seeds)" if len(runs) > 1 else ""
     return (
-        f"**MAE**, which in its paper gains more by fine-tuning than contrastive methods, is "
-        f"number {rank} of {len(methods)} here by what fine-tuning with all labels adds to the "
-        f"linear probe: {methods['mae']:+.1f} points{beside}; the most, {highest(methods)}. Most "
-        "are of one run, and runs of one method differ by points, so its place is not certain."
+        "**MAE**, which in its paper gains more by fine-tuning than contrastive methods: with all "
+        f"labels, fine-tuning adds {methods['mae']:+.1f}{spread} points to its linear probe, "
+        f"{min(views):+.1f} to {max(views):+.1f} to those of {len(views)} methods that compare "
+        f"views, and {found[start('mae', found)]:+.1f} to that of MAE's network untrained."
     )
 
 
@@ -214,10 +227,13 @@ def corruptions(networks):
     left = numbers_of(networks["features"], "robustness", "corrupted/mean")
     methods = by_method(loss)
     least, most = [pick(methods, key=methods.get) for pick in (min, max)]
+    untrained = [number for name, number in loss.items() if name.startswith("untrained")]
     return (
         f"**Corruptions.** Of the trained networks {least} loses least, {methods[least]:.1f} % of "
         f"its accuracy, {most} most, {methods[most]:.1f} %; {baselines(loss)}. The accuracy that "
-        f"is left: the best, {highest(by_method(left))}; {baselines(left)}."
+        f"is left: the best, {highest(by_method(left))}; {baselines(left)}. The network decides, "
+        f"too: untrained ones lose {min(untrained):.1f} to {max(untrained):.1f} %. And many "
+        "methods train with the changes of brightness and contrast that are asked for here."
     )
 
 
@@ -243,15 +259,21 @@ def scenes(networks):
         f"networks untrained (mean IoU from {iou}, on average) and {b} detect better (AP from "
         f"{ap}). With all weights trained, {c} segment better than from scratch (from {tuned_iou}) "
         f"and {d} detect better (from {tuned_ap}). Most of these comparisons are with the same "
-        "untrained network, so they are not independent. mae's network saw the scenes at 48 "
-        "pixels, all others at 96."
+        "untrained network, so they are not independent. mae's network, which saw the scenes at 48 "
+        "pixels, all others at 96, is left out."
     )
     guesses = []
     for how in ("frozen", "fine-tuned"):
         beaten = [task for task in evaluations.SCENES if found[task, how].constant_wins]
         if beaten:
             guesses.append(f"every {how} network for {listed(beaten)}")
-    return text + (f" One answer for all images beats {listed(guesses)}." if guesses else "")
+    if guesses:
+        text += (
+            f" A guess from the training scenes beats {listed(guesses)}: the mean normal of "
+            "objects (the networks learn mostly from the floor), the usual places of points in a "
+            "box."
+        )
+    return text
 
 
 def fashion(networks):
@@ -269,11 +291,13 @@ def fashion(networks):
         above = sum(number > found.get(RAW, 0) for number, _ in ranked)
         words.append(
             f"{what}: from {' to '.join(ends)}; {baselines(found)}. {above} of {len(ranked)} "
-            "networks are better than raw pixels."
+            "networks have more than raw pixels."
         )
+    error = (80 * 20 / 2000) ** 0.5
     return (
         "**Other data.** Networks that learned from emoji, on the grey clothes of fashion (10,000 "
-        f"training and 2,000 test images of Fashion-MNIST). {' '.join(words)}"
+        f"training and 2,000 test images of Fashion-MNIST). {' '.join(words)} The standard error "
+        f"of an accuracy of 80 % is {error:.1f} here."
     )
 
 
@@ -287,19 +311,36 @@ def cost(networks):
     )
 
 
+def best_stage(networks):
+    """Which method has after which of its stages the highest accuracy: its name, the stage and the
+    accuracy."""
+    found = evaluations.stage_accuracies(networks["features"])
+    ranked = [
+        (accuracy, name.split("**")[1], stage)
+        for name, accuracies in found.items()
+        if at_defaults(name) and len(accuracies) == len(evaluations.LAYERS)
+        for stage, accuracy in zip(evaluations.LAYERS, accuracies)
+    ]
+    most, name, stage = max(ranked)
+    return name, stage, most
+
+
 def baseline(networks, linear_of_results):
     """linear_of_results: {method: the mean linear accuracy of its runs under Results}."""
+    best, stage, most = best_stage(networks)
+    early_stage = f"Earlier stages are better: {best} has {most:.1f} after {stage}, the most of "
+    early_stage += "all (chosen on the test images)."
     old = numbers_of(networks["features"], "features", "linear")[KMEANS]
     svm = numbers_of(networks["features"], "svm", "svm")
     clothes = numbers_of(networks["fashion"], "features", "linear")
     return (
-        "**An old baseline.** K-means features of image patches (Coates and Ng 2011), without a "
-        f"network. Linear probe: {old:.1f} % (the best method by the mean of its runs under "
-        f"Results, {highest(linear_of_results)}). SVMs: {svm[KMEANS]:.1f} mAP (the best, "
+        "**An old baseline.** K-means features of image patches (Coates and Ng 2011), 1,024 "
+        f"numbers per image (most networks have 768). Linear probe: {old:.1f} % (the best method "
+        f"by the mean of its runs under Results, {highest(linear_of_results)}). SVMs: "
+        f"{svm[KMEANS]:.1f} mAP (the best, "
         f"{highest(by_method(svm))}). On fashion k-means of its own patches has "
         f"{clothes[KMEANS]:.1f} % by the linear probe, raw pixels {clothes[RAW]:.1f}, the best of "
-        f"the networks that learned from emoji, {highest(by_method(clothes))}. Minutes of training "
-        "on 5,000 small images are very little."
+        f"the networks that learned from emoji, {highest(by_method(clothes))}. {early_stage}"
     )
 
 
@@ -322,8 +363,8 @@ def predictors(networks):
         text += f"nothing for certain. The intervals of {unclear} all contain 0"
     return (
         f"{text} (RankMe's authors compare runs of one method). With labels, for comparison: "
-        f"{words('kNN accuracy')}. The intervals are of 99.6 %, so that all twelve hold at once "
-        "with about 95 %; so few methods make them wide."
+        f"{words('kNN accuracy')}. The intervals are of 99.6 %, so that all twelve of the table "
+        "hold at once with about 95 %; so few methods make them wide."
     )
 
 
@@ -337,8 +378,8 @@ def agreement(networks):
     first, second, last = [f"{n} {found[n]:+.2f}" for n in (ranked[-1], ranked[-2], ranked[0])]
     text = (
         f"**Do the evaluations agree?** Over {count} methods the ranking by the linear probe is "
-        f"most like those by {first} and {second}, least like that by {last}: rank correlations, "
-        "of which those below about 0.5 may be chance."
+        f"most like those by {first} and {second}, least like that by {last}: rank correlations. "
+        f"Among {len(found)}, one below about 0.5 may be chance."
     )
     clusters = evaluations.predictors(networks["features"])["cluster accuracy"]
     if clusters.rank is None:
@@ -368,7 +409,7 @@ def seeds(networks):
         "if one run of each method tells how they rank."
     )
     if clear:
-        text += f" It is above 0.75 for certain for {listed(clear)}."
+        text += f" The whole interval is above 0.75 for {listed(clear)}."
     if unclear:
         text += f" For {unclear} of {len(found)} measures it may be 0: so few runs cannot tell."
     return text
@@ -385,7 +426,7 @@ def blocks(sides, videos, linear_of_results):
         depth(networks, sides),
         few(networks),
         tuned(tuned_rows),
-        mae(networks),
+        mae(networks, sides),
         corruptions(networks),
         scenes(networks),
         fashion(networks),
@@ -403,7 +444,7 @@ def short(networks, rows, sides, linear_of_results):
     """One sentence for each of six topics. rows: of fine-tuning."""
     found = evaluations.stage_accuracies(networks["features"])
     early, count = best_early(found)
-    kinds = falls(found, sides)
+    kinds = falls(networks["features"], found, sides)
     lost = [f"{kind} lose {it.trained:.1f}" for kind, it in kinds.items()]
     lost_before = [f"{it.untrained:.1f}" for it in kinds.values()]
     gains, draws = evaluations.gains(rows)
@@ -411,7 +452,8 @@ def short(networks, rows, sides, linear_of_results):
     for share, gain in gains.items():
         step, half = gain.over_scratch
         steps.append(f"{step:+.1f} ± {half:.1f} with {share}")
-    rank, methods = place_of_mae(networks)
+    few_minus_all, half = evaluations.few_minus_all(rows)
+    best, stage, most = best_stage(networks)
     segment, detect, segment_tuned, detect_tuned = [
         f"{evaluations.scene(networks, task, how).better}"
         for how in ("frozen", "fine-tuned")
@@ -425,25 +467,29 @@ def short(networks, rows, sides, linear_of_results):
         for name, it in predictors.items()
         if name not in evaluations.WITH_LABELS and (it.low > 0 or it.high < 0)
     ]
-    predicts = f"only {listed(clear)} predicts" if clear else "nothing predicts"
+    free = len(predictors) - len(evaluations.WITH_LABELS & predictors.keys())
+    predicts = f"only {listed(clear)} predicts" if clear else "none predicts"
     old = numbers_of(networks["features"], "features", "linear")[KMEANS]
     return [
         f"**Depth**: {early} of {count} trained ResNets are best after layer1 or layer2 of four; "
-        f"from the best stage to the last {listed(lost)} points, the same networks untrained "
-        f"{listed(lost_before)}.",
+        f"from the best stage (chosen on the test images) to the last {listed(lost)} points, the "
+        f"same networks untrained {listed(lost_before)}.",
         f"**Fine-tuning** minus training from scratch is, in points, {listed(steps)} of the labels "
-        f"(95 % intervals over {draws} draws of them), while the papers find most with few labels.",
-        "**MAE**, which in its paper gains more by fine-tuning than contrastive methods, is number "
-        f"{rank} of {len(methods)} here, a place that another seed may change.",
+        f"({gain.networks} methods, 95 % intervals over {draws} draws of labels and weights); the "
+        "papers find most with few labels, here the gain with 1 % minus that with all is "
+        f"{few_minus_all:+.1f} ± {half:.1f}.",
+        mae(networks, sides),
         f"**Scenes**: of {scenes} trained networks {segment} segment and {detect} detect better "
         f"than the same ones untrained if they are frozen, {segment_tuned} and {detect_tuned} if "
         "all weights are trained.",
         "**Rankings**: of the methods those by clusters and by the linear probe have a rank "
-        f"correlation of {clusters.rank:+.2f} (99.6 % interval {clusters.low:+.2f} to "
-        f"{clusters.high:+.2f}), and without labels {predicts} linear accuracy for certain.",
+        f"correlation of {clusters.rank:+.2f} ({clusters.low:+.2f} to {clusters.high:+.2f}), and "
+        f"of {free} measures that need no labels {predicts} linear accuracy for certain (intervals "
+        "of 99.6 %, since twelve are looked at).",
         "**An old baseline**: k-means features of image patches (Coates and Ng 2011) have "
-        f"{old:.1f} % by the linear probe, the best method, {highest(linear_of_results)}: "
-        "minutes of training on 5,000 small images are very little.",
+        f"{old:.1f} % by the linear probe, the last layer of the best method, "
+        f"{highest(linear_of_results)}, the best of all layers, {stage} of {best}, {most:.1f} "
+        "(chosen on the test images).",
     ]
 
 
