@@ -292,6 +292,7 @@ def test_files_that_cannot_be_read_are_left_out(tmp_path):
             ["--views", 2, "--probes", 3],
             ["spectrum-images.png", "tsne-images-category.png"],
         ),
+        ("eval_robustness", [], ["corruptions.png", "robustness.png"]),
     ],
 )
 def test_the_other_scripts_take_any_folder(script, flags, pictures, tmp_path):
