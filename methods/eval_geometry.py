@@ -10,7 +10,7 @@ Idea. Accuracy tells what a network knows; geometry tells how it keeps it. Do im
 lie together although no label was shown? How many directions do the features use, and do they
 repeat each other? Do the features change smoothly when an image is turned, moved or darkened?
 Raw pixels and the networks before training show what training has changed. Labels are used only to
-judge the clusters and to colour the maps. K-means features have no rows here.
+judge the clusters and to colour the maps. K-means features, a baseline of accuracy, have no row.
 
 Notation. x (N, D) features of N test images (without labels: of the images); l_1 >= l_2 >= ... the
 eigenvalues of their covariance, the variances along their principal directions. The words on the
