@@ -24,7 +24,7 @@ Each of the D features is standardised with the mean and deviation of all bank i
 label) and divided by sqrt(D). An image then has a mean squared length of 1, whatever D is, so that
 C = 1 means the same for every network; with dead channels it is shorter, and C = 1 holds such a
 network back more. One C for all favours networks for which it happens to be right: with 1 % of the
-labels a tuned probe has up to eight points more (methods/eval_finetune.py). With two classes this
+labels a tuned probe has up to seven points more (methods/eval_finetune.py). With two classes this
 is scikit-learn's C = 2.
 
 Run.

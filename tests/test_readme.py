@@ -274,8 +274,8 @@ def test_captions_of_the_evaluations(report, measured):
             both = (probes[run], "frozen"), (fixed[run], "1 %/accuracies")
             best, other = [evaluations.draws(*place) for place in both]
             more.append(statistics.mean(best) - statistics.mean(other))
-    assert statistics.median(more) > 1 and round(max(more)) == 8
-    assert "most often better than a fixed one, by up to eight points." in page
+    assert statistics.median(more) > 1 and round(max(more)) == 7
+    assert "most often better than a fixed one, by up to seven points." in page
     assert f"300 steps of 128 images are {300 * 128 / count:.1f} epochs with all labels" in page
     losses = [evaluations.mean(networks, name, "fine-tuning 1.0", "loss") for name in networks]
     least = min(loss for loss in losses if loss is not None)
@@ -378,6 +378,26 @@ def test_rows_of_kmeans_features_are_of_the_fit_that_is_described(report):
     """Not of an earlier one: both would be averaged."""
     rows = [row for row in report.evaluations.read_rows() if row["network"].startswith("k-means")]
     assert len(rows) > 40 and {row["weights"] for row in rows} == {kmeans.ABOUT}
+
+
+def test_eleven_methods_went_through_every_evaluation_with_three_seeds(report):
+    evaluations = report.evaluations
+    done = {
+        (row["method"], row["seed"], row["data"], evaluations.protocol(row))
+        for row in evaluations.read_rows()
+        if "method" in row and not row.get("variant")
+    }
+    names = "features svm cost few robustness clusters spectrum lidar smoothness tsne"
+    names = names.split() + [f"fine-tuning {part}" for part in evaluations.SHARES.values()]
+    due = [("emoji", name) for name in names] + [("fashion", name) for name in ("features", "svm")]
+    for task in evaluations.SCENES:
+        due += [("solids", f"{task}, {how}") for how in ("frozen", "fine-tuned")]
+    methods = "barlow_twins byol colorization dino jigsaw mae moco rotnet simclr simsiam swav"
+    for method in methods.split():
+        layers = evaluations.BLOCKS if method == "mae" else evaluations.LAYERS
+        of_layers = [("emoji", f"linear probe of {layer}") for layer in layers]
+        for seed in range(3):
+            assert not {(method, seed, *place) for place in due + of_layers} - done
 
 
 def test_the_minutes_of_the_evaluations(report):
