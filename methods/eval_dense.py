@@ -9,7 +9,7 @@ every pixel of rendered scenes, the data set `solids`: 1,000 to train on, 250 wi
 test. A linear head that looks at one place (a 1x1 convolution) reads the answer off the maps of a
 network, its features before they are pooled. Frozen, the network does not change, so the maps
 themselves must hold the answer. Fine-tuned, all its weights and the statistics of its batch-norm
-do; the untrained network then starts from scratch.
+change; the untrained network then starts from scratch.
 
 Notation. The maps are those of ALL stages of a ResNet (its first layer, then layer1 to layer4), or
 the patches of a ViT after four evenly spaced blocks. Networks of patches (cpc) have one map. For

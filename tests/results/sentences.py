@@ -293,7 +293,7 @@ def fashion(networks):
             f"{what}: from {' to '.join(ends)}; {baselines(found)}. {above} of {len(ranked)} "
             "networks have more than raw pixels."
         )
-    error = (80 * 20 / 2000) ** 0.5
+    error = (80 * 20 / 2000) ** 0.5  # percent: of 2,000 images, of which 80 % are right
     return (
         "**Other data.** Networks that learned from emoji, on the grey clothes of fashion (10,000 "
         f"training and 2,000 test images of Fashion-MNIST). {' '.join(words)} The standard error "
@@ -328,8 +328,8 @@ def best_stage(networks):
 def baseline(networks, linear_of_results):
     """linear_of_results: {method: the mean linear accuracy of its runs under Results}."""
     best, stage, most = best_stage(networks)
-    early_stage = f"Earlier stages are better: {best} has {most:.1f} after {stage}, the most of "
-    early_stage += "all (chosen on the test images)."
+    earlier = f"Earlier stages are better: {best} has {most:.1f} after {stage}, the most of "
+    earlier += "all (chosen on the test images)."
     old = numbers_of(networks["features"], "features", "linear")[KMEANS]
     svm = numbers_of(networks["features"], "svm", "svm")
     clothes = numbers_of(networks["fashion"], "features", "linear")
@@ -340,7 +340,7 @@ def baseline(networks, linear_of_results):
         f"{svm[KMEANS]:.1f} mAP (the best, "
         f"{highest(by_method(svm))}). On fashion k-means of its own patches has "
         f"{clothes[KMEANS]:.1f} % by the linear probe, raw pixels {clothes[RAW]:.1f}, the best of "
-        f"the networks that learned from emoji, {highest(by_method(clothes))}. {early_stage}"
+        f"the networks that learned from emoji, {highest(by_method(clothes))}. {earlier}"
     )
 
 
